@@ -1,0 +1,1 @@
+"""Prune and fine-tune, or train from scratch: controlled comparisons of network pruning."""

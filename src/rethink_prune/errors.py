@@ -1,0 +1,20 @@
+"""The two ways a study ends early for a reason the user can act on."""
+
+from __future__ import annotations
+
+from hydra.errors import CompactHydraException
+
+
+class UserError(CompactHydraException):
+    """Something the user can put right: printed as its message alone, without a traceback, exit status 1."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A SIGINT or SIGTERM that was honoured: the step was finished and saved.
+
+    A ``KeyboardInterrupt``, so that it also ends a multirun instead of counting as one failed job.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
