@@ -1,1 +1,30 @@
-"""Prune and fine-tune, or train from scratch: controlled comparisons of network pruning."""
+"""Is it better to prune and fine-tune a trained network, or to train the pruned architecture from scratch?"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rethink_prune.cost import Cost, count_cost
+    from rethink_prune.models import build_model
+    from rethink_prune.pruning import PruneResult, prune
+    from rethink_prune.weights import load_model
+
+__all__ = ["Cost", "PruneResult", "build_model", "count_cost", "load_model", "prune"]
+
+# Imported on first use, so that the command line answers before torch is loaded.
+_HOMES = {
+    "Cost": "rethink_prune.cost",
+    "PruneResult": "rethink_prune.pruning",
+    "build_model": "rethink_prune.models",
+    "count_cost": "rethink_prune.cost",
+    "load_model": "rethink_prune.weights",
+    "prune": "rethink_prune.pruning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

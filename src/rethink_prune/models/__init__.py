@@ -1,0 +1,94 @@
+"""Networks by name, or by import path."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from rethink_prune.errors import UserError
+from rethink_prune.imports import import_object
+from rethink_prune.models.resnet import ResNet
+from rethink_prune.models.vgg import LAYERS, VGG
+
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
+    **{name: partial(VGG, layers) for name, layers in LAYERS.items()},
+    **{f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56, 110)},
+}
+
+
+def model_factory(name: str) -> Callable[..., nn.Module]:
+    """Return what builds the network `name`: an entry of :data:`MODELS`, or the import path ``module:factory``.
+
+    Raises
+    ------
+    UserError
+        If there is no such network.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if ":" in name:
+        factory = import_object(name, "model.name")
+        assert callable(factory)
+        return factory
+    raise UserError(
+        f"model.name={name}: no such network; one of {', '.join(MODELS)}, "
+        "or your own as path.to.module:factory"
+    )
+
+
+def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **options: Any) -> nn.Module:
+    """Build a network with freshly drawn weights.
+
+    Parameters
+    ----------
+    name : str
+        One of :data:`MODELS`, e.g. ``"vgg16"`` or ``"resnet56"``, or ``"path.to.module:factory"``. A factory is
+        called as ``factory(num_classes=..., **options)``; it also gets ``in_channels`` if it has such a parameter.
+    num_classes : int
+        Number of outputs.
+    in_channels : int
+        Channels of the input image.
+    **options
+        Options of the network, e.g. ``detach_shortcut=True`` for the CIFAR ResNets.
+
+    Returns
+    -------
+    torch.nn.Module
+        Takes N x in_channels x H x W, gives logits N x num_classes.
+
+    Raises
+    ------
+    UserError
+        If the name is unknown, the network does not take an option, or the factory gives no ``nn.Module``.
+
+    Examples
+    --------
+    >>> sum(p.numel() for p in build_model("resnet56").parameters())
+    853018
+    """
+    factory = model_factory(name)
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for option in options:
+        if option not in parameters and not takes_any:
+            known = sorted(set(parameters) - {"num_classes", "in_channels"}) or ["none"]
+            raise UserError(f"model.{option}: {name} has no such option; it has: {', '.join(known)}")
+    if "in_channels" in parameters:
+        options["in_channels"] = in_channels
+    elif in_channels != 3:
+        raise UserError(
+            f"model.name={name}: takes no in_channels, so it cannot be built for images of {in_channels} channel(s); "
+            "set dataset.channels=3"
+        )
+    try:
+        model = factory(num_classes=num_classes, **options)
+    except TypeError as error:
+        raise UserError(f"model.name={name}: could not be called with num_classes={num_classes}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model.name={name}: gave a {type(model).__name__}, not a torch.nn.Module")
+    model.network_name = name  # type: ignore[assignment]  # published variants are looked up by it
+    return model

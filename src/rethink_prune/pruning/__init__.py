@@ -1,0 +1,94 @@
+"""Structured pruning: pruners score, ``channels`` groups, ``surgery`` cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rethink_prune.config import PrunerOptions, parse_pruner
+from rethink_prune.errors import UserError
+from rethink_prune.imports import import_object
+from rethink_prune.pruning.l1 import L1
+from rethink_prune.pruning.pruner import Batches, Pruner, PruneReport, PruneResult, Target, run_pruner
+from rethink_prune.seeds import derive_generator
+
+__all__ = ["PRUNERS", "PruneReport", "PruneResult", "Pruner", "Target", "find_pruner", "prune", "run_pruner"]
+
+PRUNERS: Mapping[str, type[Pruner]] = {"l1": L1}
+
+
+def find_pruner(name: str) -> Pruner:
+    """Return the pruner of that name: an entry of :data:`PRUNERS`, or the import path ``module:Class``.
+
+    Raises
+    ------
+    UserError
+        If there is no such pruner.
+    """
+    if name in PRUNERS:
+        return PRUNERS[name]()
+    if ":" not in name:
+        raise UserError(
+            f"pruner.name={name}: no such pruner; one of {', '.join(PRUNERS)}, or your own as path.to.module:Class"
+        )
+    found = import_object(name, "pruner.name")
+    if not (isinstance(found, type) and issubclass(found, Pruner)):
+        raise UserError(f"pruner.name={name}: must be a subclass of rethink_prune.pruning.Pruner")
+    return found()
+
+
+def prune(
+    model: nn.Module,
+    pruner: str,
+    *,
+    example: torch.Tensor,
+    network: str | None = None,
+    data: Batches | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> PruneResult:
+    """Prune a network; `model` itself is untouched.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any network that ``torch.fx`` can trace.
+    pruner : str
+        ``"l1"``, or ``"path.to.module:Class"``.
+    example : torch.Tensor
+        One batch of the network's input, e.g. 1 x 3 x 32 x 32; only its shape and type matter.
+    network : str, optional
+        The network's name, for ``variant``; networks of :func:`~rethink_prune.build_model` know theirs.
+    data : iterable of (images, labels), optional
+        Training batches, for pruners that need them.
+    seed : int
+        For pruners that draw.
+    **options
+        The pruner's options: exactly one target of ``ratio``, ``variant``, ``widths``, ``target_macs``,
+        ``target_params``; ``scope``, ``skip``, ``min_channels``, ``round_to`` and the pruner's own.
+
+    Returns
+    -------
+    PruneResult
+        With ``.model``, ``.architecture`` and ``.report``.
+
+    Raises
+    ------
+    UserError
+        If an option is wrong or does not fit the network.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rethink_prune import build_model, prune
+    >>> result = prune(build_model("vgg16"), "l1", example=torch.randn(1, 3, 32, 32), variant="A")
+    >>> sum(p.numel() for p in result.model.parameters())
+    5397034
+    """
+    found = find_pruner(pruner)
+    checked: PrunerOptions = parse_pruner({"name": pruner, **options}, found.options)
+    target = Target(found, checked, model, example, network or getattr(model, "network_name", None))
+    return run_pruner(found, target, model, data=data, generator=derive_generator(seed, "prune"))

@@ -1,0 +1,47 @@
+# make demo   install into .venv and run the default study (about a minute on two CPU cores)
+# make test   install with the development tools and run the tests
+# make lint   formatting, lint and types
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint board clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed
+	@echo "The default study: ResNet-20 on handwritten digits, L1-norm pruning. Results go to runs/ and store/."
+	$(BIN)/python -m rethink_prune
+
+test: $(VENV)/installed-dev
+	@echo "Running the tests; they need no data and no GPU."
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+board: $(VENV)/installed
+	$(BIN)/tensorboard --logdir runs --host 127.0.0.1
+
+# Made anew only when the dependencies change; the package itself is installed in place.
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing rethink-prune into $(VENV) (PyTorch is large: this takes a few minutes the first time)."
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "Installing the development tools."
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,launchers]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make demo PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,319 @@
+"""The configuration as validated, frozen models.
+
+Hydra composes the tree; :func:`parse_config` turns it into :class:`StudyConfig`, or into one error that lists
+everything that is wrong with it. Nothing below ``study.py`` sees the tree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from rethink_prune.errors import UserError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Milestone = float | int
+
+TARGETS = ("ratio", "variant", "widths", "target_macs", "target_params")
+
+
+class Frozen(BaseModel):
+    """A part of the configuration: no unknown keys, no changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DatasetConfig(Frozen):
+    """Which images; the options of :func:`rethink_prune.data.load_dataset`, and how they are augmented."""
+
+    name: str
+    root: str | None = None
+    image_size: Count | None = None
+    channels: Literal[1, 3] = 3
+    train_limit: Count | None = None
+    test_limit: Count | None = None
+    validation: float = Field(0.0, ge=0, lt=1)
+    split_seed: int = Field(0, ge=0)
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    pad: int = Field(0, ge=0)
+    flip: bool = False
+    args: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _statistics_per_channel(self) -> DatasetConfig:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.channels:
+                raise ValueError(f"{name} needs {self.channels} value(s), one per channel; got {len(values)}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together: give both or neither")
+        return self
+
+
+class ModelConfig(Frozen):
+    """Which network; `args` go to the factory of a network of the user's own."""
+
+    name: str
+    init: str | None = None
+    detach_shortcut: bool = False
+    args: dict[str, Any] = {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options for ``build_model``: those that differ from their default, and `args`."""
+        return {**({"detach_shortcut": True} if self.detach_shortcut else {}), **self.args}
+
+
+class Phase(Frozen):
+    """One training: its length and learning rate. Milestones below 1 are fractions of the epochs."""
+
+    epochs: Count
+    lr: Positive
+    schedule: Literal["multistep", "cosine", "constant"] = "multistep"
+    milestones: tuple[Milestone, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+
+    @field_validator("milestones")
+    @classmethod
+    def _milestones_ascend(cls, milestones: tuple[Milestone, ...]) -> tuple[Milestone, ...]:
+        if any(not m > 0 or (m >= 1 and m != int(m)) for m in milestones):
+            raise ValueError("must be epochs (whole numbers from 1) or fractions of the epochs (below 1)")
+        if len({m < 1 for m in milestones}) > 1:
+            raise ValueError("must be either all epochs or all fractions")
+        if list(milestones) != sorted(milestones):
+            raise ValueError("must ascend")
+        return tuple(int(m) if m >= 1 else m for m in milestones)
+
+
+class RecipeConfig(Phase):
+    """How networks are trained; `epochs` is the length of ``large``."""
+
+    name: str
+    batch_size: Count = 64
+    eval_batch_size: Count = 256
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: NonNegative = 1e-4
+    augment: bool = True
+    finetune: Phase
+
+
+class BudgetConfig(Frozen):
+    """How long Scratch-B may train."""
+
+    name: str
+    base_epochs: Count | None = None
+    cap: float | None = Field(None, ge=1, allow_inf_nan=False)
+    add_finetune_epochs: bool = False
+    reference_model: str | None = None
+
+
+class StoreConfig(Frozen):
+    """Where stages are kept, and how often an unfinished one is saved."""
+
+    root: str
+    checkpoint_seconds: NonNegative = 30.0
+
+
+class LargeConfig(Frozen):
+    """The unpruned network: weights to take instead of training it, and whether to train it for its own sake."""
+
+    checkpoint: str | None = None
+    baseline: bool = False
+
+
+PerLayerRatio = float | list[float] | dict[str, float]
+Widths = list[int] | dict[str, int]
+
+
+class PrunerOptions(Frozen):
+    """What every pruner takes; a pruner adds its own options in a subclass beside its code.
+
+    Exactly one target says how much goes: `ratio`, `variant`, `widths`, `target_macs` or `target_params`.
+    """
+
+    name: str
+    scope: Literal["inner", "all"] = "inner"
+    ratio: Annotated[PerLayerRatio | None, Field(union_mode="smart")] = None
+    variant: str | None = None
+    widths: Widths | None = None
+    target_macs: Positive | None = None
+    target_params: Positive | None = None
+    skip: tuple[str, ...] = ()
+    min_channels: Count = 1
+    round_to: Count = 1
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _ratio_in_range(cls, ratio: object) -> object:
+        for value in _leaves(ratio):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+                raise ValueError(
+                    "must be in (0, 1), the share of channels to remove"
+                    + ("" if value is ratio else f"; found {value!r}")
+                )
+        return ratio
+
+    @field_validator("widths", mode="before")
+    @classmethod
+    def _widths_are_counts(cls, widths: object) -> object:
+        if widths is not None and not isinstance(widths, Sequence | Mapping):
+            raise ValueError("must be a list of widths in network order, or a mapping from layer to width")
+        for value in _leaves(widths):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"must hold whole numbers from 1; found {value!r}")
+        return widths
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PrunerOptions:
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if not given:
+            raise ValueError(f"no target: give exactly one of {', '.join(TARGETS)}, e.g. pruner.ratio=0.5")
+        if len(given) > 1:
+            keep = given[-1]
+            clear = " ".join(f"pruner.{name}=null" for name in given if name != keep)
+            raise ValueError(
+                f"{' and '.join(given)} are both targets: give exactly one; for {keep}, add {clear} to the command"
+            )
+        return self
+
+    @property
+    def target(self) -> str:
+        """Name of the target that is given."""
+        return next(name for name in TARGETS if getattr(self, name) is not None)
+
+
+class StudyConfig(Frozen):
+    """One study: one dataset, model, pruner, budget and seed, run through its arms."""
+
+    dataset: DatasetConfig
+    model: ModelConfig
+    pruner: PrunerOptions
+    recipe: RecipeConfig
+    budget: BudgetConfig
+    arms: tuple[str, ...]
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    accelerate: Literal["auto", "off"] = "auto"
+    deterministic: bool = False
+    dry_run: bool = False
+    store: StoreConfig
+    large: LargeConfig = LargeConfig()
+
+    @field_validator("arms")
+    @classmethod
+    def _arms_differ(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        if not arms:
+            raise ValueError("no arm to run; e.g. arms=[finetune,scratch_e,scratch_b]")
+        if len(set(arms)) < len(arms):
+            raise ValueError("an arm is named twice")
+        return arms
+
+
+def parse_config(
+    tree: Mapping[str, Any],
+    *,
+    pruner_options: Callable[[str], type[PrunerOptions]],
+    arms: Sequence[str],
+) -> StudyConfig:
+    """Validate a composed and resolved tree.
+
+    Parameters
+    ----------
+    tree : mapping
+        Plain containers, as ``OmegaConf.to_container`` gives them.
+    pruner_options : callable
+        Gives the class of a pruner's options by the pruner's name; raises `UserError` for an unknown one.
+    arms : sequence of str
+        The arms there are.
+
+    Raises
+    ------
+    UserError
+        With one line per error, whatever their number.
+    """
+    tree = dict(tree)
+    problems: list[str] = []
+    pruner = tree.get("pruner")
+    if isinstance(pruner, Mapping) and isinstance(pruner.get("name"), str):
+        try:
+            # Parsed apart, because its class depends on its name; a parsed part goes through unchanged below.
+            tree["pruner"] = parse_pruner(pruner, pruner_options(pruner["name"]))
+        except UserError as error:
+            problems.append(str(error))
+            tree.pop("pruner")
+    unknown = [arm for arm in tree.get("arms") or () if arm not in arms]
+    if unknown:
+        problems.append(f"arms={_show(tree['arms'])}: no arm {', '.join(map(str, unknown))}; there are {', '.join(arms)}")
+    try:
+        config = StudyConfig.model_validate(tree)
+    except ValidationError as error:
+        problems += [
+            _line(detail, (), StudyConfig)
+            for detail in error.errors()
+            if not (detail["loc"] == ("pruner",) and "pruner" not in tree)
+        ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def parse_pruner(tree: Mapping[str, Any], options: type[PrunerOptions]) -> PrunerOptions:
+    """Validate a pruner's options alone; raises `UserError` with one line per error."""
+    try:
+        return options.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_line(detail, ("pruner",), options) for detail in error.errors())) from None
+
+
+def _leaves(value: object) -> Iterator[object]:
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        yield from value
+    elif value is not None:
+        yield value
+
+
+def _line(detail: ErrorDetails, prefix: tuple[str, ...], root: type[Frozen]) -> str:
+    """Say in one line what is wrong: ``pruner.ratio=1.2: must be in (0, 1)``."""
+    location = [str(part) for part in (*prefix, *detail["loc"]) if not str(part).startswith(("function-", "union"))]
+    path = ".".join(location) or "configuration"
+    message = detail["msg"].removeprefix("Value error, ")
+    match detail["type"]:
+        case "missing":
+            return f"{path}: missing"
+        case "extra_forbidden":
+            known = list(_known_keys(root, detail["loc"][:-1]))
+            near = difflib.get_close_matches(location[-1], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
+            return f"{path}: unknown key{hint}"
+        case "model_type" | "model_attributes_type":
+            return f"{path}={_show(detail['input'])}: must be a group of keys"
+    message = message[:1].lower() + message[1:]
+    if isinstance(detail["input"], Mapping) and detail["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path}={_show(detail['input'])}: {message.replace('input should', 'must')}"
+
+
+def _known_keys(root: type[BaseModel], location: Sequence[str | int]) -> Iterator[str]:
+    model: Any = root
+    for part in location:
+        model = model.model_fields[str(part)].annotation
+    yield from model.model_fields
+
+
+def _show(value: object) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    return str(value).replace("'", "")

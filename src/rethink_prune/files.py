@@ -1,0 +1,64 @@
+"""Files that are either the old content or the new, whenever the machine stops."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+
+from pathlib import Path
+from typing import Any
+
+from rethink_prune.errors import UserError
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write `content` to a temporary file beside `path`, sync it to the disk, and rename it to `path`.
+
+    Raises
+    ------
+    UserError
+        If the disk is full or the folder cannot be written; the old content of `path` is intact then.
+    """
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{path}: the disk is full ({error.strerror}); nothing finished so far is lost: "
+                "free some space and run the same command again"
+            ) from error
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; NaN and infinity are refused."""
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    # Makes the rename itself survive a power cut.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,86 @@
+"""Import what a user names on the command line, as ``path.to.module:attribute``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+from pathlib import Path
+
+from rethink_prune.errors import UserError
+
+
+def import_object(path: str, what: str) -> object:
+    """Import ``module:attribute``; modules in the current folder count, as with ``python -m``.
+
+    Only call this with text the user typed: importing a module runs it.
+
+    Parameters
+    ----------
+    path : str
+        Such as ``my_nets.small:build``.
+    what : str
+        The option `path` was given to, for error messages, e.g. ``"model.name"``.
+
+    Returns
+    -------
+    object
+        The attribute, which is callable.
+
+    Raises
+    ------
+    UserError
+        The path is malformed, the module is missing or fails to import, or the attribute is missing or not
+        callable.
+    """
+    module_name, separator, attribute = path.partition(":")
+    if not (separator and module_name and attribute.isidentifier()):
+        raise UserError(f"{what}={path}: must have the form path.to.module:factory")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)  # a console script, unlike `python -m`, does not look there
+    try:
+        importlib.invalidate_caches()
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        # A package that is missing inside the user's module is a failure of that module, not a wrong path.
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"{what}={path}: no module named {error.name}, neither installed nor in {here}"
+            ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{what}={path}: importing {module_name} failed with {reason} (HYDRA_FULL_ERROR=1 shows where)"
+        ) from error
+    finally:
+        sys.path.remove(here)
+    try:
+        found: object = getattr(module, attribute)
+    except AttributeError:
+        raise UserError(f"{what}={path}: {module_name} has no {attribute}") from None
+    if not callable(found):
+        raise UserError(f"{what}={path}: is a {type(found).__name__}, not something that can be called")
+    return found
+
+
+def source_digest(obj: object) -> str:
+    """Return the SHA-256 of the file that defines `obj`, in hexadecimal.
+
+    It stands for the user's code in stage keys. Files that this one imports are not covered.
+
+    Parameters
+    ----------
+    obj : object
+        A function, a class, or an instance of a class.
+
+    Raises
+    ------
+    UserError
+        `obj` was not defined in a file.
+    """
+    name = getattr(obj, "__module__", None) or type(obj).__module__
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None:
+        raise UserError(
+            f"{name}: was not loaded from a file, so its results cannot be told apart from others'"
+        )
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -1,0 +1,477 @@
+"""Which channels of a network can be pruned, and which only together: the analysis that every pruner relies on.
+
+`analyse` traces the network, pushes channel ids through it (see `streams` and `rules`) and sorts them: channels that
+have to go together are a *unit*, the units of a layer (or of layers that share units) a *group*. Pruners score units;
+`Channels.plan` turns the units to drop into the positions each module keeps, for `surgery` to cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rethink_prune.errors import UserError
+from rethink_prune.pruning.graph import ChannelSelection, describe_call, evaluate, meta_copy, trace
+from rethink_prune.pruning.rules import FUNCTION_RULES, module_rule, operation_name
+from rethink_prune.pruning.streams import Call, ChannelIds, Flow, Ids, NoRule, Stream
+
+Positions = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels to choose among: any of its units may go as long as one remains.
+
+    Attributes
+    ----------
+    name : str
+        Name of the first layer in order of execution, followed by ``#2``, ``#3``, ... for further groups that start
+        with the same layer.
+    kind : {"conv", "linear", "selection"}
+        What the first layer is.
+    layers : tuple of str
+        The convolutions, linear layers or channel selections whose output channels it covers, each unit some of all.
+    units : tuple of mappings from str to tuple of int
+        What goes or stays together: for each unit its output positions in each layer. One position in one layer as a
+        rule; a whole group of a grouped convolution; a position in several layers where an addition ties them.
+    norms : mapping of str to tuple of tuple of int
+        For each batch norm that these channels pass, its positions for each unit. For a channel selection, the norm
+        whose output it reads.
+    """
+
+    name: str
+    kind: Literal["conv", "linear", "selection"]
+    layers: tuple[str, ...]
+    units: tuple[Mapping[str, Positions], ...]
+    norms: Mapping[str, tuple[Positions, ...]]
+
+    @property
+    def size(self) -> int:
+        """How many units there are."""
+        return len(self.units)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to keep of each module; modules that stay as they are do not appear.
+
+    Attributes
+    ----------
+    outputs : mapping of str to tuple of int
+        Kept output positions of convolutions and linear layers, kept entries of channel selections, kept channels of
+        batch norms.
+    inputs : mapping of str to tuple of int
+        Kept input positions of convolutions without groups and of linear layers (features, after a flatten).
+    attributes : mapping of str to mapping of str to value
+        The attributes to set: ``out_channels``, ``in_channels``, ``groups``, ``num_features``, ...
+    edits : mapping of str to mapping
+        New numbers for constants in the graph that count channels, by node name; see `surgery.rewrite`.
+    widths : mapping of str to (int, int)
+        Kept and full output channels of every convolution, linear layer and channel selection.
+    input_shape : tuple of int
+        The shape the network was analysed with.
+    calls, shapes : mapping of str
+        What each node of the evaluation graph calls, and the shape it must have after surgery.
+    """
+
+    outputs: Mapping[str, Positions]
+    inputs: Mapping[str, Positions]
+    attributes: Mapping[str, Mapping[str, Any]]
+    edits: Mapping[str, Mapping[str, Any]]
+    widths: Mapping[str, tuple[int, int]]
+    input_shape: tuple[int, ...]
+    calls: Mapping[str, str] = field(repr=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+
+
+class Channels:
+    """The channels of a network: see `analyse`, which makes it.
+
+    Attributes
+    ----------
+    frozen : mapping of str to str
+        Layers of which no channel can go, with the reason.
+    warnings : tuple of str
+        Operations that are not known, and other reasons why the analysis left more whole than it might.
+    """
+
+    frozen: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+    def __init__(
+        self,
+        network: nn.Module,
+        ids: ChannelIds,
+        nodes: Mapping[str, _Node],
+        selections: Mapping[str, list[int]],
+        input_shape: tuple[int, ...],
+    ) -> None:
+        self._modules = dict(network.named_modules())
+        self._ids = ids
+        self._nodes = nodes
+        self._selections = selections
+        self._input_shape = input_shape
+        # From ids to units: ids that go together get the same number.
+        self._unit_of = _components(ids.count, ids.together)
+        self._outputs = {name: self._unit_of[values] for name, values in ids.outputs.items()}
+        self._coupled = {unit for values in ids.coupled for unit in self._unit_of[values].tolist()}
+        reasons: dict[int, str] = {}
+        for values, reason in ids.frozen:
+            for unit in np.unique(self._unit_of[values]).tolist():
+                reasons.setdefault(unit, reason)
+        self._free = np.ones(ids.count, dtype=bool)
+        self._free[list(reasons)] = False
+        self.frozen = {
+            name: reasons[units[0].item()]
+            for name, units in self._outputs.items()
+            if not self._free[units].any()
+        }
+        self.warnings = tuple(dict.fromkeys(ids.warnings))
+
+    def groups(self, scope: str = "inner") -> tuple[ChannelGroup, ...]:
+        """Return the prunable groups in order of execution.
+
+        Parameters
+        ----------
+        scope : {"inner", "all"}
+            Without or with the channels that an addition or padding ties to others.
+        """
+        if scope not in ("inner", "all"):
+            raise UserError(f"scope={scope}: must be inner or all")
+        return tuple(group for group, _, coupled in self._groups.values() if scope == "all" or not coupled)
+
+    def consumers(self, layer: str) -> tuple[str, ...]:
+        """Return the convolutions and linear layers that read this layer's channels, in order of execution.
+
+        Among them are layers of the same group: the depthwise convolution that follows, for example. Where an addition
+        ties several layers, each reader of the sum counts if it runs after `layer`.
+        """
+        if layer not in self._outputs:
+            raise UserError(f"{layer}: is no convolution, linear layer or channel selection of this network")
+        order = list(self._outputs)
+        later = order[order.index(layer) + 1 :]
+        units = self._outputs[layer]
+        return tuple(
+            name
+            for name in later
+            if name in self._ids.inputs and np.isin(units, self._units_read(name)).any()
+        )
+
+    def plan(self, drop: Mapping[str, Iterable[int]]) -> Plan:
+        """Return what each module keeps if units are dropped.
+
+        Parameters
+        ----------
+        drop : mapping of str to iterable of int
+            Group name to indexes into its units.
+
+        Raises
+        ------
+        UserError
+            If there is no such group or unit, or if a group or module would be left without channels.
+        """
+        keep = np.ones(self._ids.count, dtype=bool)
+        for name, indexes in drop.items():
+            keep[self._units_to_drop(name, indexes)] = False
+        keep = keep[self._unit_of]  # from now on, by id
+
+        outputs: dict[str, Positions] = {}
+        inputs: dict[str, Positions] = {}
+        attributes: dict[str, dict[str, Any]] = {}
+        widths: dict[str, tuple[int, int]] = {}
+        for name, values in self._ids.outputs.items():
+            kept = _kept(name, keep, values)
+            widths[name] = len(kept), len(values)
+            if len(kept) < len(values):
+                outputs[name] = kept
+                linear = isinstance(self._modules[name], nn.Linear)
+                if not isinstance(self._modules[name], ChannelSelection):
+                    _set(attributes, name, "out_features" if linear else "out_channels", len(kept))
+        for name, values in self._ids.inputs.items():
+            kept, layer = _kept(name, keep, values), self._modules[name]
+            if len(kept) < len(values):
+                _set(
+                    attributes,
+                    name,
+                    "in_features" if isinstance(layer, nn.Linear) else "in_channels",
+                    len(kept),
+                )
+                groups = 1 if isinstance(layer, nn.Linear) else int(layer.groups)
+                if groups == 1:
+                    inputs[name] = kept
+                else:
+                    _set(attributes, name, "groups", groups * len(kept) // len(values))
+        for name, values in self._ids.features.items():
+            kept = _kept(name, keep, values)
+            if len(kept) < len(values):
+                outputs[name] = kept
+                norm = isinstance(self._modules[name], _BatchNorm)
+                _set(attributes, name, "num_features" if norm else "num_parameters", len(kept))
+        for name, added in self._ids.paddings.items():
+            counts = [int(keep[added.before].sum()), int(keep[added.after].sum())]
+            padding = [*added.padding[: added.position], *counts, *added.padding[added.position + 2 :]]
+            if padding != list(added.padding):
+                _set(attributes, name, "padding", padding)
+
+        edits: dict[str, dict[str, Any]] = {}
+        for constant in self._ids.constants:
+            counts = [int(keep[piece].sum()) for piece in constant.pieces]
+            if counts != list(constant.unedited(int(keep[constant.stream].sum()))):
+                edits[constant.node] = {
+                    "kind": constant.kind,
+                    "position": constant.position,
+                    "counts": counts,
+                }
+        return Plan(
+            outputs=outputs,
+            inputs=inputs,
+            attributes=attributes,
+            edits=edits,
+            widths=widths,
+            input_shape=self._input_shape,
+            calls={name: node.call for name, node in self._nodes.items()},
+            shapes={name: node.shape_after(keep) for name, node in self._nodes.items()},
+        )
+
+    def _units_read(self, layer: str) -> npt.NDArray[np.int64]:
+        return self._unit_of[self._ids.inputs[layer]]
+
+    def _units_to_drop(self, name: str, indexes: Iterable[int]) -> list[int]:
+        if name not in self._groups:
+            reason = self.frozen.get(name)
+            raise UserError(
+                f"{name}: " + (f"stays whole ({reason})" if reason else "no group of this network")
+            )
+        group, units, _ = self._groups[name]
+        chosen = sorted(set(indexes))
+        if chosen and not (0 <= chosen[0] and chosen[-1] < group.size):
+            raise UserError(f"{name}: units to drop must be between 0 and {group.size - 1}")
+        if len(chosen) == group.size:
+            raise UserError(f"{name}: would lose all of its {group.size} channels; keep at least 1")
+        return [units[index] for index in chosen]
+
+    @cached_property
+    def _groups(self) -> dict[str, tuple[ChannelGroup, list[int], bool]]:
+        """Each group by name, with the numbers of its units and whether they are coupled."""
+        layers_of = self._places(self._outputs)
+        norms_of = self._places(
+            {
+                name: self._unit_of[values]
+                for name, values in self._ids.features.items()
+                if isinstance(self._modules[name], _BatchNorm)
+            }
+        )
+        for layer, norm in self._ids.selected_from.items():
+            for unit, index in zip(self._outputs[layer].tolist(), self._selections.get(layer, ()), strict=False):
+                norms_of.setdefault(unit, {})[norm] = (index,)
+
+        # Units of the same layers are alike; where a layer has several kinds, each is a group, so that no choice within
+        # groups empties a layer. (The streams of a ResNet with padded shortcuts: 16, 16 more and 32 more channels.)
+        members: dict[tuple[bool, tuple[str, ...]], list[int]] = {}
+        for unit, places in layers_of.items():
+            members.setdefault((unit in self._coupled, tuple(places)), []).append(unit)
+        found: dict[str, tuple[ChannelGroup, list[int], bool]] = {}
+        for (coupled, layers), units in members.items():
+            name, number = layers[0], 1
+            while name in found:
+                name, number = f"{layers[0]}#{number + 1}", number + 1
+            norms = dict.fromkeys(norm for unit in units for norm in norms_of.get(unit, ()))
+            group = ChannelGroup(
+                name=name,
+                kind=_kind(self._modules[layers[0]]),
+                layers=layers,
+                units=tuple(layers_of[unit] for unit in units),
+                norms={norm: tuple(norms_of.get(unit, {}).get(norm, ()) for unit in units) for norm in norms},
+            )
+            found[name] = group, units, coupled
+        return found
+
+    def _places(self, tables: Mapping[str, npt.NDArray[np.int64]]) -> dict[int, dict[str, Positions]]:
+        """Return for each unit that can go the modules it appears in, and where."""
+        places: dict[int, dict[str, Positions]] = {}
+        for name, units in tables.items():
+            for position in np.flatnonzero(self._free[units]).tolist():
+                found = places.setdefault(int(units[position]), {})
+                found[name] = (*found.get(name, ()), position)
+        return places
+
+
+def analyse(model: nn.Module, example: torch.Tensor) -> Channels:
+    """Find out which channels of a network can be pruned.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module that ``torch.fx`` can trace. Stays as it is: mode, buffers and random state included.
+    example : torch.Tensor
+        A batch of inputs; only its shape is used.
+
+    Returns
+    -------
+    Channels
+
+    Raises
+    ------
+    UserError
+        If the network cannot be traced, or does not take `example`.
+    """
+    network, input_shape = meta_copy(model), tuple(example.shape)
+    ids = ChannelIds()
+    graph = trace(network)
+    try:
+        training = trace(network, training=True)
+    except UserError as error:
+        training = None
+        ids.warnings.append(f"only evaluation mode was followed; in training mode, {error}")
+    network.eval()
+    alike = training is not None and _calls(graph) == _calls(training)
+    # A constant is edited in a traced graph, which would then run in both modes.
+    ids.can_edit = alike
+    with torch.random.fork_rng(devices=[]):
+        nodes = _follow(graph, network, ids, input_shape)
+        if training is not None and not alike:
+            _follow(training, network, ids, input_shape)
+    _tie_parameters(network, ids)
+    selections = {
+        name: module.indexes.tolist()
+        for name, module in model.named_modules()
+        if isinstance(module, ChannelSelection) and not module.indexes.is_meta
+    }
+    return Channels(network, ids, nodes, selections, input_shape)
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node of the evaluation graph: what it calls, and its shape as far as its ids are kept."""
+
+    call: str
+    shape: tuple[int, ...]
+    stream: Stream | None
+
+    def shape_after(self, keep: npt.NDArray[np.bool_]) -> tuple[int, ...]:
+        if self.stream is None:
+            return self.shape
+        dim = len(self.shape) + self.stream.axis
+        return (*self.shape[:dim], int(keep[self.stream.ids].sum()), *self.shape[dim + 1 :])
+
+
+def _follow(
+    graph: fx.Graph, network: nn.Module, ids: ChannelIds, input_shape: tuple[int, ...]
+) -> dict[str, _Node]:
+    """Apply the rule of every node; return the nodes whose result is a tensor."""
+    values = evaluate(graph, network, input_shape)
+    flows: dict[fx.Node, Any] = {}
+    nodes: dict[str, _Node] = {}
+    modules = dict(network.named_modules())
+    for node in graph.nodes:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        call = Call(
+            node=node,
+            name=operation_name(node) if module is None else type(module).__name__,
+            flow_args=fx.node.map_arg(node.args, flows.__getitem__),
+            flow_kwargs=fx.node.map_arg(node.kwargs, flows.__getitem__),
+            args=fx.node.map_arg(node.args, values.__getitem__),
+            kwargs=fx.node.map_arg(node.kwargs, values.__getitem__),
+            result=values[node],
+        )
+        flow: Flow = None
+        try:
+            if module is not None:
+                flow = module_rule(ids, call, module)
+                source = node.args[0] if node.args else None
+                if isinstance(module, ChannelSelection) and isinstance(source, fx.Node):
+                    if isinstance(modules.get(str(source.target)), _BatchNorm):
+                        ids.selected_from[call.label] = str(source.target)
+            elif node.op == "get_attr":
+                ids.read_directly.add(id(call.result))
+            elif node.op == "output":
+                for stream in call.counted():
+                    ids.freeze(stream.ids, "network output")
+            elif call.counted():
+                rule = FUNCTION_RULES.get(call.name)
+                if rule is None:
+                    raise NoRule(f"unknown operation {call.name}")
+                flow = rule(ids, call)
+        except NoRule as reason:
+            ids.leave_whole(call, str(reason) or f"unknown form of {call.name}")
+        flows[node] = flow
+        if isinstance(call.result, torch.Tensor):
+            stream_or_none = flow if isinstance(flow, Stream) else None
+            nodes[node.name] = _Node(describe_call(node), tuple(call.result.shape), stream_or_none)
+    return nodes
+
+
+def _tie_parameters(network: nn.Module, ids: ChannelIds) -> None:
+    """Unite what modules with a parameter in common do with it; freeze modules whose parameter others read."""
+    owners: dict[int, list[tuple[str, str]]] = {}
+    modules = dict(network.named_modules())
+    for name, module in modules.items():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for key, tensor in own:
+            owners.setdefault(id(tensor), []).append((name, key))
+    tables = (ids.outputs, ids.inputs, ids.features)
+    for tensor_id, places in owners.items():
+        (first, first_key), *others = places
+        alike = all(
+            key == first_key
+            and type(modules[name]) is type(modules[first])
+            and getattr(modules[name], "groups", 1) == getattr(modules[first], "groups", 1)
+            and all((name in table) == (first in table) for table in tables)
+            for name, key in others
+        )
+        if tensor_id in ids.read_directly or not alike:
+            reason = (
+                "its parameters are read outside of it" if alike else "shares a parameter with another kind"
+            )
+            for table in tables:
+                for name, _ in places:
+                    if name in table:
+                        ids.freeze(table[name], f"{name}: {reason}")
+            continue
+        for name, key in others:
+            for table in tables:
+                if first in table and (table is not ids.inputs or key == "weight"):
+                    ids.unite(table[first], table[name])
+
+
+def _calls(graph: fx.Graph) -> list[tuple[str, str]]:
+    return [(node.name, describe_call(node)) for node in graph.nodes]
+
+
+def _components(count: int, edges: Iterable[tuple[Ids, Ids]]) -> npt.NDArray[np.int64]:
+    """Return the number of the connected component of each of ``0 ... count - 1``."""
+    pairs = list(edges)
+    if not pairs:
+        return np.arange(count)
+    first = np.concatenate([a for a, _ in pairs])
+    second = np.concatenate([b for _, b in pairs])
+    graph = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(count, count))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _kind(layer: nn.Module) -> Literal["conv", "linear", "selection"]:
+    if isinstance(layer, ChannelSelection):
+        return "selection"
+    return "linear" if isinstance(layer, nn.Linear) else "conv"
+
+
+def _kept(name: str, keep: npt.NDArray[np.bool_], ids: Ids) -> Positions:
+    kept = tuple(np.flatnonzero(keep[ids]).tolist())
+    if not kept:
+        # Torch runs a convolution without inputs, and returns its bias.
+        raise UserError(f"{name}: would be left without channels")
+    return kept
+
+
+def _set(attributes: dict[str, dict[str, Any]], name: str, attribute: str, value: Any) -> None:
+    attributes.setdefault(name, {})[attribute] = value

@@ -1,0 +1,80 @@
+"""L1-norm filter pruning (Li et al. 2017, *Pruning Filters for Efficient ConvNets*, arXiv:1608.08710).
+
+Removes the filters with the smallest weights, all layers at once and independently of each other. The score of filter
+``f`` of a convolution with weight ``W`` (C_out x C_in x k x k) is ::
+
+    score(f) = sum over c, i, j of |W[f, c, i, j]|
+
+Units that span several layers (``scope=all``, grouped convolutions) score the sum over their filters. Ties keep the
+lower index, so the choice is deterministic. Linear layers are left alone. The widths follow from the options, not from
+the weights, so scratch arms can train without the large network.
+
+``A`` and ``B`` are the published targets: explicit widths for VGG-16, and for the ResNets a ratio per stage for the
+first convolution of each block, apart from blocks the authors found sensitive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from rethink_prune.pruning.channels import ChannelGroup
+from rethink_prune.pruning.pruner import Batches, Pruner
+
+
+def _resnet(
+    blocks_per_stage: int, stage_ratios: Sequence[float], skipped_convs: Iterable[int]
+) -> Mapping[str, Any]:
+    """Say a published CIFAR-ResNet target in terms of layer names.
+
+    The publications number the 3 x 3 convolutions from 1, the stem's; block ``b`` (from 0) holds ``2b + 2`` and
+    ``2b + 3``, and only the even ones are pruned.
+    """
+    blocks = [(conv - 2) // 2 for conv in skipped_convs]
+    return {
+        "ratio": {f"layer{stage}.*": ratio for stage, ratio in enumerate(stage_ratios, 1) if ratio},
+        "skip": [f"layer{block // blocks_per_stage + 1}.{block % blocks_per_stage}.conv1" for block in blocks],
+    }
+
+
+class L1(Pruner):
+    """Scores a filter by the sum of its absolute weights."""
+
+    variants: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+        "vgg16": {"A": {"widths": [32, 64, 128, 128, *[256] * 9]}},
+        "resnet56": {
+            "A": _resnet(9, (0.1, 0.1, 0.1), (16, 20, 38, 54)),
+            "B": _resnet(9, (0.6, 0.3, 0.1), (16, 18, 20, 34, 38, 54)),
+        },
+        "resnet110": {
+            "A": _resnet(18, (0.5, 0.0, 0.0), (36,)),
+            "B": _resnet(18, (0.5, 0.4, 0.3), (36, 38, 74)),
+        },
+    }
+
+    def scores(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        *,
+        data: Batches | None,
+        generator: torch.Generator,
+    ) -> dict[str, torch.Tensor]:
+        """Return the summed absolute weights of every unit, in float64; `data` and `generator` are not used."""
+        norms = {
+            layer: model.get_parameter(f"{layer}.weight").detach().double().abs().flatten(1).sum(1)
+            for group in groups
+            for layer in group.layers
+        }
+        return {
+            group.name: torch.stack(
+                [
+                    sum((norms[layer][list(positions)].sum() for layer, positions in unit.items()), torch.zeros(()))
+                    for unit in group.units
+                ]
+            )
+            for group in groups
+        }

@@ -1,0 +1,188 @@
+"""From a target to how many channels each group keeps, and from scores to which ones.
+
+What every pruner that scores has in common: per-layer ratios and widths, a target for the whole network found by
+bisection, rounding, and a deterministic choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from rethink_prune.cost import Cost
+from rethink_prune.errors import UserError
+
+PerLayer = float | Sequence[float] | Mapping[str, float]
+
+TARGET_TOLERANCE = 0.01
+
+
+def kept_count(size: int, ratio: float) -> int:
+    """Return how many of `size` channels remain when `ratio` of them go: at least one.
+
+    Rounds down, as the published widths do; the small constant undoes binary rounding (10 * (1 - 0.9) is 0.99...98).
+
+    Examples
+    --------
+    >>> kept_count(64, 0.1), kept_count(10, 0.9), kept_count(16, 0.99)
+    (57, 1, 1)
+    """
+    return max(1, int(size * (1 - ratio) + 1e-9))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on every width: at least `min_channels`, rounded up to a multiple of `round_to`."""
+
+    min_channels: int = 1
+    round_to: int = 1
+
+    def apply(self, kept: int, size: int) -> int:
+        """Return the width nearest to `kept` from above that respects the bounds and `size`."""
+        multiple = -(-max(kept, self.min_channels) // self.round_to) * self.round_to
+        return min(size, multiple)
+
+
+def widths_for_ratio(
+    ratio: PerLayer, sizes: Mapping[str, int], *, skip: Sequence[str] = (), limits: Limits = Limits()
+) -> dict[str, int]:
+    """Return the kept width per layer.
+
+    Parameters
+    ----------
+    ratio : float, sequence of float, or mapping of str to float
+        The share of channels to remove: for every layer, one per layer in order, or by layer name. Names may be
+        shell patterns (``layer1.*``), the first match counts, and layers without one are left whole.
+    sizes : mapping of str to int
+        Full width per prunable layer, in network order.
+    skip : sequence of str
+        Names or patterns of layers to leave whole.
+    limits : Limits
+        Not applied to layers that are left whole.
+
+    Raises
+    ------
+    UserError
+        If a pattern matches no layer or a sequence has the wrong length.
+    """
+    ratios = _per_layer("ratio", ratio, sizes)
+    left_whole = _matches("skip", skip, sizes)
+    return {
+        layer: size if layer in left_whole or layer not in ratios else limits.apply(kept_count(size, ratios[layer]), size)
+        for layer, size in sizes.items()
+    }
+
+
+def explicit_widths(widths: Sequence[int] | Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the kept width per layer from a list in network order or a mapping by name or pattern.
+
+    Raises
+    ------
+    UserError
+        If a width is not in [1, full width], a pattern matches no layer, or a list has the wrong length.
+    """
+    wanted = _per_layer("widths", widths, sizes)
+    for layer, width in wanted.items():
+        if not 1 <= width <= sizes[layer]:
+            raise UserError(f"pruner.widths: {layer}={width}: must be between 1 and {sizes[layer]}, its full width")
+    return {layer: int(wanted.get(layer, size)) for layer, size in sizes.items()}
+
+
+def widths_for_target(
+    target: float,
+    quantity: str,
+    widths_at: Callable[[float], dict[str, int]],
+    cost_of: Callable[[Mapping[str, int]], Cost],
+    full: Cost,
+) -> dict[str, int]:
+    """Find the one ratio for all layers at which the network costs `target`.
+
+    The cost falls in steps as the ratio grows; bisection closes in on the step nearest to the target.
+
+    Parameters
+    ----------
+    target : float
+        MACs or parameters; a value below 1 is a share of the full network's.
+    quantity : {"macs", "params"}
+        What `target` counts.
+    widths_at : callable
+        Gives the widths for a ratio.
+    cost_of : callable
+        Gives the network's cost for widths.
+    full : Cost
+        Cost of the unpruned network.
+
+    Raises
+    ------
+    UserError
+        If no ratio comes within 1 % of the target; names the nearest cost that can be reached.
+    """
+    total = getattr(full, quantity)
+    wanted = target * total if target < 1 else target
+    seen: dict[tuple[int, ...], tuple[float, dict[str, int]]] = {}
+
+    def measure(ratio: float) -> float:
+        widths = widths_at(ratio)
+        key = tuple(widths.values())
+        if key not in seen:
+            seen[key] = (float(getattr(cost_of(widths), quantity)), widths)
+        return seen[key][0]
+
+    low, high = 0.0, 1.0
+    measure(low)
+    measure(high)
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        if measure(middle) > wanted:
+            low = middle
+        else:
+            high = middle
+    reached, widths = min(seen.values(), key=lambda entry: abs(entry[0] - wanted))
+    if abs(reached - wanted) > TARGET_TOLERANCE * wanted:
+        raise UserError(
+            f"pruner.target_{quantity}={target:g}: cannot be reached within {TARGET_TOLERANCE:.0%} by one ratio for all "
+            f"layers; the nearest is {reached:.0f} (of {total} unpruned)"
+        )
+    return widths
+
+
+def drop_lowest(scores: Mapping[str, torch.Tensor], widths: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return, per group, the units to drop so that the best-scored ones remain; ties keep the lower index."""
+    drop = {}
+    for name, values in scores.items():
+        best_first = torch.sort(values, descending=True, stable=True).indices
+        drop[name] = sorted(best_first[widths[name] :].tolist())
+    return drop
+
+
+def _per_layer(
+    option: str, values: float | Sequence[float] | Mapping[str, float], sizes: Mapping[str, int]
+) -> dict[str, float]:
+    if isinstance(values, Mapping):
+        _matches(option, values, sizes)
+        first = {layer: next((p for p in values if _match(layer, p)), None) for layer in sizes}
+        return {layer: values[pattern] for layer, pattern in first.items() if pattern is not None}
+    if isinstance(values, Sequence):
+        if len(values) != len(sizes):
+            raise UserError(
+                f"pruner.{option}: {len(values)} entries for {len(sizes)} prunable layers: {', '.join(sizes)}"
+            )
+        return dict(zip(sizes, values, strict=True))
+    return dict.fromkeys(sizes, values)
+
+
+def _matches(option: str, patterns: Sequence[str] | Mapping[str, float], sizes: Mapping[str, int]) -> set[str]:
+    found = set()
+    for pattern in patterns:
+        layers = {layer for layer in sizes if _match(layer, pattern)}
+        if not layers:
+            raise UserError(f"pruner.{option}: {pattern} matches no prunable layer; there are: {', '.join(sizes)}")
+        found |= layers
+    return found
+
+
+def _match(layer: str, pattern: str) -> bool:
+    return layer == pattern or fnmatchcase(layer, pattern)

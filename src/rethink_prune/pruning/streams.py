@@ -1,0 +1,249 @@
+"""Channel ids: what stands for the same channel, what goes together, and what must stay.
+
+Every convolution and linear layer gives its output channels fresh ids, and `rules` pushes them through the graph.
+`ChannelIds` keeps what is learnt on the way. "A channel can go" means: the network without it computes exactly what
+it computes with the channel's weights, and its batch norms' scale and shift, set to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+
+Ids = npt.NDArray[np.int64]
+
+
+class NoRule(Exception):
+    """Raised by a rule that cannot say where channels go; the message, if any, says what is in the way."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A tensor whose channels have ids.
+
+    Attributes
+    ----------
+    ids : ndarray
+        One id per channel; after a flatten, one per feature.
+    axis : int
+        The channel dimension, counted from the end (negative), as broadcasting counts.
+    zero : bool
+        Whether a channel is zero here when all that makes it is masked. False after a sigmoid, for example.
+    """
+
+    ids: Ids
+    axis: int
+    zero: bool = True
+
+
+@dataclass(frozen=True)
+class Width:
+    """An integer that the network read off a stream: the number of its channels."""
+
+    ids: Ids
+
+
+# What travels along an edge of the graph. None is what no channel can be removed from: the input image, a parameter,
+# a number, or the result of an operation without a rule.
+Flow = Union[Stream, Width, Sequence["Flow"], None]  # noqa: UP007  (a string cannot be an operand of |)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One node of the graph with what reaches it: flows and values of its arguments, and the value of its result.
+
+    Values are meta tensors, numbers, and containers of both; `flow_args` has a flow for each node among the arguments.
+    """
+
+    node: fx.Node
+    name: str
+    flow_args: tuple[Any, ...]
+    flow_kwargs: Mapping[str, Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    result: Any
+
+    def value(self, position: int, name: str, default: Any = None) -> Any:
+        """Return an argument's value."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def flow(self, position: int, name: str) -> Any:
+        """Return an argument's flow; a constant is its own."""
+        return self.flow_args[position] if position < len(self.flow_args) else self.flow_kwargs.get(name)
+
+    def written(self, position: int, name: str) -> Any:
+        """Return an argument as the graph has it: a constant, a node, or a container of both."""
+        return self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name)
+
+    @property
+    def subject(self) -> Stream:
+        """The first argument, which channels must run through."""
+        first = self.flow(0, "input")
+        if not isinstance(first, Stream):
+            raise NoRule(f"{self.name} with a channel count")
+        return first
+
+    @property
+    def stream(self) -> Stream:
+        """The first argument, which must be the only one that channels run through."""
+        if len(self.counted()) > 1:
+            raise NoRule(f"{self.name} of several streams, or with a channel count")
+        return self.subject
+
+    @property
+    def label(self) -> str:
+        """Name for messages: the module's, or else the node's."""
+        return str(self.node.target) if self.node.op == "call_module" else self.node.name
+
+    def counted(self) -> list[Stream | Width]:
+        """Return every stream and width among the arguments."""
+        return list(leaves([self.flow_args, list(self.flow_kwargs.values())]))
+
+
+def leaves(flow: Any) -> Iterator[Stream | Width]:
+    """Give the streams and widths in a nest of sequences, slices and mappings."""
+    if isinstance(flow, Stream | Width):
+        yield flow
+    elif isinstance(flow, slice):
+        yield from leaves([flow.start, flow.stop, flow.step])
+    elif isinstance(flow, Mapping):
+        yield from leaves(list(flow.values()))
+    elif isinstance(flow, Sequence) and not isinstance(flow, str):
+        for part in flow:
+            yield from leaves(part)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Numbers in an operation's arguments that count channels, such as the bounds of a slice.
+
+    Attributes
+    ----------
+    node : str
+        Name of the graph node.
+    kind : {"slice", "narrow", "split", "pad", "size"}
+        How the numbers are written; see `surgery.rewrite`.
+    position : int
+        Where in the argument they stand.
+    stream : ndarray
+        Ids of the operation's input.
+    pieces : tuple of ndarray
+        The ids that each number counts.
+    unedited : callable
+        From the input's number of channels to the counts the operation arrives at if it is left as it is.
+    """
+
+    node: str
+    kind: str
+    position: int
+    stream: Ids
+    pieces: tuple[Ids, ...]
+    unedited: Callable[[int], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ModulePadding:
+    """A padding module that adds channels: its ``padding``, and the ids that entries `position` and the next add."""
+
+    padding: tuple[int, ...]
+    position: int
+    before: Ids
+    after: Ids
+
+
+@dataclass
+class ChannelIds:
+    """The ids of a network's channels and what is known about them.
+
+    Attributes
+    ----------
+    can_edit : bool
+        Whether constants in the graph may be rewritten.
+    count : int
+        How many ids there are: 0, 1, ... ``count - 1``.
+    outputs, inputs : dict of str to ndarray
+        Ids of the output and input channels of each convolution and linear layer, by module name in order of
+        execution. A channel selection has outputs only.
+    features : dict of str to ndarray
+        Ids of the channels that a module normalises or scales one by one.
+    together : list of pairs of ndarray
+        Ids that go or stay together, pairwise.
+    frozen : list of (ndarray, str)
+        Ids that must stay, and why.
+    coupled : list of ndarray
+        Ids that an addition or a padding ties.
+    selected_from : dict of str to str
+        The batch norm whose output a channel selection reads.
+    read_directly : set of int
+        ``id()`` of each parameter that is read outside of its module.
+    warnings : list of str
+        What was left whole for want of a rule.
+    """
+
+    can_edit: bool = True
+    count: int = 0
+    outputs: dict[str, Ids] = field(default_factory=dict)
+    inputs: dict[str, Ids] = field(default_factory=dict)
+    features: dict[str, Ids] = field(default_factory=dict)
+    together: list[tuple[Ids, Ids]] = field(default_factory=list)
+    frozen: list[tuple[Ids, str]] = field(default_factory=list)
+    coupled: list[Ids] = field(default_factory=list)
+    constants: list[Constant] = field(default_factory=list)
+    paddings: dict[str, ModulePadding] = field(default_factory=dict)
+    selected_from: dict[str, str] = field(default_factory=dict)
+    read_directly: set[int] = field(default_factory=set)
+    warnings: list[str] = field(default_factory=list)
+
+    def fresh(self, count: int) -> Ids:
+        """Return new ids."""
+        self.count += count
+        return np.arange(self.count - count, self.count)
+
+    def whole(self, count: int, reason: str) -> Ids:
+        """Return new ids for channels that must stay."""
+        ids = self.fresh(count)
+        self.freeze(ids, reason)
+        return ids
+
+    def freeze(self, ids: Ids, reason: str) -> None:
+        """Note that channels must stay."""
+        self.frozen.append((ids, reason))
+
+    def unite(self, first: Ids, second: Ids) -> None:
+        """Note that channels go or stay together, position by position."""
+        if first is not second:
+            self.together.append((first, second))
+
+    def leave_whole(self, call: Call, reason: str) -> None:
+        """Freeze everything a call reads, with a warning."""
+        for flow in call.counted():
+            self.freeze(flow.ids, f"{call.label}: {reason}")
+        self.warnings.append(f"{call.label}: {reason}; the channels it reads stay whole")
+
+    def need_zero(self, stream: Stream, call: Call) -> None:
+        """Freeze the channels of `stream` if masking does not make them zero, so `call` would miss them."""
+        if not stream.zero:
+            self.freeze(stream.ids, f"{call.label}: reads values that are not zero in a masked channel")
+
+    def add_constant(
+        self,
+        call: Call,
+        kind: str,
+        position: int,
+        pieces: tuple[Ids, ...],
+        unedited: Callable[[int], tuple[int, ...]],
+    ) -> None:
+        """Note numbers in the call's arguments that count channels, or freeze what they count."""
+        stream = call.subject.ids
+        if self.can_edit:
+            self.constants.append(Constant(call.label, kind, position, stream, pieces, unedited))
+            return
+        for ids in (stream, *pieces):
+            self.freeze(
+                ids, f"{call.label}: counts channels, and training and evaluation mode run different graphs"
+            )

@@ -1,0 +1,76 @@
+"""The table of a study, as Markdown and for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+COLUMNS = ("arm", "top-1 %", "vs large", "parameters", "MACs", "epochs", "training FLOPs", "total FLOPs", "seconds")
+
+
+def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Return the cells of a study's table: large, the pruned network before training, and every arm.
+
+    ``training FLOPs`` is the row's own training, ``total FLOPs`` adds what it built on.
+    """
+    large = summary.get("large") or {}
+    rows = [_row("large", large, None)] if large else []
+    pruned = summary.get("pruned") or {}
+    if "top1" in pruned:
+        rows.append(_row("pruned, untrained", pruned, large.get("top1")))
+    rows += [_row(name, entry, large.get("top1")) for name, entry in summary.get("arms", {}).items()]
+    return rows
+
+
+def plan_rows(plan: Mapping[str, Any]) -> list[list[str]]:
+    """Return the cells of a plan's ledger: arm, epochs, milestones, training FLOPs."""
+    large = plan["large"]
+    trained = "" if large["trained"] else " (not trained)"
+    rows = [["large" + trained, str(large["epochs"]), "", _flops(large["train_flops"])]]
+    for name, arm in plan["arms"].items():
+        milestones = " ".join(map(str, arm["milestones"])) if arm["milestones"] is not None else "after pruning"
+        rows.append([name, _number(arm["epochs"]), milestones, _flops(arm["train_flops"])])
+    return rows
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with aligned columns: the first to the left, the others to the right."""
+    table = [list(columns), *map(list, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(table[0]), line(rule), *map(line, table[1:])])
+
+
+def _row(name: str, entry: Mapping[str, Any], large_top1: float | None) -> list[str]:
+    if entry.get("status") == "failed":
+        return [name, "failed", *[""] * (len(COLUMNS) - 2)]
+    top1 = entry.get("top1")
+    change = top1 - large_top1 if top1 is not None and large_top1 is not None else None
+    return [
+        name,
+        "" if top1 is None else f"{top1:.2f}",
+        "" if change is None else f"{change:+.2f}",
+        f"{entry['params']:,}",
+        _scaled(entry["macs"], "M", 1e6),
+        _number(entry.get("epochs")),
+        _flops(entry.get("train_flops")),
+        _flops(entry.get("train_flops_total")),
+        "" if entry.get("seconds") is None else f"{entry['seconds']:.1f}",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _flops(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _scaled(value: float, unit: str, scale: float) -> str:
+    return f"{value / scale:,.2f} {unit}"

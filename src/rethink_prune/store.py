@@ -1,0 +1,285 @@
+"""The store: a folder of finished and unfinished stages, shared by every run of a sweep.
+
+``STORE/stages/<kind>-<key>/`` holds one stage. The key is a hash of exactly what decides the stage's result, so a
+stage that is there is never computed twice. One process works on a stage at a time (an OS-level lock, which the
+system drops when the process dies); ``status.json`` says who and since when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from rethink_prune.errors import UserError
+from rethink_prune.files import file_digest, write_atomically, write_json
+
+log = logging.getLogger(__name__)
+
+MODEL_FILE = "model.safetensors"
+HEARTBEAT_SECONDS = 5.0
+STALE_SECONDS = 60.0
+POLL_SECONDS = 0.5
+
+
+def hash_key(parts: Mapping[str, Any]) -> str:
+    """Return a 16-digit hexadecimal hash of a JSON-able mapping, independent of the order of its keys."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Store:
+    """The folder `root`; made if it is not there.
+
+    Raises
+    ------
+    UserError
+        If the folder cannot be made or written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def prepare(self) -> None:
+        """Make the folders of the store and see that they can be written."""
+        try:
+            for folder in (self.root / "stages", self.root / "runs", self.cache):
+                folder.mkdir(parents=True, exist_ok=True)
+            probe = self.root / "runs" / f".probe-{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"store.root={self.root}: cannot be written ({error.strerror}); "
+                "name a folder you can write with store.root=..."
+            ) from error
+
+    @property
+    def cache(self) -> Path:
+        """Folder for what can be made again at any time: decoded images."""
+        return self.root / "cache"
+
+    def stage(self, kind: str, key_parts: Mapping[str, Any]) -> Stage:
+        """Return the stage of this kind and key, whether it exists or not."""
+        key = hash_key({"kind": kind, **key_parts})
+        return Stage(self.root / "stages" / f"{kind}-{key}")
+
+    def record_run(self, run_id: str, record: Mapping[str, Any]) -> None:
+        """Note which run folder uses which stages."""
+        write_json(self.root / "runs" / f"{run_id}.json", record)
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a stage started from: the digest of its parent's weights, and a name for messages."""
+
+    name: str
+    digest: str
+
+
+class Stage:
+    """One cacheable unit of work: a folder with a status."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._owner = uuid.uuid4().hex
+        self._status_lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """The folder's name, ``<kind>-<key>``."""
+        return self.folder.name
+
+    @property
+    def _status_file(self) -> Path:
+        return self.folder / "status.json"
+
+    @property
+    def model_file(self) -> Path:
+        """The file with the stage's weights."""
+        return self.folder / MODEL_FILE
+
+    def status(self) -> dict[str, Any]:
+        """Return the content of ``status.json``, or an empty mapping if there is none or it is damaged."""
+        try:
+            return json.loads((self._status_file).read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            log.warning("%s is damaged: the stage is done again", self._status_file)
+            return {}
+
+    def result(self, started: Started | None = None) -> dict[str, Any] | None:
+        """Return the result of a finished, intact stage, else None.
+
+        Raises
+        ------
+        UserError
+            If the stage started from other weights than `started`.
+        """
+        status = self.status()
+        self._check_start(status, started)
+        if status.get("state") != "done":
+            return None
+        for name, digest in status["digests"].items():
+            path = self.folder / name
+            if not path.is_file() or file_digest(path) != digest:
+                log.warning("%s is damaged (its checksum does not match): the stage is done again", path)
+                return None
+        return status["result"]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights of a finished stage."""
+        return self.status()["digests"][MODEL_FILE]
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be the one process that works on this stage; waits while another one does."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be made ({error.strerror})") from error
+        lock = self._acquire()
+        stop = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(stop,), daemon=True, name=f"heartbeat {self.name}")
+        beat.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            beat.join()
+            lock.release()
+
+    def begin(self, config: Mapping[str, Any], started: Started | None) -> None:
+        """Mark the held stage as running; what an earlier attempt left behind stays for the work to go on from.
+
+        Raises
+        ------
+        UserError
+            If an earlier attempt started from other weights.
+        """
+        self._check_start(self.status(), started)
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
+        write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
+        self._write_status(
+            {
+                "state": "running",
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "owner": self._owner,
+                "started_from": started.digest if started else None,
+            },
+            keep=False,
+        )
+
+    def finish(self, result: Mapping[str, Any], files: Sequence[str] = (MODEL_FILE,)) -> None:
+        """Mark the stage as done; `files` are checked against their present content whenever it is used."""
+        self.check_owner()
+        digests = {name: file_digest(self.folder / name) for name in files}
+        self._write_status({"state": "done", "digests": digests, "result": dict(result)})
+
+    def fail(self, reason: str, **details: Any) -> None:
+        """Mark the stage as failed; it is tried again when it is asked for again."""
+        self.check_owner()
+        self._write_status({"state": "failed", "reason": reason, **details})
+
+    def check_owner(self) -> None:
+        """Raise if another process has taken the stage over because this one seemed dead."""
+        owner = self.status().get("owner", self._owner)
+        if owner != self._owner:
+            raise UserError(
+                f"{self.folder}: taken over by another process while this one did not respond for "
+                f"{STALE_SECONDS:.0f} s; run the same command again to wait for its result"
+            )
+
+    def clear(self) -> None:
+        """Empty the held stage's folder, lock aside."""
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _check_start(self, status: Mapping[str, Any], started: Started | None) -> None:
+        recorded = status.get("started_from")
+        if started is not None and recorded is not None and recorded != started.digest:
+            raise UserError(
+                f"{self.folder} started from other weights than {started.name} holds now "
+                f"(recorded {recorded[:12]}, found {started.digest[:12]}); remove that folder to do the stage again"
+            )
+
+    def _write_status(self, changes: Mapping[str, Any], *, keep: bool = True) -> None:
+        with self._status_lock:
+            status = self.status() if keep else {}
+            write_json(self._status_file, {**status, **changes, "heartbeat": time.time()})
+
+    def _acquire(self) -> FileLock:
+        path = self.folder / "lock"
+        waiting = False
+        while True:
+            lock = FileLock(path)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                if not waiting:
+                    status = self.status()
+                    log.info(
+                        "waiting for %s: process %s on %s works on it",
+                        self.name,
+                        status.get("pid", "?"),
+                        status.get("host", "?"),
+                    )
+                    waiting = True
+                self._break_if_stale(path)
+                time.sleep(POLL_SECONDS)
+                continue
+            with suppress(FileNotFoundError):
+                os.utime(self._status_file)
+            return lock
+
+    def _break_if_stale(self, path: Path) -> None:
+        # A killed process's lock can live on in its children, and on some network file systems; its heartbeat stops.
+        # Unlinking the lock file frees the name; the guard keeps two waiters from both doing it.
+        if self._silence() < STALE_SECONDS:
+            return
+        with FileLock(self.folder / "lock.break"):
+            if self._silence() >= STALE_SECONDS:
+                log.warning("%s: no heartbeat for %.0f s: taking it over", self.name, self._silence())
+                path.unlink(missing_ok=True)
+                os.utime(self._status_file)
+
+    def _silence(self) -> float:
+        """Seconds since the status was last written, which a living owner does all the time."""
+        try:
+            return time.time() - self._status_file.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def _beat(self, stop: threading.Event) -> None:
+        while not stop.wait(HEARTBEAT_SECONDS):
+            with self._status_lock:
+                status = self.status()
+                if status.get("owner") == self._owner:
+                    write_json(self._status_file, {**status, "heartbeat": time.time()})
+
+
+def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a state dict as safetensors, atomically; tensors that share storage are written once per name."""
+    from safetensors.torch import save
+
+    write_atomically(path, save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}))

@@ -1,0 +1,56 @@
+"""SIGINT and SIGTERM as a request to stop at a point from which the work can go on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rethink_prune.errors import Interrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Turns SIGINT and SIGTERM into :class:`~rethink_prune.errors.Interrupted`.
+
+    Use as a context manager. Inside :meth:`deferred` a signal is only noted in `requested`, and the body is expected
+    to save and stop; a second signal does not wait. Outside the main thread nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._deferring = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Note a signal instead of raising while the body runs."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def stop(self, where: str) -> None:
+        """Raise for the noted signal; `where` says in which piece of work."""
+        assert self.requested is not None
+        name = signal.Signals(self.requested).name
+        raise Interrupted(f"{name} {where}: saved; run the same command again to go on", self.requested)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._deferring and self.requested is None:
+            self.requested = number
+            return
+        raise Interrupted(f"{signal.Signals(number).name}: run the same command again to go on", number)

@@ -1,0 +1,279 @@
+"""The one training loop, for every arm."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from rethink_prune.data.batches import EvalBatches, TrainBatches
+from rethink_prune.seeds import derive_seed
+from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.interrupts import Interrupts
+from rethink_prune.training.precision import autocast
+from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
+
+Row = dict[str, float]
+
+
+class Diverged(Exception):
+    """The training loss is NaN or infinite."""
+
+    def __init__(self, loss: float, epoch: int, lr: float) -> None:
+        super().__init__(f"the training loss became {loss} in epoch {epoch} at learning rate {lr:g}")
+        self.epoch = epoch
+        self.lr = lr
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy `loss` and accuracy `top1`, in percent."""
+
+    loss: float
+    top1: float
+
+
+@dataclass
+class Progress:
+    """Where a training stands: `step` batches into `epoch`; what `checkpoint` holds beside the network's state."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the work is done on this machine; changes results within float tolerance only.
+
+    Attributes
+    ----------
+    device : torch.device
+    precision : {"fp32", "bf16"}
+    accelerate : bool
+        Channels-last memory format, and a fused optimiser on CUDA.
+    checkpoint_seconds : float
+        At least this long between two checkpoints.
+    show_progress : bool
+        Draw a progress bar.
+    """
+
+    device: torch.device
+    precision: str
+    accelerate: bool = True
+    checkpoint_seconds: float = 30.0
+    show_progress: bool = False
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move `model` to the device, in the memory format its kernels like best."""
+        memory_format = torch.channels_last if self.accelerate else torch.contiguous_format
+        return model.to(device=self.device, memory_format=memory_format)
+
+
+def train(
+    model: nn.Module,
+    batches: TrainBatches,
+    evaluations: Mapping[str, EvalBatches],
+    spec: OptimizerSpec,
+    *,
+    runtime: Runtime,
+    seed: int,
+    checkpoints: Checkpoints,
+    interrupts: Interrupts,
+    title: str = "",
+    on_epoch: Callable[[list[Row]], None] = lambda rows: None,
+) -> Progress:
+    """Train `model` in place, going on from the newest checkpoint if there is one.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Gives logits N x classes.
+    batches : TrainBatches
+        The training images.
+    evaluations : mapping of str to EvalBatches
+        Sets to evaluate after every epoch, e.g. ``{"test": ...}``.
+    spec : OptimizerSpec
+        Optimiser, schedule and number of epochs.
+    runtime : Runtime
+        Device, precision and the like.
+    seed : int
+        Seeds what the network itself draws (dropout), per step.
+    checkpoints : Checkpoints
+        Where the state is kept; a checkpoint is written when one is due and when a signal arrives.
+    interrupts : Interrupts
+        Tells when to stop.
+    title : str
+        Shown beside the progress bar.
+    on_epoch : callable
+        Gets the rows so far after every epoch, and once at the start of a resumed training.
+
+    Returns
+    -------
+    Progress
+        With one row per epoch: ``epoch`` (from 1), ``lr``, ``images`` (in this epoch), ``train_loss``,
+        ``train_top1``, ``<set>_loss``, ``<set>_top1`` per evaluated set, ``seconds`` (so far).
+
+    Raises
+    ------
+    Diverged
+        If the training loss of an epoch is not finite.
+    Interrupted
+        After a signal; the state is saved.
+    """
+    model = runtime.place(model)
+    fused = runtime.accelerate and runtime.device.type == "cuda"
+    optimizer = build_optimizer(model.parameters(), spec, fused=fused)
+    scheduler = build_scheduler(optimizer, spec)
+    progress = Progress()
+    state = checkpoints.latest()
+    if state is not None:
+        progress = _restore(state, model, optimizer, scheduler)
+        on_epoch(progress.rows)
+    clock = _Clock(progress.seconds)
+    bar = tqdm(
+        total=spec.epochs * batches.images_per_epoch,
+        initial=batches.images_per_epoch * (progress.epoch + progress.step / batches.steps_per_epoch),
+        desc=title,
+        unit="img",
+        unit_scale=True,
+        leave=False,
+        disable=not runtime.show_progress,
+    )
+
+    def save() -> None:
+        progress.seconds = clock.seconds()
+        checkpoints.save(_state(progress, model, optimizer, scheduler), epoch=progress.epoch, step=progress.step)
+        clock.saved()
+
+    def stop_if_asked() -> None:
+        if interrupts.requested is not None:
+            save()
+            interrupts.stop(f"in {title}, epoch {progress.epoch + 1} of {spec.epochs}")
+
+    with bar, interrupts.deferred():
+        while progress.epoch < spec.epochs:
+            model.train()
+            progress.totals = progress.totals.to(runtime.device)
+            lr = optimizer.param_groups[0]["lr"]
+            for images, labels in batches.epoch(progress.epoch, progress.step):
+                # Dropout and the like draw per step, so a resumed run needs no generator state.
+                torch.manual_seed(derive_seed(seed, "noise", progress.epoch, progress.step))
+                progress.totals += _step(model, images, labels, optimizer, runtime)
+                progress.step += 1
+                bar.update(len(labels))
+                if progress.step < batches.steps_per_epoch:
+                    stop_if_asked()
+                    if clock.checkpoint_due(runtime.checkpoint_seconds):
+                        save()
+            loss_sum, correct = progress.totals.tolist()
+            images_seen = batches.images_per_epoch
+            if not math.isfinite(loss_sum):
+                raise Diverged(loss_sum / images_seen, progress.epoch + 1, lr)
+            row: Row = {
+                "epoch": progress.epoch + 1,
+                "lr": lr,
+                "images": images_seen,
+                "train_loss": loss_sum / images_seen,
+                "train_top1": 100.0 * correct / images_seen,
+            }
+            for name, batches_of_set in evaluations.items():
+                result = evaluate(model, batches_of_set, runtime=runtime)
+                row[f"{name}_loss"] = result.loss
+                row[f"{name}_top1"] = result.top1
+            row["seconds"] = clock.seconds()
+            scheduler.step()
+            progress.rows.append(row)
+            progress.epoch += 1
+            progress.step = 0
+            progress.totals = torch.zeros_like(progress.totals)
+            on_epoch(progress.rows)
+            bar.set_postfix_str(f"epoch {progress.epoch}/{spec.epochs}")
+            if progress.epoch < spec.epochs:
+                stop_if_asked()
+                if clock.checkpoint_due(runtime.checkpoint_seconds):
+                    save()
+    progress.seconds = clock.seconds()
+    return progress
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: EvalBatches, *, runtime: Runtime) -> Evaluation:
+    """Return loss and top-1 over every image of `batches`, each counted once."""
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    for images, labels in batches:
+        with autocast(runtime.device, runtime.precision):
+            logits = model(images)
+        totals += _loss_and_correct(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
+    loss, correct = totals.tolist()
+    return Evaluation(loss / len(batches), 100.0 * correct / len(batches))
+
+
+def _step(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer: Optimizer, runtime: Runtime
+) -> torch.Tensor:
+    with autocast(runtime.device, runtime.precision):
+        logits = model(images)
+    loss = F.cross_entropy(logits.float(), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return _loss_and_correct(loss.detach() * len(labels), logits.detach(), labels)
+
+
+def _loss_and_correct(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    # Stays on the device: reading a number per step would make the host wait for it.
+    return torch.stack([loss_sum.double(), (logits.argmax(1) == labels).sum().double()])
+
+
+def _state(
+    progress: Progress, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+) -> dict[str, Any]:
+    return {
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "seconds": progress.seconds,
+        "rows": progress.rows,
+        "totals": progress.totals,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+    }
+
+
+def _restore(
+    state: dict[str, Any], model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+) -> Progress:
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return Progress(state["epoch"], state["step"], state["seconds"], state["rows"], state["totals"])
+
+
+class _Clock:
+    """Training seconds over all sessions of a stage, and when the next checkpoint is due."""
+
+    def __init__(self, before: float) -> None:
+        self._start = time.monotonic() - before
+        self._last_save = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def saved(self) -> None:
+        self._last_save = time.monotonic()
+
+    def checkpoint_due(self, interval: float) -> bool:
+        return time.monotonic() - self._last_save >= interval

@@ -1,0 +1,47 @@
+"""Which device a study runs on, and in which arithmetic."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from rethink_prune.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is there.
+
+    Raises
+    ------
+    UserError
+        If a CUDA device is named and there is none of that number.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not (available and (device.index or 0) < torch.cuda.device_count()):
+        count = torch.cuda.device_count() if available else 0
+        raise UserError(f"device={name}: no such CUDA device; this machine has {count}; use device=auto or device=cpu")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Turn ``auto`` into ``bf16`` where the hardware computes in bfloat16, else ``fp32``.
+
+    Software emulation of bfloat16 is slower than float32, so ``auto`` looks for the instructions, not for whether
+    torch can run the type.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return "bf16" if has_bf16 else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Return the context in which the forward pass runs; weights and their updates stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

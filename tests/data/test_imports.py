@@ -1,0 +1,74 @@
+import hashlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from rethink_prune.errors import UserError
+from rethink_prune.imports import import_object, source_digest
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_modules_of_the_current_folder_are_found(here: Path) -> None:
+    (here / "found_here.py").write_text("def build():\n    return 42\n")
+    before = list(sys.path)
+    build = import_object("found_here:build", "model.name")
+    assert build() == 42  # type: ignore[operator]
+    assert sys.path == before
+
+
+def test_installed_modules_are_found() -> None:
+    assert import_object("pathlib:Path", "model.name") is Path
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("resnet", "must have the form path.to.module:factory"),
+        (":build", "must have the form path.to.module:factory"),
+        ("module:", "must have the form path.to.module:factory"),
+        ("module:a b", "must have the form path.to.module:factory"),
+        ("pathlib:Pfad", "pathlib has no Pfad"),
+        ("sys:path", "is a list, not something that can be called"),
+    ],
+)
+def test_wrong_paths_are_refused(path: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        import_object(path, "model.name")
+    assert str(error.value) == f"model.name={path}: {message}"
+
+
+def test_missing_module_is_told_from_a_missing_import_of_it(here: Path) -> None:
+    (here / "needs_more.py").write_text("import surely_not_there\n")
+    with pytest.raises(UserError, match=f"no module named not_here, neither installed nor in {here}"):
+        import_object("not_here:build", "model.name")
+    with pytest.raises(
+        UserError, match=r"importing needs_more failed with ModuleNotFoundError: .*surely_not_there"
+    ):
+        import_object("needs_more:build", "model.name")
+
+
+def test_module_that_fails_is_named_with_the_reason(here: Path) -> None:
+    (here / "broken_module.py").write_text("1 / 0\n")
+    with pytest.raises(
+        UserError, match="importing broken_module failed with ZeroDivisionError: division by zero"
+    ):
+        import_object("broken_module:build", "dataset.name")
+
+
+def test_digest_is_that_of_the_file(here: Path) -> None:
+    source = here / "digested.py"
+    source.write_text("class Net:\n    def __call__(self): ...\n\ndef build(): ...\n")
+    expected = hashlib.sha256(source.read_bytes()).hexdigest()
+    build, net = (import_object(f"digested:{name}", "model.name") for name in ("build", "Net"))
+    assert source_digest(build) == source_digest(net) == source_digest(net()) == expected  # type: ignore[operator]
+
+
+def test_digest_needs_a_file() -> None:
+    with pytest.raises(UserError, match="builtins: was not loaded from a file"):
+        source_digest(len)

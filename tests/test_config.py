@@ -1,0 +1,85 @@
+"""What the configuration refuses, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import configure
+
+from rethink_prune.__main__ import conf_dir
+from rethink_prune.errors import UserError
+
+EXPERIMENTS = sorted(path.stem for path in (Path(conf_dir()) / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_names_its_own_command(name: str) -> None:
+    configure(f"experiment={name}")
+    assert f"experiment={name}" in (Path(conf_dir()) / "experiment" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        (folder.name, path.stem)
+        for folder in sorted(Path(conf_dir()).iterdir())
+        if folder.is_dir() and folder.name not in ("experiment", "launcher")
+        for path in sorted(folder.glob("*.yaml"))
+    ],
+)
+def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
+    configure(f"{group}={name}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pruner.ratio=1.2"], "pruner.ratio=1.2: must be in (0, 1)"),
+        (["pruner.ratio=-0.1"], "pruner.ratio=-0.1: must be in (0, 1)"),
+        (["pruner.ratio=abc"], "pruner.ratio=abc: must be in (0, 1)"),
+        (["pruner.ratio=[0.5,2]"], "found 2"),
+        (["pruner.variant=A"], "ratio and variant are both targets: give exactly one; for variant, add pruner.ratio=null"),
+        (["pruner.ratio=null"], "no target: give exactly one of ratio, variant, widths"),
+        (["pruner.widths=3", "pruner.ratio=null"], "pruner.widths=3: must be a list"),
+        (["pruner.scope=outer"], "pruner.scope=outer: must be inner or all"),
+        (["pruner.name=l3"], "pruner.name=l3: no such pruner; one of l1"),
+        (["arms=[]"], "arms=[]: no arm to run"),
+        (["arms=[foo]"], "arms=[foo]: no arm foo; there are finetune, scratch_e, scratch_b, large_longer"),
+        (["arms=[finetune,finetune]"], "an arm is named twice"),
+        (["recipe.epochs=0"], "recipe.epochs=0: must be greater than or equal to 1"),
+        (["recipe.batch_size=0"], "recipe.batch_size=0: must be greater than or equal to 1"),
+        (["recipe.lr=-1"], "recipe.lr=-1: must be greater than 0"),
+        (["recipe.lr=.nan"], "recipe.lr=nan: must be"),
+        (["recipe.milestones=[0.9,0.5]"], "must ascend"),
+        (["recipe.milestones=[0.5,120]"], "must be either all epochs or all fractions"),
+        (["recipe.finetune.schedule=step"], "recipe.finetune.schedule=step: must be multistep, cosine or constant"),
+        (["budget.cap=0.5"], "budget.cap=0.5: must be greater than or equal to 1"),
+        (["seed=-1"], "seed=-1: must be greater than or equal to 0"),
+        (["device=gpu"], "device=gpu: must"),
+        (["dataset.channels=2"], "dataset.channels=2: must be 1 or 3"),
+        (["dataset.mean=[0.5,0.5]", "dataset.std=[1,1]"], "mean needs 3 value(s)"),
+        (["+epochs=3"], "epochs: unknown key"),
+        (["+recipe.epoch=3"], "recipe.epoch: unknown key; did you mean epochs?"),
+        (["+pruner.ratios=0.3"], "pruner.ratios: unknown key; did you mean ratio?"),
+        (["+dataset.foo=1"], "dataset.foo: unknown key; known here: name, root"),
+    ],
+)
+def test_one_clear_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        configure(*overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_errors_come_in_one_message() -> None:
+    with pytest.raises(UserError) as error:
+        configure("pruner.ratio=2", "recipe.epochs=0", "seed=-1", "arms=[foo]", "+bar=1")
+    lines = str(error.value).splitlines()
+    assert sorted(line.split("=")[0].split(":")[0] for line in lines) == [
+        "arms",
+        "bar",
+        "pruner.ratio",
+        "recipe.epochs",
+        "seed",
+    ]

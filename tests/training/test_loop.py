@@ -1,0 +1,198 @@
+"""The training loop: resuming changes nothing, divergence is noticed, schedules are PyTorch's."""
+
+from __future__ import annotations
+
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rethink_prune.data import EvalBatches, Split, TrainBatches
+from rethink_prune.errors import Interrupted
+from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.interrupts import Interrupts
+from rethink_prune.training.loop import Diverged, Progress, Row, Runtime, evaluate, train
+from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
+
+CPU = torch.device("cpu")
+STATISTICS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+
+
+def spec(**changes: object) -> OptimizerSpec:
+    values: dict[str, object] = {
+        "optimizer": "sgd",
+        "lr": 0.05,
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 1e-4,
+        "schedule": "multistep",
+        "epochs": 3,
+        "milestones": (1, 2),
+        "gamma": 0.1,
+    }
+    return OptimizerSpec(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(512, 4)
+    )
+
+
+def images() -> Split:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (50, 8, 8, 3), generator=generator, dtype=torch.uint8)
+    return Split(pixels, torch.arange(50) % 4)
+
+
+def run(
+    model: nn.Module, folder: Path, *, interrupts: Interrupts | None = None, seconds: float = 1e9, **changes: object
+) -> Progress:
+    return train(
+        model,
+        TrainBatches(images(), batch_size=16, pad=1, flip=True, device=CPU, seed=0, **STATISTICS),
+        {"test": EvalBatches(images(), batch_size=32, device=CPU, **STATISTICS)},
+        spec(**changes),
+        runtime=Runtime(CPU, "fp32", checkpoint_seconds=seconds),
+        seed=0,
+        checkpoints=Checkpoints(folder),
+        interrupts=interrupts or Interrupts(),
+        title="arm",
+    )
+
+
+def untimed(rows: list[Row]) -> list[Row]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+class StopAfter(Interrupts):
+    """Asks to stop after so many looks at the signal: one per step."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+        super().__init__()
+
+    @property
+    def requested(self) -> int | None:  # type: ignore[override]
+        self.left -= 1
+        return signal.SIGTERM if self.left < 0 else None
+
+    @requested.setter
+    def requested(self, value: int | None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("steps", [0, 2, 3, 5])
+def test_stopped_and_resumed_is_bit_identical_to_uninterrupted(steps: int, tmp_path: Path) -> None:
+    straight, resumed = network(), network()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    expected = run(straight, tmp_path / "a")
+    with pytest.raises(Interrupted, match=r"SIGTERM in arm, epoch \d of 3: saved; run the same command again"):
+        run(network(), tmp_path / "b", interrupts=StopAfter(steps))
+    progress = run(resumed, tmp_path / "b")
+    assert untimed(progress.rows) == untimed(expected.rows)
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    straight, resumed = network(), network()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    run(straight, tmp_path / "a")
+    with pytest.raises(Interrupted):
+        run(network(), tmp_path / "b", interrupts=StopAfter(5), seconds=0)
+    before, newest = Checkpoints(tmp_path / "b").files()
+    newest.write_bytes(newest.read_bytes()[:100])
+    run(resumed, tmp_path / "b")
+    assert f"{newest} is damaged" in caplog.text
+    for a, b in zip(straight.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in range(4):
+        checkpoints.save({"step": step}, epoch=0, step=step)
+    assert len(checkpoints.files()) == 2
+    assert checkpoints.latest() == {"step": 3}
+    checkpoints.clear()
+    assert checkpoints.latest() is None
+
+
+def test_a_checkpoint_cannot_execute_code(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save({"code": print}, epoch=0, step=0)
+    with pytest.raises(Exception, match="weights_only|Unsupported|unsupported"):
+        checkpoints.latest()
+
+
+def test_a_loss_that_is_not_finite_stops_with_epoch_and_learning_rate(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"the training loss became nan in epoch 1 at learning rate 1e\+30"):
+        run(network(), tmp_path, lr=1e30)
+
+
+def test_rows_say_what_happened(tmp_path: Path) -> None:
+    model = network()
+    rows = run(model, tmp_path).rows
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["lr"] for row in rows] == pytest.approx([0.05, 0.005, 0.0005])
+    assert all(row["images"] == 50 for row in rows)
+    result = evaluate(
+        model, EvalBatches(images(), batch_size=7, device=CPU, **STATISTICS), runtime=Runtime(CPU, "fp32")
+    )
+    assert result.loss == pytest.approx(rows[-1]["test_loss"], rel=1e-5)
+    assert result.top1 == rows[-1]["test_top1"]
+
+
+def test_the_loop_equals_the_plain_textbook_loop(tmp_path: Path) -> None:
+    """Without dropout: the same batches through SGD written out by hand."""
+    model, plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    plain.load_state_dict(model.state_dict())
+    run(model, tmp_path)
+    velocity = [torch.zeros_like(p) for p in plain.parameters()]
+    batches = TrainBatches(images(), batch_size=16, pad=1, flip=True, device=CPU, seed=0, **STATISTICS)
+    for epoch in range(3):
+        for x, y in batches.epoch(epoch):
+            plain.zero_grad()
+            nn.functional.cross_entropy(plain(x), y).backward()
+            with torch.no_grad():
+                for p, v in zip(plain.parameters(), velocity, strict=True):
+                    assert p.grad is not None
+                    v.mul_(0.9).add_(p.grad + 1e-4 * p)
+                    p.sub_(0.05 * 0.1**epoch * v)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1.0] * 4),
+        ("multistep", [1.0, 1.0, 0.1, 0.01]),
+        ("cosine", [(1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]),
+    ],
+)
+def test_schedules(schedule: str, expected: list[float]) -> None:
+    chosen = spec(lr=1.0, schedule=schedule, epochs=4, milestones=(2, 3))
+    optimizer = build_optimizer([nn.Parameter(torch.zeros(1))], chosen, fused=False)
+    scheduler = build_scheduler(optimizer, chosen)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_adamw_is_torchs() -> None:
+    optimizer = build_optimizer([nn.Parameter(torch.zeros(1))], spec(optimizer="adamw", lr=0.01), fused=False)
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["weight_decay"] == 1e-4
