@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import configure
+from harness import configure
 
 from rethink_prune.budget import Budget, milestones_for, scratch_b_epochs
 from rethink_prune.config import BudgetConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import configure
+from harness import configure
 
 from rethink_prune.__main__ import conf_dir
 from rethink_prune.errors import UserError
@@ -50,7 +50,7 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
         (["recipe.epochs=0"], "recipe.epochs=0: must be greater than or equal to 1"),
         (["recipe.batch_size=0"], "recipe.batch_size=0: must be greater than or equal to 1"),
         (["recipe.lr=-1"], "recipe.lr=-1: must be greater than 0"),
-        (["recipe.lr=.nan"], "recipe.lr=nan: must be"),
+        (["recipe.lr=nan"], "recipe.lr=nan: must be"),
         (["recipe.milestones=[0.9,0.5]"], "must ascend"),
         (["recipe.milestones=[0.5,120]"], "must be either all epochs or all fractions"),
         (["recipe.finetune.schedule=step"], "recipe.finetune.schedule=step: must be multistep, cosine or constant"),

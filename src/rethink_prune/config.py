@@ -300,10 +300,12 @@ def _line(detail: ErrorDetails, prefix: tuple[str, ...], root: type[Frozen]) -> 
             return f"{path}: unknown key{hint}"
         case "model_type" | "model_attributes_type":
             return f"{path}={_show(detail['input'])}: must be a group of keys"
-    message = message[:1].lower() + message[1:]
+        case "string_pattern_mismatch" if location == ["device"]:
+            message = "must be auto, cpu, cuda or cuda:N"
+    message = (message[:1].lower() + message[1:]).replace("input should", "must").replace("'", "")
     if isinstance(detail["input"], Mapping) and detail["type"] == "value_error":
         return f"{path}: {message}"
-    return f"{path}={_show(detail['input'])}: {message.replace('input should', 'must')}"
+    return f"{path}={_show(detail['input'])}: {message}"
 
 
 def _known_keys(root: type[BaseModel], location: Sequence[str | int]) -> Iterator[str]:

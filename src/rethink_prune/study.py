@@ -242,16 +242,17 @@ class Study:
 
     def build(self) -> nn.Module:
         """Build the unpruned network with the initialisation of ``large``."""
-        model = self.config.model
-        with seeded(derive_seed(self.config.seed, "large-init")):
+        model, seed = self.config.model, derive_seed(self.config.seed, "large-init")
+        with seeded(seed):
             network = build_model(
                 model.name,
                 num_classes=self.info.num_classes,
                 in_channels=self.info.channels,
                 **model.options,
             )
-            init = model.init or family_initialiser(network)
-            if init in INITIALISERS:
+        init = model.init or family_initialiser(network)
+        if init in INITIALISERS:
+            with seeded(seed):
                 INITIALISERS[init](network)
         return network
 
@@ -446,8 +447,11 @@ class Study:
 
     def _import_large(self, checkpoint: Checkpoint) -> Done | Failed:
         """Make a stage of the weights the user brought."""
+        # What training the weights cost is known only if they come from a stage.
+        known = {name: checkpoint.result.get(name) for name in ("epochs", "train_flops")}
         key = {
             "checkpoint": checkpoint.digest,
+            "known": known,
             "network": self._network_key,
             "fingerprint": self.dataset.fingerprint,
             "precision": self.runtime.precision,
@@ -459,8 +463,6 @@ class Study:
             Architecture().save(stage.folder)
             model = self.build()
             model.load_state_dict(checkpoint.state)
-            # What training the weights cost is known only if they come from a stage.
-            known = {name: checkpoint.result.get(name) for name in ("epochs", "train_flops")}
             return {**self._evaluated(model), **asdict(self.cost), **known, "seconds": time.monotonic() - start}
 
         return self._stage("large", "large", key, work)

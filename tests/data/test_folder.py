@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rethink_prune.data import dataset as dataset_module
 from rethink_prune.data import ImageDataset, decoding, describe_dataset, load_dataset
+from rethink_prune.data import dataset as dataset_module
 from rethink_prune.errors import UserError
 
 MakeFolder = Callable[..., Path]

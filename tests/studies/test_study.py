@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, configure
+from harness import SMALL, configure
 
 from rethink_prune import build_model, load_model
 from rethink_prune.errors import UserError
@@ -292,7 +292,7 @@ def test_a_network_of_ones_own(small_study: Run, tmp_path: Path, monkeypatch: py
         (["model.init=xavier"], "model.init=xavier: no such initialiser; one of cifar_resnet"),
         (["model=vgg16"], "model.name=vgg16: fails on images of 3 x 8 x 8"),
         (["budget.reference_model=vgg17"], "no such network"),
-        (["pruner.ratio=null", "pruner.widths=[3,4]"], "pruner.widths: 2 entries for 10 prunable layers"),
+        (["pruner.ratio=null", "pruner.widths=[3,4]"], "pruner.widths: 2 entries for 9 prunable layers"),
         (["pruner.ratio=null", "pruner.target_macs=10"], "pruner.target_macs=10: cannot be reached within 1%"),
         (["dataset.train_limit=5000"], "dataset.train_limit=5000"),
         (["device=cuda:7"], "device=cuda:7: no such CUDA device"),
@@ -310,7 +310,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 
 def test_targets_in_macs_and_parameters(small_study: Run, tmp_path: Path) -> None:
     for quantity in ("macs", "params"):
-        plan = small_study("dry_run=true", "pruner.ratio=null", f"pruner.target_{quantity}=0.5")
+        plan = small_study("dry_run=true", "model=vgg11", "dataset.image_size=16", "pruner.ratio=null", f"pruner.target_{quantity}=0.5")
         assert plan["pruned"][quantity] == pytest.approx(plan["large"][quantity] / 2, rel=0.01)
 
 

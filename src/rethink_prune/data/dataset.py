@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,12 +267,11 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
     for start in range(0, len(pixels), _PIXELS_AT_ONCE):
         for channel, values in enumerate(pixels[start : start + _PIXELS_AT_ONCE].T):
             counts[channel] += np.bincount(values, minlength=256)
-    scale = np.arange(256) / 255
-    means = counts @ scale / len(pixels)
-    variances = [
-        (count @ (scale - mean) ** 2) / len(pixels) for count, mean in zip(counts, means, strict=True)
-    ]
-    return tuple(means.tolist()), tuple(np.sqrt(variances).tolist())
+    number, values = len(pixels), np.arange(256)
+    totals, squares = (counts @ values).tolist(), (counts @ values**2).tolist()
+    # Python's integers, which do not overflow where these products do.
+    deviations = [math.sqrt(number * s - t * t) for t, s in zip(totals, squares, strict=True)]
+    return tuple(t / (255 * number) for t in totals), tuple(d / (255 * number) for d in deviations)
 
 
 def _fingerprint(

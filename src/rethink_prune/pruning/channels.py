@@ -1,8 +1,9 @@
-"""Which channels of a network can be pruned, and which only together: the analysis that every pruner relies on.
+"""Which channels of a network can be pruned, and which only together: the analysis all pruners rely on.
 
-`analyse` traces the network, pushes channel ids through it (see `streams` and `rules`) and sorts them: channels that
-have to go together are a *unit*, the units of a layer (or of layers that share units) a *group*. Pruners score units;
-`Channels.plan` turns the units to drop into the positions each module keeps, for `surgery` to cut.
+`analyse` traces the network, pushes channel ids through it (see `streams` and `rules`) and sorts them:
+channels that have to go together are a *unit*, the units of a layer (or of layers that share units) a
+*group*. Pruners score units; `Channels.plan` turns the units to drop into the positions each module keeps,
+for `surgery` to cut.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.graph import ChannelSelection, describe_call, evaluate, meta_copy, trace
-from rethink_prune.pruning.rules import FUNCTION_RULES, module_rule, operation_name
+from rethink_prune.pruning.rules import function_rule, module_rule, operation_name
 from rethink_prune.pruning.streams import Call, ChannelIds, Flow, Ids, NoRule, Stream
 
 Positions = tuple[int, ...]
@@ -35,18 +36,20 @@ class ChannelGroup:
     Attributes
     ----------
     name : str
-        Name of the first layer in order of execution, followed by ``#2``, ``#3``, ... for further groups that start
-        with the same layer.
+        Name of the first layer in order of execution, followed by ``#2``, ``#3``, ... for further groups that
+        start with the same layer.
     kind : {"conv", "linear", "selection"}
         What the first layer is.
     layers : tuple of str
-        The convolutions, linear layers or channel selections whose output channels it covers, each unit some of all.
+        The convolutions, linear layers or channel selections whose output channels it covers, each unit some
+        of all.
     units : tuple of mappings from str to tuple of int
-        What goes or stays together: for each unit its output positions in each layer. One position in one layer as a
-        rule; a whole group of a grouped convolution; a position in several layers where an addition ties them.
+        What goes or stays together: for each unit its output positions in each layer. One position in one
+        layer as a rule; a whole group of a grouped convolution; a position in several layers where an
+        addition ties them.
     norms : mapping of str to tuple of tuple of int
-        For each batch norm that these channels pass, its positions for each unit. For a channel selection, the norm
-        whose output it reads.
+        For each batch norm that these channels pass, its positions for each unit. For a channel selection,
+        the norm whose output it reads.
     """
 
     name: str
@@ -68,8 +71,8 @@ class Plan:
     Attributes
     ----------
     outputs : mapping of str to tuple of int
-        Kept output positions of convolutions and linear layers, kept entries of channel selections, kept channels of
-        batch norms.
+        Kept output positions of convolutions and linear layers, kept entries of channel selections, kept
+        channels of batch norms.
     inputs : mapping of str to tuple of int
         Kept input positions of convolutions without groups and of linear layers (features, after a flatten).
     attributes : mapping of str to mapping of str to value
@@ -122,7 +125,7 @@ class Channels:
         self._selections = selections
         self._input_shape = input_shape
         # From ids to units: ids that go together get the same number.
-        self._unit_of = _components(ids.count, ids.together)
+        self._unit_of = _components(ids.count, [*ids.united, *ids.tied])
         self._outputs = {name: self._unit_of[values] for name, values in ids.outputs.items()}
         self._coupled = {unit for values in ids.coupled for unit in self._unit_of[values].tolist()}
         reasons: dict[int, str] = {}
@@ -153,19 +156,16 @@ class Channels:
     def consumers(self, layer: str) -> tuple[str, ...]:
         """Return the convolutions and linear layers that read this layer's channels, in order of execution.
 
-        Among them are layers of the same group: the depthwise convolution that follows, for example. Where an addition
-        ties several layers, each reader of the sum counts if it runs after `layer`.
+        What one channel becomes on the way counts as that channel: normalised, pooled, added to others. Where an
+        addition joins several layers, a reader of the sum counts if it runs after `layer`.
         """
         if layer not in self._outputs:
             raise UserError(f"{layer}: is no convolution, linear layer or channel selection of this network")
         order = list(self._outputs)
-        later = order[order.index(layer) + 1 :]
-        units = self._outputs[layer]
-        return tuple(
-            name
-            for name in later
-            if name in self._ids.inputs and np.isin(units, self._units_read(name)).any()
-        )
+        later = [name for name in order[order.index(layer) + 1 :] if name in self._ids.inputs]
+        values = _components(self._ids.count, self._ids.united)
+        written = values[self._ids.outputs[layer]]
+        return tuple(name for name in later if np.isin(written, values[self._ids.inputs[name]]).any())
 
     def plan(self, drop: Mapping[str, Iterable[int]]) -> Plan:
         """Return what each module keeps if units are dropped.
@@ -243,9 +243,6 @@ class Channels:
             shapes={name: node.shape_after(keep) for name, node in self._nodes.items()},
         )
 
-    def _units_read(self, layer: str) -> npt.NDArray[np.int64]:
-        return self._unit_of[self._ids.inputs[layer]]
-
     def _units_to_drop(self, name: str, indexes: Iterable[int]) -> list[int]:
         if name not in self._groups:
             reason = self.frozen.get(name)
@@ -254,7 +251,7 @@ class Channels:
             )
         group, units, _ = self._groups[name]
         chosen = sorted(set(indexes))
-        if chosen and not (0 <= chosen[0] and chosen[-1] < group.size):
+        if chosen and not (chosen[0] >= 0 and chosen[-1] < group.size):
             raise UserError(f"{name}: units to drop must be between 0 and {group.size - 1}")
         if len(chosen) == group.size:
             raise UserError(f"{name}: would lose all of its {group.size} channels; keep at least 1")
@@ -272,11 +269,14 @@ class Channels:
             }
         )
         for layer, norm in self._ids.selected_from.items():
-            for unit, index in zip(self._outputs[layer].tolist(), self._selections.get(layer, ()), strict=False):
+            for unit, index in zip(
+                self._outputs[layer].tolist(), self._selections.get(layer, ()), strict=False
+            ):
                 norms_of.setdefault(unit, {})[norm] = (index,)
 
-        # Units of the same layers are alike; where a layer has several kinds, each is a group, so that no choice within
-        # groups empties a layer. (The streams of a ResNet with padded shortcuts: 16, 16 more and 32 more channels.)
+        # Units of the same layers are alike; where a layer has several kinds, each is a group, so that no
+        # choice within groups empties a layer. (The streams of a ResNet with padded shortcuts: 16, 16 more
+        # and 32 more channels.)
         members: dict[tuple[bool, tuple[str, ...]], list[int]] = {}
         for unit, places in layers_of.items():
             members.setdefault((unit in self._coupled, tuple(places)), []).append(unit)
@@ -389,19 +389,19 @@ def _follow(
             if module is not None:
                 flow = module_rule(ids, call, module)
                 source = node.args[0] if node.args else None
-                if isinstance(module, ChannelSelection) and isinstance(source, fx.Node):
-                    if isinstance(modules.get(str(source.target)), _BatchNorm):
-                        ids.selected_from[call.label] = str(source.target)
+                source = modules.get(str(source.target)) if isinstance(source, fx.Node) else None
+                if isinstance(module, ChannelSelection) and isinstance(source, _BatchNorm):
+                    ids.selected_from[call.label] = str(node.args[0].target)
             elif node.op == "get_attr":
                 ids.read_directly.add(id(call.result))
             elif node.op == "output":
                 for stream in call.counted():
                     ids.freeze(stream.ids, "network output")
             elif call.counted():
-                rule = FUNCTION_RULES.get(call.name)
-                if rule is None:
-                    raise NoRule(f"unknown operation {call.name}")
-                flow = rule(ids, call)
+                flow = function_rule(node)(ids, call)
+            if isinstance(flow, Stream) and len(flow.ids) != call.result.shape[flow.axis]:
+                flow = None
+                raise NoRule(f"unknown form of {call.name}")
         except NoRule as reason:
             ids.leave_whole(call, str(reason) or f"unknown form of {call.name}")
         flows[node] = flow
@@ -412,7 +412,7 @@ def _follow(
 
 
 def _tie_parameters(network: nn.Module, ids: ChannelIds) -> None:
-    """Unite what modules with a parameter in common do with it; freeze modules whose parameter others read."""
+    """Unite modules with a parameter in common; freeze modules whose parameter is read outside of them."""
     owners: dict[int, list[tuple[str, str]]] = {}
     modules = dict(network.named_modules())
     for name, module in modules.items():
@@ -441,7 +441,7 @@ def _tie_parameters(network: nn.Module, ids: ChannelIds) -> None:
         for name, key in others:
             for table in tables:
                 if first in table and (table is not ids.inputs or key == "weight"):
-                    ids.unite(table[first], table[name])
+                    ids.tie(table[first], table[name])
 
 
 def _calls(graph: fx.Graph) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""A network as a graph of operations: tracing it, and the shape of every value in it, without running a kernel."""
+"""A network as a graph of operations, and the shape of every value in it without running a kernel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.errors import UserError
 
-# Their output has their input's shape. On meta tensors these are decomposed in Python, which would take nine tenths
-# of the time.
+# Their output has their input's shape. Torch decomposes these on meta tensors in Python, which would take
+# nine tenths of the time.
 _SAME_SHAPE_MODULES = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -80,8 +80,9 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
         with torch.random.fork_rng(devices=[]):
             graph = _Tracer().trace(model, concrete_args=defaults or None)
     except Exception as error:  # a user's forward may raise anything when it is given proxies
+        name, reason = type(model).__name__, _first_line(error)
         raise UserError(
-            f"{type(model).__name__}: torch.fx cannot trace it, so its channels cannot be followed: {first_line(error)}"
+            f"{name}: torch.fx cannot trace it, so its channels cannot be followed: {reason}"
         ) from error
     for node in graph.nodes:
         # One spelling for f(x) and f(input=x), so that whoever reads the graph need not know both.
@@ -98,7 +99,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo).eval()
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception as error:  # anything a module holds may refuse to be copied
+        raise UserError(f"{type(model).__name__}: cannot be copied: {_first_line(error)}") from error
 
 
 def evaluate(graph: fx.Graph, model: nn.Module, input_shape: tuple[int, ...]) -> dict[fx.Node, Any]:
@@ -132,15 +136,16 @@ def evaluate(graph: fx.Graph, model: nn.Module, input_shape: tuple[int, ...]) ->
             module = modules[str(node.target)]
             if type(module) not in _SAME_SHAPE_MODULES:
                 return module(*args, **kwargs)
-            expected = getattr(module, "num_features", args[0].shape[1])
-            if args[0].shape[1] != expected:
-                raise ValueError(f"expects {expected} channels, got {args[0].shape[1]}")
+            if isinstance(module, _BatchNorm) and module.num_features != args[0].shape[1]:
+                raise ValueError(f"expects {module.num_features} channels, got {args[0].shape[1]}")
             return args[0]
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "output":
             return args[0]
-        return args[0] if node.target in _SAME_SHAPE_FUNCTIONS else node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.target in _SAME_SHAPE_FUNCTIONS:
+            return args[0]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     for node in graph.nodes:
         args = fx.node.map_arg(node.args, values.__getitem__)
@@ -150,7 +155,10 @@ def evaluate(graph: fx.Graph, model: nn.Module, input_shape: tuple[int, ...]) ->
                 value = compute(node, args, kwargs)
         except Exception as error:  # whatever an operation raises about its operands
             name = node.target if node.op == "call_module" else node.name
-            raise UserError(f"{type(model).__name__}: {name}: {first_line(error)}") from error
+            given = ", ".join(str(tuple(arg.shape)) for arg in args if isinstance(arg, torch.Tensor))
+            raise UserError(
+                f"{type(model).__name__}: {name}: cannot take {given or 'this'}: {_first_line(error)}"
+            ) from error
         # Tensors that a forward creates on the CPU cannot meet meta tensors.
         values[node] = value.to("meta") if isinstance(value, torch.Tensor) else value
     return values
@@ -165,7 +173,7 @@ def describe_call(node: fx.Node) -> str:
     return f"{target}({', '.join(arguments)})"
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -1,8 +1,8 @@
 """What each operation does to the ids of its input's channels: one short function per kind of operation.
 
-A rule takes the ids and a call, notes what has to go together or must stay, and returns the flow of the result.
-Where it does not know better it raises `NoRule`, and everything the call reads is left whole: a gap in the rules
-costs pruning, never correctness.
+A rule takes the ids and a call, notes what has to go together or must stay, and returns the flow of the
+result. Where it does not know better it raises `NoRule`, and everything the call reads is left whole: a gap
+in the rules costs pruning, never correctness.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from rethink_prune.pruning.streams import Call, ChannelIds, Flow, Ids, ModulePad
 Rule = Callable[[ChannelIds, Call], Flow]
 
 
-# ---- layers --------------------------------------------------------------------------------------------------
+# ---- layers ----------------------------------------------------------------------------------------------
 
 
 def module_rule(ids: ChannelIds, call: Call, module: nn.Module) -> Flow:
     """Apply the rule of a module that is not traced into."""
     # Exact classes, and no further parameters: a subclass or a parametrization may compute something else.
-    if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
-            return _layer(ids, call, module)
+    plain = {name for name, _ in module.named_parameters()} <= {"weight", "bias"}
+    if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and plain:
+        return _layer(ids, call, module)
     if isinstance(module, ChannelSelection):
         return _selection(ids, call)
     if isinstance(module, _BatchNorm):
@@ -44,11 +44,7 @@ def module_rule(ids: ChannelIds, call: Call, module: nn.Module) -> Flow:
     if isinstance(module, nn.PReLU) and module.num_parameters > 1:
         return _channel_by_channel(ids, call, module.num_parameters)
     if isinstance(module, (nn.GroupNorm, nn.LayerNorm, _InstanceNorm)):
-        # Groups and samples are normalised over their channels: without one, the statistics change. (Instance norm
-        # would follow batch norm's rule; it is rare in networks that are pruned, and left whole with the others.)
-        for flow in call.counted():
-            ids.freeze(flow.ids, f"{call.label}: normalised by {type(module).__name__}")
-        return None
+        return _normalise(ids, call)
     family = type(module).__module__.removeprefix("torch.nn.modules.")
     if family == "padding":
         return _padding_module(ids, call, module)
@@ -83,13 +79,13 @@ def _layer(ids: ChannelIds, call: Call, layer: Any) -> Flow:
     if groups == 1 and call.counted():  # with groups, the layer's own zero weights hide its input
         ids.need_zero(call.stream, call)
     if name in ids.outputs:
-        ids.unite(ids.inputs[name], inputs)
+        ids.tie(ids.inputs[name], inputs)
     else:
         outputs = ids.fresh(layer.out_features if linear else layer.out_channels)
         ids.inputs[name], ids.outputs[name] = inputs, outputs
         if groups > 1:
             members = np.hstack([inputs.reshape(groups, -1), outputs.reshape(groups, -1)])
-            ids.unite(np.broadcast_to(members[:, :1], members.shape).ravel(), members.ravel())
+            ids.tie(np.broadcast_to(members[:, :1], members.shape).ravel(), members.ravel())
     return Stream(ids.outputs[name], axis)
 
 
@@ -107,7 +103,7 @@ def _channel_by_channel(ids: ChannelIds, call: Call, count: int) -> Stream | Non
     """Let a stream pass a module that has parameters for each channel."""
     axis = 1 - call.result.ndim
     taken = _taken(ids, call, axis, count)
-    ids.unite(ids.features.setdefault(call.label, taken), taken)
+    ids.tie(ids.features.setdefault(call.label, taken), taken)
     return call.stream if call.counted() and call.stream.axis == axis else None
 
 
@@ -115,7 +111,7 @@ def _batch_norm(ids: ChannelIds, call: Call, norm: _BatchNorm) -> Flow:
     stream = _channel_by_channel(ids, call, norm.num_features)
     if stream is None:
         return None
-    # A masked channel has scale and shift zero, whatever reaches it. Without them, only zeros are centred to zero.
+    # A masked channel has scale and shift zero, whatever reaches it. Without these, only zeros give zero.
     zero = stream.zero or norm.affine
     if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         tensors = {name for name, _ in [*norm.named_parameters(), *norm.named_buffers()]}
@@ -126,13 +122,25 @@ def _batch_norm(ids: ChannelIds, call: Call, norm: _BatchNorm) -> Flow:
 
 
 def _masked_norm_gives_zero(norm: _BatchNorm, ndim: int) -> bool:
-    """Try whether a subclass of batch norm, which may end in an activation, gives zero for scale and shift zero."""
+    """Try whether a subclass of batch norm, which may end in an activation, gives zero when masked."""
     tensors = [*norm.parameters(), *norm.buffers()]
     masked = copy.deepcopy(norm, {id(t): torch.zeros(t.shape, dtype=t.dtype) for t in tensors})
-    return not masked(torch.ones(1, norm.num_features, *[1] * (ndim - 2))).any().item()
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
+    return not masked(torch.ones(1, norm.num_features, *[1] * (ndim - 2), dtype=dtype)).any().item()
 
 
-# ---- operations that work inside each channel ----------------------------------------------------------------
+def _normalise(ids: ChannelIds, call: Call) -> Flow:
+    """Leave whole what is normalised over several channels: without one, the statistics of the others change.
+
+    Instance norm does not mix channels, but is no part of the networks that are pruned, so it has no rule of
+    its own.
+    """
+    for flow in call.counted():
+        ids.freeze(flow.ids, f"{call.label}: normalised by {call.name}")
+    return None
+
+
+# ---- operations that work inside each channel ------------------------------------------------------------
 
 
 def _keep(ids: ChannelIds, call: Call) -> Flow:
@@ -168,7 +176,7 @@ def _elementwise(
     if function is None:
         target = call.node.target
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
-        in_place = str(getattr(target, "__name__", target)).endswith("_") or call.value(99, "inplace", False)
+        in_place = str(getattr(target, "__name__", target)).endswith("_") or bool(call.kwargs.get("inplace"))
     image = function(torch.zeros(1), *call.args[1:], **call.kwargs)
     return _overwritten(ids, call, replace(stream, zero=stream.zero and not image.any().item()), in_place)
 
@@ -176,24 +184,25 @@ def _elementwise(
 def _overwritten(ids: ChannelIds, call: Call, result: Stream, in_place: bool) -> Stream:
     """Freeze a result that is not zero if it is written to a tensor that others may read.
 
-    They would read it as the tensor it was. The tensor belongs to this call alone if a computation made it for it.
+    They would read it as the tensor it was. The tensor belongs to this call alone if a computation made it
+    for it.
     """
     operand = call.node.args[0]
     if in_place and not result.zero and isinstance(operand, fx.Node):
-        computed = operand.op == "call_module" or FUNCTION_RULES.get(operation_name(operand)) in _COMPUTING
+        computed = operand.op == "call_module" or _FUNCTION_RULES.get(operation_name(operand)) in _COMPUTING
         if len(operand.users) > 1 or not computed:
             ids.freeze(result.ids, f"{call.label}: overwrites a tensor with other readers")
     return result
 
 
-# ---- arithmetic ----------------------------------------------------------------------------------------------
+# ---- arithmetic ------------------------------------------------------------------------------------------
 
 
 def _arithmetic(ids: ChannelIds, call: Call) -> Flow:
     """Unite the operands of ``+ - * /``, channel by channel.
 
-    A sum of zeros is zero. A product is zero where one factor is, so a gate that is not (squeeze and excitation) may be
-    multiplied with the stream whose channels it scales.
+    A sum of zeros is zero. A product is zero where one factor is, so a gate that is not (squeeze and
+    excitation) may be multiplied with the stream whose channels it scales.
     """
     additive = call.name in ("add", "sub")
     first, second = call.flow(0, "input"), call.flow(1, "other")
@@ -245,12 +254,12 @@ def _stream_and_constant(
     return replace(stream, zero=stream.zero and not (additive and constant != 0))
 
 
-# ---- operations that move channels ---------------------------------------------------------------------------
+# ---- operations that move channels -----------------------------------------------------------------------
 
 
 def _cat(ids: ChannelIds, call: Call) -> Flow:
     parts, tensors = call.flow(0, "tensors"), call.value(0, "tensors")
-    axis = _from_end(call.value(1, "dim", 0), call.result.ndim)
+    axis = _from_end(call.dim(1, 0), call.result.ndim)
     streams = [part for part in parts if isinstance(part, Stream)]
     if len(streams) != len(call.counted()) or len({stream.axis for stream in streams}) != 1:
         raise NoRule
@@ -315,7 +324,7 @@ def _narrow(ids: ChannelIds, call: Call) -> Flow:
     stream, start, length = call.stream, call.written(2, "start"), call.written(3, "length")
     if not isinstance(start, int) or not isinstance(length, int):
         raise NoRule
-    if _from_end(call.value(1, "dim"), call.result.ndim) != stream.axis:
+    if _from_end(call.dim(1), call.result.ndim) != stream.axis:
         return stream
 
     def counts(width: int) -> tuple[int, ...]:
@@ -334,7 +343,7 @@ def _split(ids: ChannelIds, call: Call) -> Flow:
     literal = isinstance(how, int) or (isinstance(how, tuple | list) and all(isinstance(n, int) for n in how))
     if not literal:
         raise NoRule
-    if _from_end(call.value(2, "dim", 0), call.args[0].ndim) != stream.axis:
+    if _from_end(call.dim(2, 0), call.args[0].ndim) != stream.axis:
         return [stream] * len(call.result)
 
     def sizes(width: int) -> tuple[int, ...]:
@@ -388,7 +397,7 @@ def _padding_module(ids: ChannelIds, call: Call, module: Any) -> Flow:
 
 
 def _padded_channels(ids: ChannelIds, call: Call, count: int, value: float) -> Ids:
-    """Return the ids of channels that padding adds; they can go with what they are added to only if they are zero."""
+    """Return the ids of channels that padding adds; they can go with others only if they are zero."""
     added = ids.fresh(count)
     ids.coupled.append(added)
     if value != 0:
@@ -407,7 +416,7 @@ def _padded_elsewhere(stream: Stream, padding: Sequence[Any], value: float) -> S
     return replace(stream, zero=stream.zero and (value == 0 or not any(elsewhere)))
 
 
-# ---- operations that change the layout -----------------------------------------------------------------------
+# ---- operations that change the layout -------------------------------------------------------------------
 
 
 def _reshape(ids: ChannelIds, call: Call) -> Flow:
@@ -424,8 +433,9 @@ def _reshape(ids: ChannelIds, call: Call) -> Flow:
 def _layout(shape: tuple[int, ...], axis: int, new: tuple[int, ...]) -> tuple[int, int, int] | None:
     """Return the dimension of `new` that holds the channels, and the outer and inner factors merged into it.
 
-    Both shapes describe the same row of numbers, ``outer dimensions x channels x inner dimensions``. The channels
-    survive in a dimension of `new` if it starts inside the outer dimensions and ends inside the inner ones.
+    Both shapes describe the same row of numbers, ``outer dimensions x channels x inner dimensions``. The
+    channels survive in a dimension of `new` if it starts inside the outer dimensions and ends inside the
+    inner ones.
     """
     before, channels, after = prod(shape[:axis]), shape[axis], prod(shape[axis:]) // max(1, shape[axis])
     for dim, size in enumerate(new):
@@ -447,10 +457,8 @@ def _expand(ids: ChannelIds, call: Call) -> Flow:
 
 def _expand_as(ids: ChannelIds, call: Call) -> Flow:
     """Expand in space to the shape of a stream; the channels then have to match."""
-    stream, like = call.stream, call.flow(1, "other")
-    if not isinstance(stream, Stream) or not isinstance(like, Stream):
-        raise NoRule
-    if stream.axis != like.axis or len(stream.ids) != len(like.ids):
+    stream, like = call.subject, call.flow(1, "other")
+    if not isinstance(like, Stream) or stream.axis != like.axis or len(stream.ids) != len(like.ids):
         raise NoRule
     ids.unite(stream.ids, like.ids)
     return stream
@@ -458,14 +466,13 @@ def _expand_as(ids: ChannelIds, call: Call) -> Flow:
 
 def _sized(ids: ChannelIds, call: Call, result: Stream, dim: int) -> Flow:
     """Check the sizes written in a view or expand: a number that counts channels has to follow them."""
-    first = (
-        call.node.args[1]
-        if len(call.node.args) > 1
-        else call.node.kwargs.get("shape", call.node.kwargs.get("size"))
-    )
-    sizes = list(first) if isinstance(first, tuple | list) else list(call.node.args[1:])
-    flows = call.flow_args[1] if isinstance(first, tuple | list) else call.flow_args[1:]
-    if dim >= len(sizes) or len(flows) != len(sizes):
+    # view(2, -1), view((2, -1)), reshape(x, shape=(2, -1))
+    sizes, flows = list(call.node.args[1:]), list(call.flow_args[1:])
+    if not sizes:
+        sizes, flows = list(call.node.kwargs.values()), list(call.flow_kwargs.values())
+    if isinstance(sizes[0], tuple | list):
+        sizes, flows = sizes[0], flows[0]
+    if dim >= len(sizes):
         raise NoRule
     size, width = sizes[dim], flows[dim]
     if len(call.counted()) > 1 + isinstance(width, Width):
@@ -496,7 +503,7 @@ def _permute(ids: ChannelIds, call: Call) -> Flow:
 
 def _reduce(ids: ChannelIds, call: Call) -> Flow:
     """Follow channels through a mean, sum or extreme value over other dimensions."""
-    stream, dims, keep_dims = call.stream, call.value(1, "dim"), call.value(2, "keepdim", False)
+    stream, dims, keep_dims = call.stream, call.dim(1), call.value(2, "keepdim", False)
     if dims is None or not isinstance(call.result, torch.Tensor):
         raise NoRule
     ndim = call.args[0].ndim
@@ -508,7 +515,7 @@ def _reduce(ids: ChannelIds, call: Call) -> Flow:
     )
 
 
-# ---- reading shapes ------------------------------------------------------------------------------------------
+# ---- reading shapes --------------------------------------------------------------------------------------
 
 
 def _size(ids: ChannelIds, call: Call) -> Flow:
@@ -527,6 +534,11 @@ def _getattr(ids: ChannelIds, call: Call) -> Flow:
     if name != "data":
         raise NoRule(f"unknown attribute {name}")
     return call.stream
+
+
+def _tuple(ids: ChannelIds, call: Call) -> Flow:
+    """Build a named tuple."""
+    return [*call.flow_args, *call.flow_kwargs.values()]
 
 
 def _nothing(ids: ChannelIds, call: Call) -> Flow:
@@ -554,28 +566,36 @@ _IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv")
 _NAMES: dict[Rule, str] = {
     _arithmetic: "add sub mul div",
     _cat: "cat concat concatenate",
-    _elementwise: "abs atan celu clamp clamp_max clamp_min cos elu erf exp expm1 gelu hardshrink hardsigmoid hardswish "
-    "hardtanh leaky_relu log1p logsigmoid mish nan_to_num neg pow relu relu6 rrelu selu sigmoid sign silu sin softplus "
-    "softshrink softsign sqrt square tan tanh tanhshrink threshold",
+    _elementwise: """
+        abs atan celu clamp clamp_max clamp_min cos elu erf exp expm1 gelu hardshrink hardsigmoid hardswish
+        hardtanh leaky_relu log1p logsigmoid mish nan_to_num neg pow relu relu6 rrelu selu sigmoid sign silu
+        sin softplus softshrink softsign sqrt square tan tanh tanhshrink threshold
+    """,
     _expand: "expand",
     _expand_as: "expand_as",
     _getattr: "getattr",
     _getitem: "getitem",
-    _keep: "bfloat16 clone contiguous cpu cuda detach double dropout dropout1d dropout2d dropout3d feature_dropout float "
-    "half stochastic_depth to type",
+    _keep: """
+        bfloat16 clone contiguous cpu cuda detach double dropout dropout1d dropout2d dropout3d feature_dropout
+        float half stochastic_depth to type
+    """,
     _narrow: "narrow",
+    _normalise: "group_norm instance_norm layer_norm",
     _nothing: "dim get_device is_floating_point ndimension",
     _pad: "pad",
     _permute: "permute transpose swapaxes swapdims",
-    _pool: "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
-    "adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d max_pool1d max_pool2d max_pool3d",
+    _pool: """
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+        adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d max_pool1d max_pool2d
+        max_pool3d
+    """,
     _reduce: "amax amin mean sum",
     _resample: "interpolate upsample",
     _reshape: "flatten reshape squeeze unsqueeze view",
     _size: "size",
     _split: "chunk split",
 }
-FUNCTION_RULES: Mapping[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+_FUNCTION_RULES: Mapping[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 _COMPUTING = (_arithmetic, _elementwise)
 _ALIASES = {
@@ -586,6 +606,22 @@ _ALIASES = {
     "truediv": "div",
     "multiply": "mul",
 }
+
+
+def function_rule(node: fx.Node) -> Rule:
+    """Return the rule of a function or method node.
+
+    Raises
+    ------
+    NoRule
+        If there is none.
+    """
+    if hasattr(node.target, "_fields"):
+        return _tuple
+    name = operation_name(node)
+    if name not in _FUNCTION_RULES:
+        raise NoRule(f"unknown operation {name}")
+    return _FUNCTION_RULES[name]
 
 
 def operation_name(node: fx.Node) -> str:

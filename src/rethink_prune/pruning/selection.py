@@ -100,7 +100,9 @@ def widths_for_target(
 ) -> dict[str, int]:
     """Find the one ratio for all layers at which the network costs `target`.
 
-    The cost falls in steps as the ratio grows; bisection closes in on the step nearest to the target.
+    The cost falls in steps as the ratio grows, because layers of equal width lose a channel at the same ratio.
+    Bisection closes in on the step that holds the target; inside it, a second bisection decides how many layers, in
+    network order, already lose their channel.
 
     Parameters
     ----------
@@ -124,22 +126,29 @@ def widths_for_target(
     wanted = target * total if target < 1 else target
     seen: dict[tuple[int, ...], tuple[float, dict[str, int]]] = {}
 
-    def measure(ratio: float) -> float:
-        widths = widths_at(ratio)
+    def costs_more(widths: dict[str, int]) -> bool:
         key = tuple(widths.values())
         if key not in seen:
-            seen[key] = (float(getattr(cost_of(widths), quantity)), widths)
-        return seen[key][0]
+            seen[key] = float(getattr(cost_of(widths), quantity)), widths
+        return seen[key][0] > wanted
 
     low, high = 0.0, 1.0
-    measure(low)
-    measure(high)
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        if measure(middle) > wanted:
-            low = middle
-        else:
-            high = middle
+    wide, narrow = widths_at(low), widths_at(high)
+    if costs_more(wide) and not costs_more(narrow):
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            if costs_more(widths_at(middle)):
+                low, wide = middle, widths_at(middle)
+            else:
+                high, narrow = middle, widths_at(middle)
+        layers = list(wide)
+        first, last = 0, len(layers)
+        while last - first > 1:
+            count = (first + last) // 2
+            if costs_more({layer: (narrow if i < count else wide)[layer] for i, layer in enumerate(layers)}):
+                first = count
+            else:
+                last = count
     reached, widths = min(seen.values(), key=lambda entry: abs(entry[0] - wanted))
     if abs(reached - wanted) > TARGET_TOLERANCE * wanted:
         raise UserError(

@@ -1,8 +1,8 @@
 """Channel ids: what stands for the same channel, what goes together, and what must stay.
 
-Every convolution and linear layer gives its output channels fresh ids, and `rules` pushes them through the graph.
-`ChannelIds` keeps what is learnt on the way. "A channel can go" means: the network without it computes exactly what
-it computes with the channel's weights, and its batch norms' scale and shift, set to zero.
+Every convolution and linear layer gives its output channels fresh ids, and `rules` pushes them through the
+graph. `ChannelIds` keeps what is learnt on the way. "A channel can go" means: the network without it computes
+exactly what it computes with the channel's weights, and its batch norms' scale and shift, set to zero.
 """
 
 from __future__ import annotations
@@ -48,16 +48,17 @@ class Width:
     ids: Ids
 
 
-# What travels along an edge of the graph. None is what no channel can be removed from: the input image, a parameter,
-# a number, or the result of an operation without a rule.
+# What travels along an edge of the graph. None is what no channel can be removed from: the input image, a
+# parameter, a number, or the result of an operation without a rule.
 Flow = Union[Stream, Width, Sequence["Flow"], None]  # noqa: UP007  (a string cannot be an operand of |)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One node of the graph with what reaches it: flows and values of its arguments, and the value of its result.
+    """One node of the graph, with flows and values of its arguments and the value of its result.
 
-    Values are meta tensors, numbers, and containers of both; `flow_args` has a flow for each node among the arguments.
+    Values are meta tensors, numbers, and containers of both. In `flow_args` and `flow_kwargs`, the flow of
+    each node stands in its place.
     """
 
     node: fx.Node
@@ -71,6 +72,10 @@ class Call:
     def value(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument's value."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def dim(self, position: int, default: Any = None) -> Any:
+        """Return the value of the argument that torch calls ``dim`` and also accepts as ``axis``."""
+        return self.value(position, "dim", self.kwargs.get("axis", default))
 
     def flow(self, position: int, name: str) -> Any:
         """Return an argument's flow; a constant is its own."""
@@ -148,7 +153,17 @@ class Constant:
 
 @dataclass(frozen=True)
 class ModulePadding:
-    """A padding module that adds channels: its ``padding``, and the ids that entries `position` and the next add."""
+    """A padding module that adds channels.
+
+    Attributes
+    ----------
+    padding : tuple of int
+        The module's, last dimension first.
+    position : int
+        Where in it the channels' two entries start.
+    before, after : ndarray
+        Ids of the channels it adds.
+    """
 
     padding: tuple[int, ...]
     position: int
@@ -171,8 +186,10 @@ class ChannelIds:
         execution. A channel selection has outputs only.
     features : dict of str to ndarray
         Ids of the channels that a module normalises or scales one by one.
-    together : list of pairs of ndarray
-        Ids that go or stay together, pairwise.
+    united : list of pairs of ndarray
+        Ids that meet in one value (in a sum, for example), pairwise: they go or stay together.
+    tied : list of pairs of ndarray
+        Ids that go or stay together because a module's weights tie them.
     frozen : list of (ndarray, str)
         Ids that must stay, and why.
     coupled : list of ndarray
@@ -190,7 +207,8 @@ class ChannelIds:
     outputs: dict[str, Ids] = field(default_factory=dict)
     inputs: dict[str, Ids] = field(default_factory=dict)
     features: dict[str, Ids] = field(default_factory=dict)
-    together: list[tuple[Ids, Ids]] = field(default_factory=list)
+    united: list[tuple[Ids, Ids]] = field(default_factory=list)
+    tied: list[tuple[Ids, Ids]] = field(default_factory=list)
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
     coupled: list[Ids] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
@@ -215,9 +233,14 @@ class ChannelIds:
         self.frozen.append((ids, reason))
 
     def unite(self, first: Ids, second: Ids) -> None:
-        """Note that channels go or stay together, position by position."""
+        """Note that channels meet in one value, position by position."""
         if first is not second:
-            self.together.append((first, second))
+            self.united.append((first, second))
+
+    def tie(self, first: Ids, second: Ids) -> None:
+        """Note that the weights of a module tie channels, position by position."""
+        if first is not second:
+            self.tied.append((first, second))
 
     def leave_whole(self, call: Call, reason: str) -> None:
         """Freeze everything a call reads, with a warning."""

@@ -1,7 +1,8 @@
 """Cutting a network to the channels a plan keeps, and rebuilding the result from data.
 
-`apply` gives the pruned network with inherited weights and its `Architecture`; `reshape` gives a freshly built network
-the same shapes, so that ``load_state_dict`` fits: there is no pickle, and no network definition with a list of widths.
+`apply` gives the pruned network with inherited weights and its `Architecture`; `reshape` gives a freshly
+built network the same shapes, so that ``load_state_dict`` fits: there is no pickle, and no network definition
+with a list of widths.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Architecture:
     Attributes
     ----------
     modules : mapping of str to mapping of str to value
-        New attribute values of each changed module: ``{"conv1": {"out_channels": 14}, "bn1": {"num_features": 14}}``.
+        New attribute values of each changed module: ``{"conv1": {"out_channels": 14}, ...}``.
     edits : mapping of str to mapping
         New numbers for constants in the traced graph, by node name; see `rewrite`.
     selections : mapping of str to torch.Tensor
@@ -50,7 +51,7 @@ class Architecture:
     selections: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write ``architecture.json``, and ``architecture.safetensors`` if there are tensors, into `folder`."""
+        """Write ``architecture.json``, and ``architecture.safetensors`` if it has tensors, into `folder`."""
         content = {
             "format": _FORMAT,
             "modules": self.modules,
@@ -98,9 +99,9 @@ def apply(model: nn.Module, plan: Plan) -> tuple[nn.Module, Architecture]:
     Returns
     -------
     pruned : nn.Module
-        Keeps class, state-dict keys, mode, dtypes, devices and ``requires_grad``. Where a constant in the forward pass
-        had to change (``x[:, :8]``), it is an ``fx.GraphModule`` with the same modules inside. Its parameters are new:
-        build the optimiser afterwards.
+        Keeps class, state-dict keys, mode, dtypes, devices and ``requires_grad``. Where a constant in the
+        forward pass had to change (``x[:, :8]``), it is an ``fx.GraphModule`` with the same modules inside.
+        Its parameters are new: build the optimiser afterwards.
     architecture : Architecture
 
     Raises
@@ -109,8 +110,11 @@ def apply(model: nn.Module, plan: Plan) -> tuple[nn.Module, Architecture]:
         If the pruned network would not run, or not run the same operations.
     """
     pruned = _cut(model, plan.outputs, plan.inputs, plan.attributes)
-    pruned = _edit(pruned, plan.edits)
-    _check(pruned, plan)
+    shapes = meta_copy(pruned)
+    graph = _edited_graph(shapes, plan.edits)
+    _check(graph, shapes, plan)
+    if plan.edits:
+        pruned = _with_graph(pruned, graph, shapes)
     selections = {
         name: module.indexes.detach().clone()
         for name, module in pruned.named_modules()
@@ -151,7 +155,7 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
                     f"{type(model).__name__}: has no {name}.{attribute}, which the architecture changes"
                 )
             if attribute in (*_OUTPUT_WIDTHS, *_INPUT_WIDTHS):
-                if not 1 <= value <= full:
+                if not isinstance(value, int) or not 1 <= value <= full:
                     raise UserError(
                         f"{name}.{attribute}={value}: must be between 1 and {full}, its full width"
                     )
@@ -163,14 +167,17 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
     reshaped = _cut(model, outputs, inputs, architecture.modules)
     for name, indexes in architecture.selections.items():
         reshaped.get_buffer(f"{name}.indexes").copy_(indexes)
-    return _edit(reshaped, architecture.edits)
+    if not architecture.edits:
+        return reshaped
+    shapes = meta_copy(reshaped)
+    return _with_graph(reshaped, _edited_graph(shapes, architecture.edits), shapes)
 
 
 def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]) -> nn.Module:
     """Return a copy of `model` at full width in which the dropped channels are zero wherever they appear.
 
-    In evaluation mode it computes what the pruned network computes: the definition of pruning a channel, and the
-    reference that tests compare surgery with.
+    In evaluation mode it computes what the pruned network computes: the definition of pruning a channel, and
+    the reference that tests compare surgery with.
 
     Parameters
     ----------
@@ -212,7 +219,8 @@ def rewrite(node: fx.Node, kind: str, position: int, counts: list[int]) -> None:
     node : fx.Node
         A call of an operation with constants that count channels.
     kind : {"slice", "narrow", "split", "pad", "size"}
-        The operation: an index with a slice, ``narrow``, ``split`` or ``chunk``, ``pad``, ``view`` and its like.
+        The operation: an index with a slice, ``narrow``, ``split`` or ``chunk``, ``pad``, ``view`` and its
+        like.
     position : int
         Where the numbers stand in the index, padding or size.
     counts : list of int
@@ -260,8 +268,8 @@ def _cut(
     attributes: Mapping[str, Mapping[str, Any]],
 ) -> nn.Module:
     """Return a copy of `model` with these rows and columns of its tensors, and with these attributes."""
-    # deepcopy takes from `memo` what is already copied. With the cut tensors there, the full ones are never copied,
-    # and a tensor with two owners stays one tensor.
+    # deepcopy takes from `memo` what is already copied. With the cut tensors there, the full ones are never
+    # copied, and a tensor with two owners stays one tensor.
     memo: dict[int, Any] = {}
     for name in outputs.keys() | inputs.keys():
         module = model.get_submodule(name)
@@ -282,39 +290,46 @@ def _cut(
     result = copy.deepcopy(model, memo)
     for name, values in attributes.items():
         for attribute, value in values.items():
-            setattr(result.get_submodule(name), attribute, value)
+            setattr(result.get_submodule(name), attribute, tuple(value) if isinstance(value, list) else value)
     return result
 
 
-def _edit(model: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """Return `model` with constants of its graph rewritten, or as it is where there are none."""
-    if not edits:
-        return model
-    graph = trace(meta_copy(model))
+def _edited_graph(shapes: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> fx.Graph:
+    """Return the trace of a `meta_copy`, with constants rewritten."""
+    graph = trace(shapes)
     nodes = {node.name: node for node in graph.nodes}
     for name, edit in edits.items():
         if name not in nodes:
             raise UserError(
-                f"{type(model).__name__}: its graph has no {name}, which the architecture changes"
+                f"{type(shapes).__name__}: its graph has no {name}, which the architecture changes"
             )
         rewrite(nodes[name], edit["kind"], edit["position"], list(edit["counts"]))
-    edited = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    # A graph module holds only what its graph uses, in plain containers. Give it the network's own modules instead, so
-    # that state-dict keys, their order, and unused parts (auxiliary heads) stay.
-    for name, _ in list(edited.named_children()):
-        delattr(edited, name)
+    return graph
+
+
+def _with_graph(model: nn.Module, graph: fx.Graph, traced: nn.Module) -> fx.GraphModule:
+    """Return a graph module around the modules of `model`, which must not be used any more."""
+    persistent = model.state_dict().keys()
+    for node in graph.nodes:
+        if node.op == "get_attr" and hasattr(traced, node.target) and not hasattr(model, node.target):
+            # A tensor that the forward pass creates; the tracer put it into the module it traced.
+            model.register_buffer(node.target, getattr(traced, node.target))
+    result = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    # It holds what its graph uses, in plain containers. With the network's own modules instead, the keys of
+    # the state dict, their order and unused parts (auxiliary heads) remain.
+    for name, _ in list(result.named_children()):
+        delattr(result, name)
     for name, module in model.named_children():
-        edited.add_module(name, module)
+        result.add_module(name, module)
     for name, parameter in model.named_parameters(recurse=False):
-        edited.register_parameter(name, parameter)
-    edited.train(model.training)
-    for name, module in model.named_modules():
-        if name:
-            edited.get_submodule(name).training = module.training
-    return edited
+        result.register_parameter(name, parameter)
+    for name, buffer in model.named_buffers(recurse=False):
+        result.register_buffer(name, buffer, persistent=name in persistent)
+    result.training = model.training
+    return result
 
 
-def _check(pruned: nn.Module, plan: Plan) -> None:
+def _check(graph: fx.Graph, shapes: nn.Module, plan: Plan) -> None:
     """Run the pruned network on shapes alone and compare every operation with what the plan expects.
 
     Raises
@@ -322,9 +337,7 @@ def _check(pruned: nn.Module, plan: Plan) -> None:
     UserError
         If an operation differs, for example because the forward pass computes with a layer's width.
     """
-    network = meta_copy(pruned)
-    graph = trace(network)
-    values = evaluate(graph, network, plan.input_shape)
+    values = evaluate(graph, shapes, plan.input_shape)
     seen = {node.name: (node, value) for node, value in values.items() if isinstance(value, torch.Tensor)}
     for name, shape in plan.shapes.items():
         node, value = seen.get(name, (None, None))
@@ -332,11 +345,11 @@ def _check(pruned: nn.Module, plan: Plan) -> None:
         if node is None or value is None or tuple(value.shape) != shape:
             found = "is gone" if value is None else f"gives {tuple(value.shape)} instead of {shape}"
             raise UserError(
-                f"{type(pruned).__name__}: cannot be pruned like this: after surgery {label} {found}"
+                f"{type(shapes).__name__}: cannot be pruned like this: after surgery {label} {found}"
             )
         if name not in plan.edits and describe_call(node) != plan.calls[name]:
             raise UserError(
-                f"{type(pruned).__name__}: cannot be pruned: {label} depends on the width of a layer: "
+                f"{type(shapes).__name__}: cannot be pruned: {label} depends on the width of a layer: "
                 f"{plan.calls[name]} became {describe_call(node)}"
             )
 

@@ -1,0 +1,75 @@
+"""The reference that surgery is compared with: the same network, with the channels masked to zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rethink_prune.pruning.channels import Channels, analyse
+from rethink_prune.pruning.surgery import apply, mask
+
+Drop = Mapping[str, Sequence[int]]
+Compare = Callable[..., tuple[Channels, nn.Module]]
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every tensor values that no channel shares: float64, evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = (1 / max(1, parameter[0].numel())) ** 0.5 if parameter.ndim > 1 else 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * scale)
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                if module.affine:
+                    module.weight.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+                if module.running_mean is not None and module.running_var is not None:
+                    module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 2)
+                    module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    return model
+
+
+def random_drop(channels: Channels, scope: str, share: float, seed: int = 0) -> dict[str, list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        group.name: torch.randperm(group.size, generator=generator)[: int(group.size * share)].tolist()
+        for group in channels.groups(scope)
+    }
+
+
+@pytest.fixture
+def pruned_equals_masked() -> Compare:
+    """Prune at random (or as told) and compare with the masked network; return the analysis and the pruned network."""
+
+    def compare(
+        model: nn.Module,
+        shape: tuple[int, ...],
+        *,
+        scope: str = "all",
+        share: float = 0.5,
+        drop: Drop | None = None,
+    ) -> tuple[Channels, nn.Module]:
+        randomise(model)
+        example = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        channels = analyse(model, example)
+        chosen = random_drop(channels, scope, share) if drop is None else drop
+        with torch.no_grad():
+            before = model(example)
+            masked = mask(model, channels, chosen)(example)
+            pruned, _ = apply(model, channels.plan(chosen))
+            after = pruned(example)
+            assert torch.equal(model(example), before), "the network itself was changed"
+        assert after.shape == before.shape
+        assert (after - masked).abs().max() < 1e-10
+        if any(chosen.values()):
+            assert (before - masked).abs().max() > 1e-6, (
+                "masking changed nothing, so the comparison shows nothing"
+            )
+        return channels, pruned
+
+    return compare
