@@ -35,9 +35,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=["cifar10", "cifar100"], default="cifar10")
     parser.add_argument(
         "--source",
@@ -47,9 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--target", type=Path, required=True, help="the new folder")
     parser.add_argument("--jpeg-quality", type=int, choices=range(1, 101), metavar="Q", help="1 to 100")
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="only the first N images of each class and side"
-    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images of each class and side")
     return parser.parse_args()
 
 

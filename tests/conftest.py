@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SMALL, configure
 
+from harness import SMALL, configure
 from rethink_prune.study import run_study
 from rethink_prune.training.interrupts import Interrupts
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import configure
 
+from harness import configure
 from rethink_prune.budget import Budget, milestones_for, scratch_b_epochs
 from rethink_prune.config import BudgetConfig
 from rethink_prune.study import run_study

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness import configure
 
+from harness import configure
 from rethink_prune.__main__ import conf_dir
 from rethink_prune.errors import UserError
 
@@ -39,7 +39,10 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
         (["pruner.ratio=-0.1"], "pruner.ratio=-0.1: must be in (0, 1)"),
         (["pruner.ratio=abc"], "pruner.ratio=abc: must be in (0, 1)"),
         (["pruner.ratio=[0.5,2]"], "found 2"),
-        (["pruner.variant=A"], "ratio and variant are both targets: give exactly one; for variant, add pruner.ratio=null"),
+        (
+            ["pruner.variant=A"],
+            "ratio and variant are both targets: give exactly one; for variant, add pruner.ratio=null",
+        ),
         (["pruner.ratio=null"], "no target: give exactly one of ratio, variant, widths"),
         (["pruner.widths=3", "pruner.ratio=null"], "pruner.widths=3: must be a list"),
         (["pruner.scope=outer"], "pruner.scope=outer: must be inner or all"),
@@ -53,7 +56,10 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
         (["recipe.lr=nan"], "recipe.lr=nan: must be"),
         (["recipe.milestones=[0.9,0.5]"], "must ascend"),
         (["recipe.milestones=[0.5,120]"], "must be either all epochs or all fractions"),
-        (["recipe.finetune.schedule=step"], "recipe.finetune.schedule=step: must be multistep, cosine or constant"),
+        (
+            ["recipe.finetune.schedule=step"],
+            "recipe.finetune.schedule=step: must be multistep, cosine or constant",
+        ),
         (["budget.cap=0.5"], "budget.cap=0.5: must be greater than or equal to 1"),
         (["seed=-1"], "seed=-1: must be greater than or equal to 0"),
         (["device=gpu"], "device=gpu: must"),

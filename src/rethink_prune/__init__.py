@@ -1,4 +1,4 @@
-"""Is it better to prune and fine-tune a trained network, or to train the pruned architecture from scratch?"""
+"""Compare pruning and fine-tuning a trained network with training the pruned architecture from scratch."""
 
 from __future__ import annotations
 

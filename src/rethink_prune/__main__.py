@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -26,7 +27,8 @@ def run(tree: DictConfig) -> None:
     from rethink_prune.study import check_config, run_study
     from rethink_prune.training.interrupts import Interrupts
 
-    config = check_config(OmegaConf.to_container(tree, resolve=True))
+    plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+    config = check_config(plain)
     job = HydraConfig.get()
     with Interrupts() as interrupts:
         run_study(

@@ -254,7 +254,9 @@ def parse_config(
             tree.pop("pruner")
     unknown = [arm for arm in tree.get("arms") or () if arm not in arms]
     if unknown:
-        problems.append(f"arms={_show(tree['arms'])}: no arm {', '.join(map(str, unknown))}; there are {', '.join(arms)}")
+        problems.append(
+            f"arms={_show(tree['arms'])}: no arm {', '.join(map(str, unknown))}; there are {', '.join(arms)}"
+        )
     try:
         config = StudyConfig.model_validate(tree)
     except ValidationError as error:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import tempfile
-
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-        with open(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -44,9 +44,7 @@ def import_object(path: str, what: str) -> object:
     except Exception as error:
         # A package that is missing inside the user's module is a failure of that module, not a wrong path.
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            raise UserError(
-                f"{what}={path}: no module named {error.name}, neither installed nor in {here}"
-            ) from error
+            raise UserError(f"{what}={path}: no module named {error.name}, neither installed nor in {here}") from error
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{what}={path}: importing {module_name} failed with {reason} (HYDRA_FULL_ERROR=1 shows where)"
@@ -80,7 +78,5 @@ def source_digest(obj: object) -> str:
     name = getattr(obj, "__module__", None) or type(obj).__module__
     file = getattr(sys.modules.get(name), "__file__", None)
     if file is None:
-        raise UserError(
-            f"{name}: was not loaded from a file, so its results cannot be told apart from others'"
-        )
+        raise UserError(f"{name}: was not loaded from a file, so its results cannot be told apart from others'")
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rethink_prune.arms import ARMS, Arm
+from rethink_prune.arms import ARMS
 from rethink_prune.budget import Budget, Training, phase_training
 from rethink_prune.config import Phase, StudyConfig, parse_config
 from rethink_prune.cost import Cost, count_cost, on_meta
@@ -46,6 +46,8 @@ from rethink_prune.training.schedule import OptimizerSpec
 from rethink_prune.weights import Checkpoint, load_stage_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
+
+UNPRUNED = Architecture()
 
 
 def check_config(tree: Mapping[str, Any]) -> StudyConfig:
@@ -165,6 +167,8 @@ class Study:
         self.info = describe_dataset(**self._describe)
         self.image_shape = (self.info.channels, self.info.image_size, self.info.image_size)
         self.pruner = find_pruner(config.pruner.name)
+        if config.model.init not in (None, *INITIALISERS):
+            raise UserError(f"model.init={config.model.init}: no such initialiser; one of {', '.join(INITIALISERS)}")
         model = self.build()
         self.init = self._check_init(model)
         self._check_output(model)
@@ -251,7 +255,7 @@ class Study:
                 **model.options,
             )
         init = model.init or family_initialiser(network)
-        if init in INITIALISERS:
+        if init is not None:
             with seeded(seed):
                 INITIALISERS[init](network)
         return network
@@ -335,7 +339,13 @@ class Study:
         if not isinstance(pruned.done, Done):
             return Failed("large failed, so there is no pruned network to start from")
         build = partial(self._inherit, pruned.architecture, pruned.done)
-        return run(kind="finetune", build=build, cost=pruned.cost, architecture=pruned.architecture, parent=pruned.done)
+        return run(
+            kind="finetune",
+            build=build,
+            cost=pruned.cost,
+            architecture=pruned.architecture,
+            parent=pruned.done,
+        )
 
     # How stages are done.
 
@@ -382,7 +392,7 @@ class Study:
         cost: Cost,
         phase: Phase,
         training: Training,
-        architecture: Architecture = Architecture(),
+        architecture: Architecture = UNPRUNED,
         parent: Done | None = None,
     ) -> Done | Failed:
         """Train a network as a stage, and show it in TensorBoard."""
@@ -401,7 +411,11 @@ class Study:
         augment = {"pad": self.config.dataset.pad, "flip": self.config.dataset.flip} if recipe.augment else None
         key = {
             "data": {"fingerprint": self.dataset.fingerprint, "augment": augment},
-            "training": {**asdict(spec), "batch_size": recipe.batch_size, "precision": self.runtime.precision},
+            "training": {
+                **asdict(spec),
+                "batch_size": recipe.batch_size,
+                "precision": self.runtime.precision,
+            },
             "seed": self.config.seed,
             "network": self._network_key,
             "architecture": _architecture_key(architecture),
@@ -460,10 +474,15 @@ class Study:
         def work(stage: Stage) -> dict[str, Any]:
             start = time.monotonic()
             save_weights(stage.model_file, checkpoint.state)
-            Architecture().save(stage.folder)
+            UNPRUNED.save(stage.folder)
             model = self.build()
             model.load_state_dict(checkpoint.state)
-            return {**self._evaluated(model), **asdict(self.cost), **known, "seconds": time.monotonic() - start}
+            return {
+                **self._evaluated(model),
+                **asdict(self.cost),
+                **known,
+                "seconds": time.monotonic() - start,
+            }
 
         return self._stage("large", "large", key, work)
 
@@ -472,14 +491,18 @@ class Study:
         model = self.build()
         model.load_state_dict(load_stage_weights(large.stage))
         generator = derive_generator(self.config.seed, "prune")
-        result = run_pruner(
-            self.pruner, self.target, model, data=self.train_batches.epoch(0), generator=generator
-        )
+        result = run_pruner(self.pruner, self.target, model, data=self.train_batches.epoch(0), generator=generator)
         save_weights(stage.model_file, result.model.state_dict())
         result.architecture.save(stage.folder)
         cost = count_cost(result.model, self.image_shape)
         evaluated = self._evaluated(result.model)
-        return {**evaluated, **asdict(cost), "train_flops": 0, "epochs": 0, "seconds": time.monotonic() - start}
+        return {
+            **evaluated,
+            **asdict(cost),
+            "train_flops": 0,
+            "epochs": 0,
+            "seconds": time.monotonic() - start,
+        }
 
     def _inherit(self, architecture: Architecture, parent: Done) -> nn.Module:
         model = reshape(self.build(), architecture)
@@ -514,11 +537,8 @@ class Study:
         return {**options.model_dump(mode="json"), "source": source}
 
     def _check_init(self, model: nn.Module) -> str | None:
-        """Return the initialiser of scratch arms: as configured, the family's, or None for a network of no family."""
-        name = self.config.model.init
-        if name is not None and name not in INITIALISERS:
-            raise UserError(f"model.init={name}: no such initialiser; one of {', '.join(INITIALISERS)}")
-        init = name or family_initialiser(model)
+        """Return the initialiser of scratch arms: as configured, the family's, or None where there is neither."""
+        init = self.config.model.init or family_initialiser(model)
         if init is None and any(ARMS[arm].weights == "fresh" for arm in self.config.arms):
             try:
                 INITIALISERS["reset_parameters"](on_meta(model))
@@ -628,7 +648,10 @@ class Summary:
         self.content["pruned"] = entry
         self.content["study"]["warnings"] += pruned.report.warnings
         self.content["study"]["ledger"] = Budget(
-            self.study.config.recipe, self.study.config.budget, self.study.budget.macs_reference, pruned.cost.macs
+            self.study.config.recipe,
+            self.study.config.budget,
+            self.study.budget.macs_reference,
+            pruned.cost.macs,
         ).summary()
         self.content["arms"] = {}
         self._write()

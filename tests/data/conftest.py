@@ -48,9 +48,7 @@ class FakeCifar:
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         import torchvision.datasets
 
-        self.dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[
-            name
-        ]
+        self.dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
         num_classes = {"cifar10": 10, "cifar100": 100}[name]
         label_key = {"cifar10": "labels", "cifar100": "fine_labels"}[name]
         random = np.random.default_rng(0)

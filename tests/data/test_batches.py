@@ -85,9 +85,7 @@ def test_distribution_is_that_of_the_usual_transforms() -> None:
     split = Split(repeated, torch.zeros(draws, dtype=torch.int64))
     batches = train_batches(split, mean=(0.0,), std=(1.0,), pad=1, batch_size=1000)
     ours = [
-        np.rint(values.numpy() * 255).astype(np.uint8).tobytes()
-        for images, _ in batches.epoch(0)
-        for values in images
+        np.rint(values.numpy() * 255).astype(np.uint8).tobytes() for images, _ in batches.epoch(0) for values in images
     ]
     outcomes = sorted(set(theirs) | set(ours))
     table = np.array([[side.count(outcome) for outcome in outcomes] for side in (theirs, ours)])
@@ -116,9 +114,7 @@ def test_without_augmentation_images_are_shuffled_but_unchanged() -> None:
 def test_crop_and_flip_work_alone(pad: int, flip: bool) -> None:
     split = make_split(16)
     images, labels = whole_epoch(train_batches(split, pad=pad, flip=flip), epoch=0)
-    unchanged = [
-        torch.equal(image, usual(split.images[label])) for image, label in zip(images, labels, strict=True)
-    ]
+    unchanged = [torch.equal(image, usual(split.images[label])) for image, label in zip(images, labels, strict=True)]
     assert not all(unchanged)
 
 
@@ -142,9 +138,7 @@ def test_resumed_epoch_goes_on_where_it_was() -> None:
 def test_epochs_and_seeds_differ() -> None:
     split = make_split(32)
     orders = [
-        whole_epoch(train_batches(split, seed=seed), epoch=epoch)[1].tolist()
-        for seed in (0, 1)
-        for epoch in (0, 1)
+        whole_epoch(train_batches(split, seed=seed), epoch=epoch)[1].tolist() for seed in (0, 1) for epoch in (0, 1)
     ]
     assert len({tuple(order) for order in orders}) == 4
 

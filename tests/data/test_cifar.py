@@ -58,8 +58,7 @@ def test_offline_says_which_file_to_put_where(tmp_path: Path, fake_cifar: FakeCi
     assert message.startswith("dataset.name=cifar100: could not be downloaded (")
     assert "refused" in message
     assert message.endswith(
-        f"; put cifar-100-python.tar.gz (md5 {fake.dataset.tgz_md5}, from {fake.dataset.url}) "
-        f"into {tmp_path / 'here'}"
+        f"; put cifar-100-python.tar.gz (md5 {fake.dataset.tgz_md5}, from {fake.dataset.url}) into {tmp_path / 'here'}"
     )
 
 
@@ -98,17 +97,13 @@ def test_script_writes_a_folder_with_the_same_pixels(
     assert torch.equal(folder.train.labels, cifar.train.labels[order])
 
 
-def test_script_can_limit_and_compress(
-    tmp_path: Path, fake_cifar: FakeCifar, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_script_can_limit_and_compress(tmp_path: Path, fake_cifar: FakeCifar, monkeypatch: pytest.MonkeyPatch) -> None:
     run_script(fake_cifar("cifar10"), monkeypatch, tmp_path, "--limit", "2", "--jpeg-quality", "90")
     assert len(list((tmp_path / "out/train/class 3").glob("*.jpg"))) == 2
     assert len(list((tmp_path / "out/test/class 3").glob("*.jpg"))) == 1
 
 
-def test_script_refuses_a_target_in_use(
-    tmp_path: Path, fake_cifar: FakeCifar, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_script_refuses_a_target_in_use(tmp_path: Path, fake_cifar: FakeCifar, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious.txt").touch()
     with pytest.raises(SystemExit, match="is there already and not empty"):

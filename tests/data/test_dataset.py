@@ -66,10 +66,7 @@ def test_splits_do_not_overlap_and_keep_their_labels(tmp_path: Path) -> None:
         for image, label in zip(whole.train.images, whole.train.labels, strict=True)
     }
     held, kept = (
-        {
-            (image.numpy().tobytes(), int(label))
-            for image, label in zip(split.images, split.labels, strict=True)
-        }
+        {(image.numpy().tobytes(), int(label)) for image, label in zip(split.images, split.labels, strict=True)}
         for split in (parts.validation, parts.train)
     )
     assert held | kept == known
@@ -145,9 +142,7 @@ def test_options_that_do_not_fit_are_refused(name: str, options: dict[str, objec
         ({"std": [0.5, 0.5, 0]}, "dataset.std=[0.5, 0.5, 0]: must be positive"),
     ],
 )
-def test_statistics_that_do_not_fit_are_refused(
-    tmp_path: Path, options: dict[str, list[float]], message: str
-) -> None:
+def test_statistics_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, list[float]], message: str) -> None:
     with pytest.raises(UserError) as error:
         load_dataset("digits", cache_dir=tmp_path, **options)  # type: ignore[arg-type]
     assert str(error.value) == message

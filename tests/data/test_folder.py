@@ -119,9 +119,7 @@ def test_limit_decodes_only_what_it_takes(make_folder: MakeFolder, decoded: list
     assert sorted(torch.bincount(dataset.train.labels).tolist()) == [2, 2, 3]
 
 
-def test_subset_does_not_depend_on_the_order_on_disk(
-    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_subset_does_not_depend_on_the_order_on_disk(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder()
     before = load(root, train_limit=7)
     real = os.scandir
@@ -255,18 +253,14 @@ def test_test_and_val_together_are_refused(make_folder: MakeFolder) -> None:
 
 def test_one_class_is_refused(make_folder: MakeFolder) -> None:
     root = make_folder(classes=("cat",))
-    assert (
-        refusal(root) == f"dataset.root=ROOT: train has one class (cat), two or more are needed; {EXPECTED}"
-    )
+    assert refusal(root) == f"dataset.root=ROOT: train has one class (cat), two or more are needed; {EXPECTED}"
 
 
 def test_images_outside_class_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "test").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "train/0.png")
-    assert refusal(tmp_path) == (
-        f"dataset.root=ROOT: train has no class folders, two or more are needed; {EXPECTED}"
-    )
+    assert refusal(tmp_path) == (f"dataset.root=ROOT: train has no class folders, two or more are needed; {EXPECTED}")
 
 
 def test_differing_class_names_are_refused(make_folder: MakeFolder) -> None:

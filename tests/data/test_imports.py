@@ -47,17 +47,13 @@ def test_missing_module_is_told_from_a_missing_import_of_it(here: Path) -> None:
     (here / "needs_more.py").write_text("import surely_not_there\n")
     with pytest.raises(UserError, match=f"no module named not_here, neither installed nor in {here}"):
         import_object("not_here:build", "model.name")
-    with pytest.raises(
-        UserError, match=r"importing needs_more failed with ModuleNotFoundError: .*surely_not_there"
-    ):
+    with pytest.raises(UserError, match=r"importing needs_more failed with ModuleNotFoundError: .*surely_not_there"):
         import_object("needs_more:build", "model.name")
 
 
 def test_module_that_fails_is_named_with_the_reason(here: Path) -> None:
     (here / "broken_module.py").write_text("1 / 0\n")
-    with pytest.raises(
-        UserError, match="importing broken_module failed with ZeroDivisionError: division by zero"
-    ):
+    with pytest.raises(UserError, match="importing broken_module failed with ZeroDivisionError: division by zero"):
         import_object("broken_module:build", "dataset.name")
 
 

@@ -30,7 +30,9 @@ def test_published_parameters_and_macs(name: str, params: int, macs: int) -> Non
 
 
 def test_macs_of_a_network_counted_by_hand() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 25, 7))
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 25, 7)
+    )
     cost = count_cost(model, (4, 5, 5))
     assert cost.macs == 25 * 6 * 2 * 9 + 6 * 25 * 7
     assert cost.params == 6 * 2 * 9 + 6 + 12 + 7 * 150 + 7

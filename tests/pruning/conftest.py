@@ -44,7 +44,7 @@ def random_drop(channels: Channels, scope: str, share: float, seed: int = 0) -> 
 
 @pytest.fixture
 def pruned_equals_masked() -> Compare:
-    """Prune at random (or as told) and compare with the masked network; return the analysis and the pruned network."""
+    """Prune at random, or as told, and compare with the masked network; give the analysis and the result."""
 
     def compare(
         model: nn.Module,
@@ -67,9 +67,7 @@ def pruned_equals_masked() -> Compare:
         assert after.shape == before.shape
         assert (after - masked).abs().max() < 1e-10
         if any(chosen.values()):
-            assert (before - masked).abs().max() > 1e-6, (
-                "masking changed nothing, so the comparison shows nothing"
-            )
+            assert (before - masked).abs().max() > 1e-6, "masking changed nothing, so the comparison shows nothing"
         return channels, pruned
 
     return compare

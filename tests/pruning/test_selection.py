@@ -22,7 +22,12 @@ SIZES = {"layer1.0.conv1": 16, "layer1.1.conv1": 16, "layer2.0.conv1": 32}
 def test_kept_counts_are_the_published_ones() -> None:
     assert [kept_count(64, r) for r in (0.1, 0.3)] == [57, 44]
     assert [kept_count(n, r) for n, r in [(16, 0.1), (32, 0.3), (32, 0.4), (16, 0.6)]] == [14, 22, 19, 6]
-    assert [kept_count(n, r) for n, r in [(128, 0.3), (256, 0.3), (256, 0.4), (128, 0.6)]] == [89, 179, 153, 51]
+    assert [kept_count(n, r) for n, r in [(128, 0.3), (256, 0.3), (256, 0.4), (128, 0.6)]] == [
+        89,
+        179,
+        153,
+        51,
+    ]
     assert kept_count(10, 0.9) == 1, "10 * (1 - 0.9) is 0.99... in floating point"
     assert kept_count(16, 0.999) == 1
 
@@ -40,7 +45,11 @@ def test_ratio_per_layer_by_pattern_and_by_position() -> None:
 @pytest.mark.parametrize(
     ("ratio", "skip", "message"),
     [
-        ({"layer9.*": 0.5}, (), "pruner.ratio: layer9.* matches no prunable layer; there are: layer1.0.conv1"),
+        (
+            {"layer9.*": 0.5},
+            (),
+            "pruner.ratio: layer9.* matches no prunable layer; there are: layer1.0.conv1",
+        ),
         ([0.5], (), "pruner.ratio: 1 entries for 3 prunable layers"),
         (0.5, ["stem"], "pruner.skip: stem matches no prunable layer"),
     ],

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SMALL, configure
 
+from harness import SMALL, configure
 from rethink_prune import build_model, load_model
 from rethink_prune.errors import UserError
 from rethink_prune.models.initialisers import INITIALISERS
@@ -99,7 +99,9 @@ def test_a_sweep_over_ratios_trains_large_once(small_study: Run, tmp_path: Path)
         ("pruner.ratio=0.7", {"large"}),
     ],
 )
-def test_keys_hold_exactly_what_decides_a_result(change: str, shared: set[str], small_study: Run, tmp_path: Path) -> None:
+def test_keys_hold_exactly_what_decides_a_result(
+    change: str, shared: set[str], small_study: Run, tmp_path: Path
+) -> None:
     arms = "arms=[finetune,scratch_e]"
     small_study(arms, "recipe.epochs=1")
     before = set(stages(tmp_path))
@@ -159,9 +161,7 @@ class NarrowVGG(torch.nn.Module):
             if index in (0, 1, 3, 5):
                 modules.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*modules)
-        self.classifier = nn.Sequential(
-            nn.Linear(widths[-1], 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 10)
-        )
+        self.classifier = nn.Sequential(nn.Linear(widths[-1], 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 10))
 
     def draw(self) -> None:
         for module in self.modules():
@@ -179,7 +179,9 @@ def test_arms_see_the_same_batches(small_study: Run, monkeypatch: pytest.MonkeyP
 
     seen: list[torch.Tensor] = []
     real = loop._step
-    monkeypatch.setattr(loop, "_step", lambda model, images, *rest: (seen.append(images), real(model, images, *rest))[1])
+    monkeypatch.setattr(
+        loop, "_step", lambda model, images, *rest: (seen.append(images), real(model, images, *rest))[1]
+    )
     small_study("arms=[scratch_e]", "large.baseline=true", "recipe.epochs=1")
     large, scratch = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert all(torch.equal(a, b) for a, b in zip(large, scratch, strict=True))
@@ -212,7 +214,9 @@ def test_a_diverging_arm_fails_alone(small_study: Run, tmp_path: Path) -> None:
 
 
 def test_without_large_the_arms_that_need_it_fail_and_the_others_run(small_study: Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="large failed: .*; finetune failed: large failed, so there is no pruned network"):
+    with pytest.raises(
+        UserError, match="large failed: .*; finetune failed: large failed, so there is no pruned network"
+    ):
         small_study("recipe.lr=1e30", "arms=[finetune]")
 
 
@@ -293,7 +297,10 @@ def test_a_network_of_ones_own(small_study: Run, tmp_path: Path, monkeypatch: py
         (["model=vgg16"], "model.name=vgg16: fails on images of 3 x 8 x 8"),
         (["budget.reference_model=vgg17"], "no such network"),
         (["pruner.ratio=null", "pruner.widths=[3,4]"], "pruner.widths: 2 entries for 9 prunable layers"),
-        (["pruner.ratio=null", "pruner.target_macs=10"], "pruner.target_macs=10: cannot be reached within 1%"),
+        (
+            ["pruner.ratio=null", "pruner.target_macs=10"],
+            "pruner.target_macs=10: cannot be reached within 1%",
+        ),
         (["dataset.train_limit=5000"], "dataset.train_limit=5000"),
         (["device=cuda:7"], "device=cuda:7: no such CUDA device"),
     ],
@@ -310,7 +317,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 
 def test_targets_in_macs_and_parameters(small_study: Run, tmp_path: Path) -> None:
     for quantity in ("macs", "params"):
-        plan = small_study("dry_run=true", "model=vgg11", "dataset.image_size=16", "pruner.ratio=null", f"pruner.target_{quantity}=0.5")
+        plan = small_study(
+            "dry_run=true",
+            "model=vgg11",
+            "dataset.image_size=16",
+            "pruner.ratio=null",
+            f"pruner.target_{quantity}=0.5",
+        )
         assert plan["pruned"][quantity] == pytest.approx(plan["large"][quantity] / 2, rel=0.01)
 
 

@@ -60,9 +60,7 @@ class Normalization:
         Where the images are.
     """
 
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], *, width: int, device: torch.device
-    ) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], *, width: int, device: torch.device) -> None:
         # One value per entry of a pixel row, not per channel: a last axis of 3 is too short to vectorise.
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device).repeat(width)
         self._std = torch.tensor(std, dtype=torch.float32, device=device).repeat(width)

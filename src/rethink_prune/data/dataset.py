@@ -223,9 +223,7 @@ def _find_source(
     if ":" in name:
         return own_source(name, root=root, image_size=image_size, channels=channels, args=args)
     if args:
-        raise UserError(
-            f"dataset.args={dict(args)}: only dataset.name=path.to.module:factory takes arguments"
-        )
+        raise UserError(f"dataset.args={dict(args)}: only dataset.name=path.to.module:factory takes arguments")
     match name:
         case "digits":
             return digits_source(image_size=image_size, channels=channels)
@@ -233,9 +231,7 @@ def _find_source(
             return cifar_source(name, root=root, image_size=image_size, channels=channels)
         case "folder":
             return folder_source(root=root, image_size=image_size, channels=channels)
-    raise UserError(
-        f"dataset.name={name}: unknown; choose digits, cifar10, cifar100, folder or path.to.module:factory"
-    )
+    raise UserError(f"dataset.name={name}: unknown; choose digits, cifar10, cifar100, folder or path.to.module:factory")
 
 
 def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:

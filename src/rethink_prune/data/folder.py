@@ -142,9 +142,7 @@ def _list_side(root: Path, side: str, classes: Sequence[str]) -> _Side:
                     status = entry.stat()
                     found.append(ImageFile(f"{side}/{name}/{entry.name}", status.st_size, status.st_mtime_ns))
         if not found:
-            raise UserError(
-                f"dataset.root={root}: no image in {side}/{name}; images end in {' '.join(IMAGE_ENDINGS)}"
-            )
+            raise UserError(f"dataset.root={root}: no image in {side}/{name}; images end in {' '.join(IMAGE_ENDINGS)}")
         files += sorted(found, key=lambda file: file.name)
         counts.append(len(found))
     return _Side(tuple(files), tuple(counts))

@@ -33,9 +33,7 @@ def _left_in_groups(proc: Path, cgroups: Path) -> list[int]:
     """Return what each control group around this process leaves, in bytes, for those that have a limit."""
     left: list[int] = []
     try:
-        own = next(
-            line for line in (proc / "self/cgroup").read_text().splitlines() if line.startswith("0::/")
-        )
+        own = next(line for line in (proc / "self/cgroup").read_text().splitlines() if line.startswith("0::/"))
     except (OSError, StopIteration):
         return left
     group = cgroups / own.removeprefix("0::/")

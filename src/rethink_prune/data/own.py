@@ -60,9 +60,7 @@ def own_source(
         raise UserError(f"dataset.channels={channels}: {name} gives {depth}; set dataset.channels={depth}")
 
     def read(cache_dir: Path, progress: bool) -> Contents:
-        return Contents(
-            classes, memory_pool(train.images, train.labels), memory_pool(test.images, test.labels)
-        )
+        return Contents(classes, memory_pool(train.images, train.labels), memory_pool(test.images, test.labels))
 
     return Source(
         image_size=height,
@@ -78,13 +76,9 @@ def _check_split(pair: object, where: str, num_classes: int) -> Split:
         raise UserError(f"{where}: must be a pair of images and labels")
     images, labels = (np.asarray(part) for part in pair)
     if images.dtype != np.uint8 or images.ndim != 4:
-        raise UserError(
-            f"{where}: images must be uint8, N x H x W x C, not {images.dtype} of shape {images.shape}"
-        )
+        raise UserError(f"{where}: images must be uint8, N x H x W x C, not {images.dtype} of shape {images.shape}")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise UserError(
-            f"{where}: labels must be {len(images)} integers, not {labels.dtype} of shape {labels.shape}"
-        )
+        raise UserError(f"{where}: labels must be {len(images)} integers, not {labels.dtype} of shape {labels.shape}")
     if not images.size:
         raise UserError(f"{where}: has no images")
     if labels.min() < 0 or labels.max() >= num_classes:

@@ -35,8 +35,7 @@ def model_factory(name: str) -> Callable[..., nn.Module]:
         assert callable(factory)
         return factory
     raise UserError(
-        f"model.name={name}: no such network; one of {', '.join(MODELS)}, "
-        "or your own as path.to.module:factory"
+        f"model.name={name}: no such network; one of {', '.join(MODELS)}, or your own as path.to.module:factory"
     )
 
 

@@ -135,9 +135,7 @@ class Channels:
         self._free = np.ones(ids.count, dtype=bool)
         self._free[list(reasons)] = False
         self.frozen = {
-            name: reasons[units[0].item()]
-            for name, units in self._outputs.items()
-            if not self._free[units].any()
+            name: reasons[units[0].item()] for name, units in self._outputs.items() if not self._free[units].any()
         }
         self.warnings = tuple(dict.fromkeys(ids.warnings))
 
@@ -156,8 +154,8 @@ class Channels:
     def consumers(self, layer: str) -> tuple[str, ...]:
         """Return the convolutions and linear layers that read this layer's channels, in order of execution.
 
-        What one channel becomes on the way counts as that channel: normalised, pooled, added to others. Where an
-        addition joins several layers, a reader of the sum counts if it runs after `layer`.
+        What one channel becomes on the way counts as that channel: normalised, pooled, added to others. Where
+        an addition joins several layers, a reader of the sum counts if it runs after `layer`.
         """
         if layer not in self._outputs:
             raise UserError(f"{layer}: is no convolution, linear layer or channel selection of this network")
@@ -246,9 +244,7 @@ class Channels:
     def _units_to_drop(self, name: str, indexes: Iterable[int]) -> list[int]:
         if name not in self._groups:
             reason = self.frozen.get(name)
-            raise UserError(
-                f"{name}: " + (f"stays whole ({reason})" if reason else "no group of this network")
-            )
+            raise UserError(f"{name}: " + (f"stays whole ({reason})" if reason else "no group of this network"))
         group, units, _ = self._groups[name]
         chosen = sorted(set(indexes))
         if chosen and not (chosen[0] >= 0 and chosen[-1] < group.size):
@@ -269,9 +265,7 @@ class Channels:
             }
         )
         for layer, norm in self._ids.selected_from.items():
-            for unit, index in zip(
-                self._outputs[layer].tolist(), self._selections.get(layer, ()), strict=False
-            ):
+            for unit, index in zip(self._outputs[layer].tolist(), self._selections.get(layer, ()), strict=False):
                 norms_of.setdefault(unit, {})[norm] = (index,)
 
         # Units of the same layers are alike; where a layer has several kinds, each is a group, so that no
@@ -325,22 +319,23 @@ def analyse(model: nn.Module, example: torch.Tensor) -> Channels:
     UserError
         If the network cannot be traced, or does not take `example`.
     """
-    network, input_shape = meta_copy(model), tuple(example.shape)
+    # The tracer puts constants into what it traces, so each trace has a copy.
+    network, training_network = meta_copy(model), meta_copy(model)
+    input_shape = tuple(example.shape)
     ids = ChannelIds()
     graph = trace(network)
     try:
-        training = trace(network, training=True)
+        training_graph = trace(training_network, training=True)
     except UserError as error:
-        training = None
+        training_graph = None
         ids.warnings.append(f"only evaluation mode was followed; in training mode, {error}")
-    network.eval()
-    alike = training is not None and _calls(graph) == _calls(training)
+    alike = training_graph is not None and _calls(graph) == _calls(training_graph)
     # A constant is edited in a traced graph, which would then run in both modes.
     ids.can_edit = alike
     with torch.random.fork_rng(devices=[]):
         nodes = _follow(graph, network, ids, input_shape)
-        if training is not None and not alike:
-            _follow(training, network, ids, input_shape)
+        if training_graph is not None and not alike:
+            _follow(training_graph, training_network.eval(), ids, input_shape)
     _tie_parameters(network, ids)
     selections = {
         name: module.indexes.tolist()
@@ -365,9 +360,7 @@ class _Node:
         return (*self.shape[:dim], int(keep[self.stream.ids].sum()), *self.shape[dim + 1 :])
 
 
-def _follow(
-    graph: fx.Graph, network: nn.Module, ids: ChannelIds, input_shape: tuple[int, ...]
-) -> dict[str, _Node]:
+def _follow(graph: fx.Graph, network: nn.Module, ids: ChannelIds, input_shape: tuple[int, ...]) -> dict[str, _Node]:
     """Apply the rule of every node; return the nodes whose result is a tensor."""
     values = evaluate(graph, network, input_shape)
     flows: dict[fx.Node, Any] = {}
@@ -393,7 +386,7 @@ def _follow(
                 if isinstance(module, ChannelSelection) and isinstance(source, _BatchNorm):
                     ids.selected_from[call.label] = str(node.args[0].target)
             elif node.op == "get_attr":
-                ids.read_directly.add(id(call.result))
+                ids.read_directly.add(str(node.target))
             elif node.op == "output":
                 for stream in call.counted():
                     ids.freeze(stream.ids, "network output")
@@ -420,7 +413,7 @@ def _tie_parameters(network: nn.Module, ids: ChannelIds) -> None:
         for key, tensor in own:
             owners.setdefault(id(tensor), []).append((name, key))
     tables = (ids.outputs, ids.inputs, ids.features)
-    for tensor_id, places in owners.items():
+    for places in owners.values():
         (first, first_key), *others = places
         alike = all(
             key == first_key
@@ -429,10 +422,8 @@ def _tie_parameters(network: nn.Module, ids: ChannelIds) -> None:
             and all((name in table) == (first in table) for table in tables)
             for name, key in others
         )
-        if tensor_id in ids.read_directly or not alike:
-            reason = (
-                "its parameters are read outside of it" if alike else "shares a parameter with another kind"
-            )
+        if not alike or any(f"{name}.{key}" in ids.read_directly for name, key in places):
+            reason = "its parameters are read outside of it" if alike else "shares a parameter with another kind"
             for table in tables:
                 for name, _ in places:
                     if name in table:

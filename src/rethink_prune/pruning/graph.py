@@ -53,9 +53,7 @@ class ChannelSelection(nn.Module):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, (_BatchNorm, ChannelSelection)) or super().is_leaf_module(
-            module, qualified_name
-        )
+        return isinstance(module, (_BatchNorm, ChannelSelection)) or super().is_leaf_module(module, qualified_name)
 
 
 def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
@@ -81,9 +79,7 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
             graph = _Tracer().trace(model, concrete_args=defaults or None)
     except Exception as error:  # a user's forward may raise anything when it is given proxies
         name, reason = type(model).__name__, _first_line(error)
-        raise UserError(
-            f"{name}: torch.fx cannot trace it, so its channels cannot be followed: {reason}"
-        ) from error
+        raise UserError(f"{name}: torch.fx cannot trace it, so its channels cannot be followed: {reason}") from error
     for node in graph.nodes:
         # One spelling for f(x) and f(input=x), so that whoever reads the graph need not know both.
         if "input" in node.kwargs and not node.args:
@@ -166,9 +162,7 @@ def evaluate(graph: fx.Graph, model: nn.Module, input_shape: tuple[int, ...]) ->
 
 def describe_call(node: fx.Node) -> str:
     """Return the call as text: what is called, with which constants."""
-    target = (
-        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
-    )
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
     arguments = [repr(a) for a in node.args] + [f"{key}={value!r}" for key, value in node.kwargs.items()]
     return f"{target}({', '.join(arguments)})"
 

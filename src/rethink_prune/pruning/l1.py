@@ -25,9 +25,7 @@ from rethink_prune.pruning.channels import ChannelGroup
 from rethink_prune.pruning.pruner import Batches, Pruner
 
 
-def _resnet(
-    blocks_per_stage: int, stage_ratios: Sequence[float], skipped_convs: Iterable[int]
-) -> Mapping[str, Any]:
+def _resnet(blocks_per_stage: int, stage_ratios: Sequence[float], skipped_convs: Iterable[int]) -> Mapping[str, Any]:
     """Say a published CIFAR-ResNet target in terms of layer names.
 
     The publications number the 3 x 3 convolutions from 1, the stem's; block ``b`` (from 0) holds ``2b + 2`` and
@@ -72,7 +70,10 @@ class L1(Pruner):
         return {
             group.name: torch.stack(
                 [
-                    sum((norms[layer][list(positions)].sum() for layer, positions in unit.items()), torch.zeros(()))
+                    sum(
+                        (norms[layer][list(positions)].sum() for layer, positions in unit.items()),
+                        torch.zeros(()),
+                    )
                     for unit in group.units
                 ]
             )

@@ -214,11 +214,11 @@ def run_pruner(
 
 
 def _find_variant(pruner: Pruner, options: PrunerOptions, network: str | None) -> Mapping[str, Any]:
-    of_network = pruner.variants.get(network or "", {})
-    if options.variant not in of_network:
+    variant = pruner.variants.get(network or "", {}).get(options.variant or "")
+    if variant is None:
         known = "; ".join(f"{name}: {', '.join(variants)}" for name, variants in pruner.variants.items())
         raise UserError(
             f"pruner.variant={options.variant}: {options.name} has no such variant of {network or 'this network'}; "
             f"there are {known or 'none'}; or give pruner.ratio"
         )
-    return of_network[options.variant]
+    return variant

@@ -241,9 +241,7 @@ def _two_streams(ids: ChannelIds, call: Call, first: Stream, second: Stream, add
     return replace(first, zero=first.zero or (second.zero and call.name == "mul"))
 
 
-def _stream_and_constant(
-    ids: ChannelIds, call: Call, stream: Stream, constant: Any, additive: bool
-) -> Stream | None:
+def _stream_and_constant(ids: ChannelIds, call: Call, stream: Stream, constant: Any, additive: bool) -> Stream | None:
     """Combine a stream with a number, a parameter, or another tensor that stays whole."""
     if isinstance(constant, torch.Tensor):
         width = constant.shape[stream.axis] if constant.ndim >= -stream.axis else 1
@@ -467,7 +465,8 @@ def _expand_as(ids: ChannelIds, call: Call) -> Flow:
 def _sized(ids: ChannelIds, call: Call, result: Stream, dim: int) -> Flow:
     """Check the sizes written in a view or expand: a number that counts channels has to follow them."""
     # view(2, -1), view((2, -1)), reshape(x, shape=(2, -1))
-    sizes, flows = list(call.node.args[1:]), list(call.flow_args[1:])
+    sizes: Any = list(call.node.args[1:])
+    flows: Any = list(call.flow_args[1:])
     if not sizes:
         sizes, flows = list(call.node.kwargs.values()), list(call.flow_kwargs.values())
     if isinstance(sizes[0], tuple | list):
@@ -510,9 +509,7 @@ def _reduce(ids: ChannelIds, call: Call) -> Flow:
     reduced = {_from_end(dim, ndim) for dim in (dims if isinstance(dims, Sequence) else [dims])}
     if stream.axis in reduced:
         raise NoRule(f"{call.name} over the channels")
-    return (
-        stream if keep_dims else replace(stream, axis=stream.axis + sum(dim > stream.axis for dim in reduced))
-    )
+    return stream if keep_dims else replace(stream, axis=stream.axis + sum(dim > stream.axis for dim in reduced))
 
 
 # ---- reading shapes --------------------------------------------------------------------------------------

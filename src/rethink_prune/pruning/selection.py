@@ -71,7 +71,9 @@ def widths_for_ratio(
     ratios = _per_layer("ratio", ratio, sizes)
     left_whole = _matches("skip", skip, sizes)
     return {
-        layer: size if layer in left_whole or layer not in ratios else limits.apply(kept_count(size, ratios[layer]), size)
+        layer: size
+        if layer in left_whole or layer not in ratios
+        else limits.apply(kept_count(size, ratios[layer]), size)
         for layer, size in sizes.items()
     }
 

@@ -196,8 +196,8 @@ class ChannelIds:
         Ids that an addition or a padding ties.
     selected_from : dict of str to str
         The batch norm whose output a channel selection reads.
-    read_directly : set of int
-        ``id()`` of each parameter that is read outside of its module.
+    read_directly : set of str
+        Parameters and buffers that are read outside of their module, by name.
     warnings : list of str
         What was left whole for want of a rule.
     """
@@ -214,7 +214,7 @@ class ChannelIds:
     constants: list[Constant] = field(default_factory=list)
     paddings: dict[str, ModulePadding] = field(default_factory=dict)
     selected_from: dict[str, str] = field(default_factory=dict)
-    read_directly: set[int] = field(default_factory=set)
+    read_directly: set[str] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
 
     def fresh(self, count: int) -> Ids:
@@ -267,6 +267,4 @@ class ChannelIds:
             self.constants.append(Constant(call.label, kind, position, stream, pieces, unedited))
             return
         for ids in (stream, *pieces):
-            self.freeze(
-                ids, f"{call.label}: counts channels, and training and evaluation mode run different graphs"
-            )
+            self.freeze(ids, f"{call.label}: counts channels, and training and evaluation mode run different graphs")

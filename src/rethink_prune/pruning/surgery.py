@@ -151,15 +151,13 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
         for attribute, value in attributes.items():
             full = getattr(modules.get(name), attribute, None)
             if attribute not in _ATTRIBUTES or full is None:
-                raise UserError(
-                    f"{type(model).__name__}: has no {name}.{attribute}, which the architecture changes"
-                )
-            if attribute in (*_OUTPUT_WIDTHS, *_INPUT_WIDTHS):
-                if not isinstance(value, int) or not 1 <= value <= full:
-                    raise UserError(
-                        f"{name}.{attribute}={value}: must be between 1 and {full}, its full width"
-                    )
-                (outputs if attribute in _OUTPUT_WIDTHS else inputs)[name] = range(value)
+                raise UserError(f"{type(model).__name__}: has no {name}.{attribute}, which the architecture changes")
+            if attribute != "padding" and not (isinstance(value, int) and 1 <= value <= full):
+                raise UserError(f"{name}.{attribute}={value}: must be between 1 and {full}, its full width")
+            if attribute in _OUTPUT_WIDTHS:
+                outputs[name] = range(value)
+            elif attribute in _INPUT_WIDTHS and getattr(modules[name], "groups", 1) == 1:
+                inputs[name] = range(value)
     for name, indexes in architecture.selections.items():
         if not isinstance(modules.get(name), ChannelSelection):
             raise UserError(f"{type(model).__name__}: has no channel selection {name}")
@@ -201,9 +199,7 @@ def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]
                         weight = masked.get_parameter(f"{reader}.weight")
                         weight[:, _others(plan.inputs[reader], weight.shape[1])] = 0
                 continue
-            tensors = [
-                t for t in (module.weight, getattr(module, "bias", None)) if isinstance(t, torch.Tensor)
-            ]
+            tensors = [t for t in (module.weight, getattr(module, "bias", None)) if isinstance(t, torch.Tensor)]
             # A norm without scale and shift gives zero for a zero channel only if its mean is zero.
             tensors = tensors or [t for t in (module.running_mean,) if isinstance(t, torch.Tensor)]
             for tensor in tensors:
@@ -300,9 +296,7 @@ def _edited_graph(shapes: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> 
     nodes = {node.name: node for node in graph.nodes}
     for name, edit in edits.items():
         if name not in nodes:
-            raise UserError(
-                f"{type(shapes).__name__}: its graph has no {name}, which the architecture changes"
-            )
+            raise UserError(f"{type(shapes).__name__}: its graph has no {name}, which the architecture changes")
         rewrite(nodes[name], edit["kind"], edit["position"], list(edit["counts"]))
     return graph
 
@@ -344,9 +338,7 @@ def _check(graph: fx.Graph, shapes: nn.Module, plan: Plan) -> None:
         label = str(node.target) if node is not None and node.op == "call_module" else name
         if node is None or value is None or tuple(value.shape) != shape:
             found = "is gone" if value is None else f"gives {tuple(value.shape)} instead of {shape}"
-            raise UserError(
-                f"{type(shapes).__name__}: cannot be pruned like this: after surgery {label} {found}"
-            )
+            raise UserError(f"{type(shapes).__name__}: cannot be pruned like this: after surgery {label} {found}")
         if name not in plan.edits and describe_call(node) != plan.calls[name]:
             raise UserError(
                 f"{type(shapes).__name__}: cannot be pruned: {label} depends on the width of a layer: "

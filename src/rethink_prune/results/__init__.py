@@ -1,0 +1,1 @@
+"""What a study leaves behind: metrics, tables, pictures, TensorBoard."""

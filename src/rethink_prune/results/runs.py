@@ -50,7 +50,9 @@ def runs_table(summaries: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table with one row per run: top-1 of the last epoch, per arm."""
     arms = list(dict.fromkeys(arm for summary in summaries for arm in summary.get("arms", {})))
     columns = ["model", "dataset", "pruner", "recipe", "budget", "seed", "MACs kept", "unpruned", *arms]
-    rows = [[*_description(summary), *(_top1(summary.get("arms", {}).get(arm)) for arm in arms)] for summary in summaries]
+    rows = [
+        [*_description(summary), *(_top1(summary.get("arms", {}).get(arm)) for arm in arms)] for summary in summaries
+    ]
     return markdown(columns, rows)
 
 

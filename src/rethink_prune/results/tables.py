@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-COLUMNS = ("arm", "top-1 %", "vs large", "parameters", "MACs", "epochs", "training FLOPs", "total FLOPs", "seconds")
+COLUMNS = (
+    "arm",
+    "top-1 %",
+    "vs large",
+    "parameters",
+    "MACs",
+    "epochs",
+    "training FLOPs",
+    "total FLOPs",
+    "seconds",
+)
 
 
 def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -39,7 +49,10 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        padded = [
+            cells[0].ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)),
+        ]
         return f"| {' | '.join(padded)} |"
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

@@ -65,7 +65,9 @@ def write_hparams(folder: Path, hparams: Mapping[str, Any], metrics: Mapping[str
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
-    plain = {name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in hparams.items()}
+    plain = {
+        name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in hparams.items()
+    }
     writer = SummaryWriter(str(folder))
     writer.add_hparams(plain, dict(metrics), run_name=".")
     writer.close()

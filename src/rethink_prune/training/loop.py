@@ -78,7 +78,7 @@ class Runtime:
     def place(self, model: nn.Module) -> nn.Module:
         """Move `model` to the device, in the memory format its kernels like best."""
         memory_format = torch.channels_last if self.accelerate else torch.contiguous_format
-        return model.to(device=self.device, memory_format=memory_format)
+        return model.to(self.device).to(memory_format=memory_format)
 
 
 def train(
@@ -117,7 +117,7 @@ def train(
     title : str
         Shown beside the progress bar.
     on_epoch : callable
-        Gets the rows so far after every epoch, and once at the start of a resumed training.
+        Gets the rows so far after every epoch, and at the start of a resumed training.
 
     Returns
     -------
@@ -140,7 +140,8 @@ def train(
     state = checkpoints.latest()
     if state is not None:
         progress = _restore(state, model, optimizer, scheduler)
-        on_epoch(progress.rows)
+        if progress.rows:
+            on_epoch(progress.rows)
     clock = _Clock(progress.seconds)
     bar = tqdm(
         total=spec.epochs * batches.images_per_epoch,
@@ -238,9 +239,7 @@ def _loss_and_correct(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torc
     return torch.stack([loss_sum.double(), (logits.argmax(1) == labels).sum().double()])
 
 
-def _state(
-    progress: Progress, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
-) -> dict[str, Any]:
+def _state(progress: Progress, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> dict[str, Any]:
     return {
         "epoch": progress.epoch,
         "step": progress.step,
@@ -253,9 +252,7 @@ def _state(
     }
 
 
-def _restore(
-    state: dict[str, Any], model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
-) -> Progress:
+def _restore(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> Progress:
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
