@@ -4,15 +4,15 @@
     python scripts/benchmark.py train --networks resnet20        # one part
     python scripts/benchmark.py overhead --steps 50 --json overhead.json
 
-train     Images/s of the whole loop, data included, against the usual script: torchvision's CIFAR10 dataset with
-          PIL transforms, a DataLoader (0 and 2 workers, the faster counts), float32, contiguous memory.
+train     Images/s of the whole loop, data included, against the usual script: torchvision's CIFAR10 with
+          PIL transforms, a DataLoader (the faster of 0 and 2 workers), float32, contiguous memory.
 overhead  The whole loop against bare steps on ready tensors of the same memory format and precision.
-surgery   Seconds of channel analysis and of cutting, and of a whole ``prune`` call.
+surgery   Seconds of channel analysis, of cutting, and of a whole ``prune`` call.
 memory    Peak resident memory of a process that loads CIFAR-10, trains, prunes and fine-tunes.
 
-Sides take turns in one process (A B A B ...) after a warm-up round each, so that a machine that gets slower slows
-both. Ratios are taken within a round. Every line gives the median, and in brackets the least and the greatest of
-its n values. Images are random: no step depends on what they show. Let nothing else run meanwhile.
+Sides take turns in one process (A B A B ...) after a warm-up round, so that a machine that slows down slows
+them all; ratios are taken within a round. Every line gives the median of n values, and in brackets the least
+and the greatest. Images are random: no speed depends on what they show. Let nothing else run meanwhile.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from torchvision.datasets import CIFAR10, VisionDataset
 from rethink_prune import build_model, prune
 from rethink_prune.config import PrunerOptions
 from rethink_prune.data import Split, TrainBatches
+from rethink_prune.errors import UserError
 from rethink_prune.pruning import Target, find_pruner, surgery
 from rethink_prune.pruning.channels import analyse
-from rethink_prune.seeds import derive_generator
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.loop import Runtime, train
+from rethink_prune.training.loop import Progress, Runtime, train
 from rethink_prune.training.precision import autocast, resolve_device, resolve_precision
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer
 
@@ -64,14 +64,8 @@ TRAIN_TARGETS = {
     ("vgg16", "fp32"): 1.0,
     ("vgg16", "bf16"): 1.6,
 }
-NETWORKS = {
-    "train": ["resnet20", "vgg16"],
-    "overhead": ["resnet20"],
-    "surgery": ["resnet110"],
-    "memory": ["resnet20"],
-}
 
-Side = Callable[[], int]
+Side = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -85,24 +79,23 @@ class Line:
     values: list[float]
     limit: tuple[str, float] | None = None
 
-    @property
-    def reached(self) -> bool | None:
-        if self.limit is None:
-            return None
-        relation, bound = self.limit
-        return median(self.values) >= bound if relation == ">=" else median(self.values) <= bound
+    def record(self) -> dict[str, Any]:
+        """Return everything there is to say about it."""
+        middle, reached = median(self.values), None
+        if self.limit is not None:
+            relation, bound = self.limit
+            reached = middle >= bound if relation == ">=" else middle <= bound
+        spread = {"n": len(self.values), "median": middle, "min": min(self.values), "max": max(self.values)}
+        return {**asdict(self), **spread, "reached": reached}
 
     def __str__(self) -> str:
-        numbers = f"{median(self.values):9.3f} {self.unit:9s} [{min(self.values):.3f}, {max(self.values):.3f}]"
-        text = f"{self.part:9s}{self.network:10s}{self.what:32s}{numbers}  n={len(self.values)}"
+        record = self.record()
+        text = "{part:9s}{network:10s}{what:30s}{median:9.3f} {unit:9s} [{min:.3f}, {max:.3f}]  n={n}".format_map(
+            record
+        )
         if self.limit is None:
             return text
-        return f"{text}  asked {self.limit[0]} {self.limit[1]:g}: {'reached' if self.reached else 'MISSED'}"
-
-    def record(self) -> dict[str, Any]:
-        spread = {"min": min(self.values), "max": max(self.values)}
-        middle = {"n": len(self.values), "median": median(self.values), **spread}
-        return {**asdict(self), **middle, "reached": self.reached}
+        return f"{text}  asked {self.limit[0]} {self.limit[1]:g}: {'reached' if record['reached'] else 'MISSED'}"
 
 
 def main() -> None:
@@ -111,12 +104,12 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True  # as a study has it; most scripts do, too
     described = describe_machine(device)
     print("  ".join(f"{name} {value}" for name, value in described.items()))
-    print(f"n = {options.rounds} rounds; train, overhead: {options.steps} steps of {BATCH_SIZE} images a round")
-    parts = {"train": measure_train, "overhead": measure_overhead, "surgery": measure_surgery, "memory": measure_memory}
+    print(f"train, overhead: {options.steps} steps of {BATCH_SIZE} images a round")
     lines: list[Line] = []
-    for part in parts if options.part == "all" else [options.part]:
-        for network in options.networks or NETWORKS[part]:
-            found = parts[part](network, device, options)
+    for part in PARTS if options.part == "all" else [options.part]:
+        measure, networks = PARTS[part]
+        for network in options.networks or networks:
+            found = measure(network, device, options)
             print(*found, sep="\n", flush=True)
             lines += found
     if options.json is not None:
@@ -126,18 +119,21 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=[*NETWORKS, "all"], default="all")
+    def positive(text: str) -> int:
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+        return int(text)
+
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "all"], default="all")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument(
-        "--networks",
-        type=lambda text: text.split(","),
-        metavar="A,B",
-        help="for every chosen part; by default those the promises are about",
+        "--networks", type=lambda text: text.split(","), metavar="A,B", help="other than those promised for"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="n, after warm-up (%(default)s; memory at most 3)")
-    parser.add_argument("--steps", type=int, default=20, help="training steps a round (%(default)s)")
-    parser.add_argument("--train-limit", type=int, metavar="N", help="memory: train on N of the 50,000 images")
+    parser.add_argument("--rounds", type=positive, default=7, help="n (%(default)s; memory at most 3)")
+    parser.add_argument("--steps", type=positive, default=20, help="training steps a round (%(default)s)")
+    parser.add_argument("--train-limit", type=positive, metavar="N", help="memory: train on so many images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every value there")
     return parser.parse_args()
 
@@ -164,7 +160,7 @@ def precisions(device: torch.device) -> list[str]:
     return sorted({"fp32", resolve_precision("auto", device)}, reverse=True)
 
 
-def take_turns(sides: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def take_turns(sides: Mapping[str, Side], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Return the seconds each side took in each round, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(1 + rounds):
@@ -195,18 +191,17 @@ def batches_of(split: Split, device: torch.device) -> TrainBatches:
 
 
 def framework_side(model: nn.Module, split: Split, device: torch.device, precision: str) -> Side:
-    """Return one epoch of the framework's own `train`; the call returns the images it used."""
+    """Return one epoch of the framework's own `train`, each time from the start."""
     batches = batches_of(split, device)
     runtime = Runtime(device, precision)
 
-    def run() -> int:
-        # A new folder each time, so that no round goes on from the one before.
+    def run() -> Progress:
+        # A new folder each time, so that no round goes on from a checkpoint of the one before.
         with TemporaryDirectory() as folder:
-            progress = train(
-                model, batches, {}, SPEC, runtime=runtime, seed=0, checkpoints=Checkpoints(Path(folder)),
-                interrupts=Interrupts(),
-            )  # fmt: skip
-        return int(progress.rows[-1]["images"])
+            checkpoints = Checkpoints(Path(folder))
+            return train(
+                model, batches, {}, SPEC, runtime=runtime, seed=0, checkpoints=checkpoints, interrupts=Interrupts()
+            )
 
     return run
 
@@ -220,7 +215,7 @@ class SyntheticCifar10(CIFAR10):
 
 
 def usual_side(model: nn.Module, split: Split, device: torch.device, workers: int) -> Side:
-    """Return one epoch of the script people write; the call returns the images it used."""
+    """Return one epoch of the script people write."""
     transform = transforms.Compose(
         [
             transforms.RandomCrop(32, padding=4),
@@ -229,7 +224,7 @@ def usual_side(model: nn.Module, split: Split, device: torch.device, workers: in
             transforms.Normalize(MEAN, STD),
         ]
     )
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         SyntheticCifar10(split, transform),
         batch_size=BATCH_SIZE,
         shuffle=True,
@@ -240,9 +235,9 @@ def usual_side(model: nn.Module, split: Split, device: torch.device, workers: in
     model = model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=SPEC.lr, momentum=SPEC.momentum, weight_decay=SPEC.weight_decay)
 
-    def run() -> int:
+    def run() -> tuple[float, float]:
         model.train()
-        loss_sum, correct, seen = 0.0, 0, 0
+        loss_sum, correct = 0.0, 0.0
         for images, labels in loader:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             optimizer.zero_grad()
@@ -252,51 +247,48 @@ def usual_side(model: nn.Module, split: Split, device: torch.device, workers: in
             optimizer.step()
             loss_sum += loss.item() * len(labels)
             correct += (logits.argmax(1) == labels).sum().item()
-            seen += len(labels)
-        return seen
+        return loss_sum / len(split), correct / len(split)
 
     return run
 
 
 def bare_side(model: nn.Module, split: Split, device: torch.device, precision: str) -> Side:
-    """Return forward, backward and step on ready batches; the call returns the images it used."""
+    """Return an epoch of nothing but forward, backward and step, on batches made beforehand."""
     runtime = Runtime(device, precision)
     model = runtime.place(model)
     optimizer = build_optimizer(model.parameters(), SPEC, fused=device.type == "cuda")
     ready = list(batches_of(split, device).epoch(0))
 
-    def run() -> int:
+    def run() -> None:
         model.train()
-        seen = 0
         for images, labels in ready:
             with autocast(device, precision):
                 logits = model(images)
             F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            seen += len(labels)
-        return seen
 
     return run
 
 
 def measure_train(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
     split = random_images(options.steps * BATCH_SIZE)
-    usual = {
-        f"usual, {workers} workers": usual_side(build_model(network), split, device, workers) for workers in (0, 2)
-    }
-    ours = {name: framework_side(build_model(network), split, device, name) for name in precisions(device)}
-    seconds = take_turns({**usual, **ours}, options.rounds, device)
+    sides: dict[str, Side] = {}
+    for workers in (0, 2):
+        sides[f"usual, {workers} workers"] = usual_side(build_model(network), split, device, workers)
+    for precision in precisions(device):
+        sides[precision] = framework_side(build_model(network), split, device, precision)
+    seconds = take_turns(sides, options.rounds, device)
     lines = [
         Line("train", network, name, "images/s", [len(split) / value for value in values])
         for name, values in seconds.items()
     ]
-    fastest = min(usual, key=lambda name: median(seconds[name]))
-    for precision in ours:
+    usual = min((name for name in sides if "workers" in name), key=lambda name: median(seconds[name]))
+    for precision in precisions(device):
         target = TRAIN_TARGETS.get((network, precision)) if device.type == "cpu" else None
-        ratios = quotients(seconds[fastest], seconds[precision])
         limit = None if target is None else (">=", target)
-        lines.append(Line("train", network, f"{precision} / {fastest}", "ratio", ratios, limit))
+        ratios = quotients(seconds[usual], seconds[precision])
+        lines.append(Line("train", network, f"{precision} / {usual}", "ratio", ratios, limit))
     return lines
 
 
@@ -304,7 +296,7 @@ def measure_overhead(network: str, device: torch.device, options: argparse.Names
     split = random_images(options.steps * BATCH_SIZE)
     lines = []
     for precision in precisions(device):
-        sides = {
+        sides: dict[str, Side] = {
             "bare": bare_side(build_model(network), split, device, precision),
             "loop": framework_side(build_model(network), split, device, precision),
         }
@@ -321,21 +313,20 @@ def measure_surgery(network: str, device: torch.device, options: argparse.Namesp
     model, example = build_model(network), torch.zeros(1, 3, 32, 32)
     pruner = find_pruner("l1")
     target = Target(pruner, PrunerOptions(name="l1", ratio=0.5), model, example, network)
-    scores = pruner.scores(model, target.groups, data=None, generator=derive_generator(0, "prune"))
-    drop = target.drop(scores)
-    sides = {
-        "analyse": lambda: analyse(model, example),
-        "plan + apply": lambda: surgery.apply(model, target.channels.plan(drop)),
+    drop = target.drop(pruner.scores(model, target.groups, data=None, generator=torch.Generator()))
+    sides: dict[str, Side] = {
+        "analysis": lambda: analyse(model, example),
+        "surgery": lambda: surgery.apply(model, target.channels.plan(drop)),
         "prune(), whole call": lambda: prune(model, "l1", example=example, ratio=0.5),
     }
-    seconds = take_turns(sides, options.rounds, torch.device("cpu"))
-    both = [a + b for a, b in zip(seconds["analyse"], seconds["plan + apply"], strict=True)]
+    seconds = take_turns(sides, options.rounds, torch.device("cpu"))  # pruning always happens there
     lines = [Line("surgery", network, name, "s", values) for name, values in seconds.items()]
-    return [*lines, Line("surgery", network, "analyse + plan + apply", "s", both, ("<=", 1.0))]
+    both = [a + b for a, b in zip(seconds["analysis"], seconds["surgery"], strict=True)]
+    return [*lines, Line("surgery", network, "analysis + surgery", "s", both, ("<=", 1.0))]
 
 
-# torchvision refuses files whose checksum it does not know: the child lets it look only whether they are there.
-# VmHWM, as ru_maxrss of a started process may be that of the one that started it.
+# torchvision refuses files whose checksum it does not know: here it only looks whether they are there. The peak
+# is VmHWM, for ru_maxrss of a process can be that of the one that started it.
 STUDY = """
 from pathlib import Path
 from torchvision.datasets import CIFAR10
@@ -344,42 +335,55 @@ for files in (CIFAR10.train_list, CIFAR10.test_list):
 CIFAR10.meta["md5"] = None
 from rethink_prune.__main__ import main
 main()
-print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
+status = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 """
 
 
 def measure_memory(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
     if not Path("/proc/self/status").exists():
-        sys.exit("memory: peak memory is read from /proc, which only Linux has")
+        sys.exit("memory: the peak is read from /proc, which only Linux has")
     peaks = []
-    for _ in range(min(options.rounds, 3)):
-        with TemporaryDirectory() as folder:
-            write_cifar10(Path(folder))
-            # A checkpoint every second: making one takes memory, too.
-            command = [
-                sys.executable, "-c", STUDY, "dataset=cifar10", f"dataset.root={folder}", f"model={network}",
-                "recipe=paper", "recipe.epochs=1", "recipe.finetune.epochs=1", "arms=[finetune]", f"device={device}",
-                "store.root=store", "store.checkpoint_seconds=1", "hydra.run.dir=run",
+    with TemporaryDirectory() as folder:
+        write_cifar10(Path(folder))
+        for n in range(min(options.rounds, 3)):
+            overrides = [
+                *("dataset=cifar10", f"dataset.root={folder}", f"model={network}", f"device={device}"),
+                *("recipe=paper", "recipe.epochs=1", "recipe.finetune.epochs=1", "arms=[finetune]"),
                 f"dataset.train_limit={options.train_limit or 'null'}",
-            ]  # fmt: skip
+                *(f"store.root=store{n}", f"hydra.run.dir=run{n}"),
+                "store.checkpoint_seconds=1",  # making a checkpoint takes memory, too
+            ]
+            command = [sys.executable, "-c", STUDY, *overrides]
             done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
             peaks.append(int(done.stdout.split()[-1]) * 1024 / 1e9)
-    limit = ("<=", 1.5) if device.type == "cpu" else None  # CUDA's own libraries are not ours to bound
-    return [Line("memory", network, "peak of a study of CIFAR-10", "GB", peaks, limit)]
+    limit = ("<=", 1.5) if device.type == "cpu" else None  # CUDA's libraries alone take more
+    return [Line("memory", network, "peak of a CIFAR-10 study", "GB", peaks, limit)]
 
 
 def write_cifar10(root: Path) -> None:
-    """Write 50,000 + 10,000 random images as torchvision expects CIFAR-10 when unpacked."""
+    """Write 50,000 + 10,000 random images in the files torchvision unpacks CIFAR-10 to."""
     folder = root / CIFAR10.base_folder
     folder.mkdir()
     random = np.random.default_rng(0)
     for name, _ in CIFAR10.train_list + CIFAR10.test_list:
         pixels = random.integers(0, 256, (10_000, 3072), dtype=np.uint8)
-        labels = (np.arange(10_000) % 10).tolist()  # the counts per class that a plan relies on
+        labels = (np.arange(10_000) % 10).tolist()  # as many of each class as in CIFAR-10
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
     meta = {CIFAR10.meta["key"]: [f"class {i}" for i in range(10)]}
     (folder / CIFAR10.meta["filename"]).write_bytes(pickle.dumps(meta))
 
 
+# What is measured, and the networks it is promised for.
+PARTS: dict[str, tuple[Callable[[str, torch.device, argparse.Namespace], list[Line]], list[str]]] = {
+    "train": (measure_train, ["resnet20", "vgg16"]),
+    "overhead": (measure_overhead, ["resnet20"]),
+    "surgery": (measure_surgery, ["resnet110"]),
+    "memory": (measure_memory, ["resnet20"]),
+}
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

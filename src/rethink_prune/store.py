@@ -278,6 +278,34 @@ class Stage:
                     write_json(self._status_file, {**status, "heartbeat": time.time()})
 
 
+@dataclass(frozen=True)
+class Done:
+    """A finished stage: where it is, what it recorded, and the training FLOPs of its ancestors (None: not known)."""
+
+    stage: Stage
+    result: dict[str, Any]
+    flops_before: int | None = 0
+
+    @property
+    def flops_total(self) -> int | None:
+        """Training FLOPs of the stage and its ancestors."""
+        own = self.result["train_flops"]
+        return None if own is None or self.flops_before is None else own + self.flops_before
+
+    @property
+    def started(self) -> Started:
+        """What a stage that starts from these weights records."""
+        return Started(self.stage.name, self.stage.digest)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A stage without a result, and why."""
+
+    reason: str
+    epoch: int | None = None
+
+
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write a state dict as safetensors, atomically; tensors that share storage are written once per name."""
     from safetensors.torch import save

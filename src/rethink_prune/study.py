@@ -7,43 +7,34 @@ there, and is computed otherwise.
 from __future__ import annotations
 
 import logging
-import platform
-import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rethink_prune.arms import ARMS
-from rethink_prune.budget import Budget, Training, phase_training
+from rethink_prune.budget import Training, phase_training
 from rethink_prune.config import Phase, StudyConfig, parse_config
 from rethink_prune.cost import Cost, count_cost, on_meta
-from rethink_prune.data import EvalBatches, ImageDataset, TrainBatches, describe_dataset, load_dataset
-from rethink_prune.errors import UserError
-from rethink_prune.files import write_atomically, write_json
-from rethink_prune.imports import source_digest
-from rethink_prune.models import build_model, model_factory
-from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
-from rethink_prune.pruning import PRUNERS, PruneReport, Target, find_pruner, run_pruner
+from rethink_prune.files import write_json
+from rethink_prune.pruning import find_pruner, run_pruner
 from rethink_prune.pruning.surgery import Architecture, reshape
 from rethink_prune.results.metrics import read_metrics, write_metrics
-from rethink_prune.results.tables import COLUMNS, markdown, plan_rows, study_rows
-from rethink_prune.results.tensorboard import ArmEvents, write_hparams
-from rethink_prune.seeds import derive_generator, derive_seed, seeded
-from rethink_prune.store import MODEL_FILE, Stage, Started, Store, save_weights
+from rethink_prune.results.summary import Summary
+from rethink_prune.results.tables import markdown, plan_rows
+from rethink_prune.results.tensorboard import ArmEvents
+from rethink_prune.seeds import derive_generator
+from rethink_prune.setup import Setup
+from rethink_prune.store import MODEL_FILE, Done, Failed, Stage, Started, save_weights
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.loop import Diverged, Row, Runtime, evaluate, train
-from rethink_prune.training.precision import resolve_device, resolve_precision
+from rethink_prune.training.loop import Diverged, Row, evaluate, train
 from rethink_prune.training.schedule import OptimizerSpec
-from rethink_prune.weights import Checkpoint, load_stage_weights, read_checkpoint
+from rethink_prune.weights import Checkpoint, load_stage_weights
 
 log = logging.getLogger(__name__)
 
@@ -81,273 +72,107 @@ def run_study(
     UserError
         If something does not fit, before any training; or at the end, if an arm failed.
     """
-    study = Study(config, run_dir, interrupts)
-    plan = study.plan()
+    setup = Setup(config)
+    plan = setup.plan()
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "plan.json", plan)
     if config.dry_run:
         print(markdown(("arm", "epochs", "milestones", "training FLOPs"), plan_rows(plan)))
         return plan
-    log.info("%s, %s; %s", study.device_name, study.precision_note, _plural(study.dataset.train, "training image"))
-    summary = Summary(study, experiment)
-    large = study.large() if study.reads_large else None
+    setup.store.prepare()
+    log.info("%s, %s", setup.device_name, setup.precision_note)
+    study = Study(setup, run_dir, interrupts, plan)
+    summary = Summary(run_dir, setup.store, setup.describe(experiment))
+    large = study.large() if setup.reads_large else None
     summary.add_large(large)
     pruned = study.pruned(large)
-    summary.add_pruned(pruned)
+    summary.add_pruned(
+        pruned.cost, asdict(setup.target.report()), setup.budget(pruned.cost.macs).summary(), pruned.done
+    )
     for name in config.arms:
-        summary.add_arm(name, study.arm(name, large, pruned))
+        summary.add_arm(name, study.arm(name, pruned))
     summary.finish()
     return summary.content
 
 
 @dataclass(frozen=True)
-class Done:
-    """A finished stage: where it is, what it recorded, and the training FLOPs of its ancestors (None: not known)."""
-
-    stage: Stage
-    result: dict[str, Any]
-    flops_before: int | None = 0
-
-    @property
-    def flops_total(self) -> int | None:
-        """Training FLOPs of the stage and its ancestors."""
-        own = self.result["train_flops"]
-        return None if own is None or self.flops_before is None else own + self.flops_before
-
-    @property
-    def started(self) -> Started:
-        """What a stage that starts from these weights records."""
-        return Started(self.stage.name, self.stage.digest)
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A stage without a result, and why."""
-
-    reason: str
-    epoch: int | None = None
-
-
-@dataclass(frozen=True)
 class Pruned:
-    """The pruned network: its architecture and cost, and the finished prune stage if there is one."""
+    """The pruned network: its architecture and cost, and the prune stage if there is one."""
 
     architecture: Architecture
     cost: Cost
-    report: PruneReport
     done: Done | Failed | None = None
 
 
 class Study:
-    """What a configuration means on this machine; making one checks everything that can be wrong.
+    """The stages of one study.
 
-    Raises
-    ------
-    UserError
-        If the parts of the configuration do not fit each other, the data or the machine.
+    Parameters
+    ----------
+    setup : Setup
+        What is studied, and on what.
+    run_dir : Path
+        Gets the TensorBoard files.
+    interrupts : Interrupts
+        Tells when to stop.
+    plan : mapping
+        The content of ``plan.json``.
     """
 
-    def __init__(self, config: StudyConfig, run_dir: Path, interrupts: Interrupts) -> None:
-        self.config = config
+    def __init__(self, setup: Setup, run_dir: Path, interrupts: Interrupts, plan: Mapping[str, Any]) -> None:
+        self.setup = setup
         self.run_dir = run_dir
         self.interrupts = interrupts
-        device = resolve_device(config.device)
-        precision = resolve_precision(config.precision, device)
-        self.precision_note = f"precision {precision}" + (" (auto)" if config.precision == "auto" else "")
-        self.runtime = Runtime(
-            device=device,
-            precision=precision,
-            accelerate=config.accelerate == "auto",
-            checkpoint_seconds=config.store.checkpoint_seconds,
-            show_progress=sys.stderr.isatty(),
-        )
-        torch.use_deterministic_algorithms(config.deterministic)
-        torch.backends.cudnn.benchmark = not config.deterministic
-        self._describe = config.dataset.model_dump(exclude={"pad", "flip", "mean", "std"})
-        self.info = describe_dataset(**self._describe)
-        self.image_shape = (self.info.channels, self.info.image_size, self.info.image_size)
-        self.pruner = find_pruner(config.pruner.name)
-        if config.model.init not in (None, *INITIALISERS):
-            raise UserError(f"model.init={config.model.init}: no such initialiser; one of {', '.join(INITIALISERS)}")
-        model = self.build()
-        self.init = self._check_init(model)
-        self._check_output(model)
-        self.target = Target(self.pruner, config.pruner, model, self.example, config.model.name)
-        self.cost = self.target.full_cost
-        self.checkpoint: Checkpoint | None = None
-        if config.large.checkpoint is not None:
-            self.checkpoint = read_checkpoint(config.large.checkpoint, model, config.model.name)
-        self.budget = Budget(config.recipe, config.budget, self._reference_macs(), self.target.cost.macs)
-        self.store = Store(Path(config.store.root))
-        if not config.dry_run:
-            self.store.prepare()
+        self._plan = plan
         self._pace = _Pace()
-
-    # What the configuration says, worked out once.
-
-    @property
-    def example(self) -> torch.Tensor:
-        """One black image in the network's input format."""
-        return torch.zeros(1, *self.image_shape)
-
-    @property
-    def device_name(self) -> str:
-        """The device, as a person would call it."""
-        device = self.runtime.device
-        if device.type == "cuda":
-            return torch.cuda.get_device_name(device)
-        return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-    @property
-    def reads_large(self) -> bool:
-        """Whether anything needs the unpruned network."""
-        return (
-            self.config.large.baseline
-            or not self.pruner.predefined
-            or any(ARMS[name].weights == "inherited" for name in self.config.arms)
-        )
-
-    @cached_property
-    def dataset(self) -> ImageDataset:
-        """The images."""
-        options = self.config.dataset.model_dump(exclude={"pad", "flip"})
-        return load_dataset(**options, cache_dir=self.store.cache, progress=self.runtime.show_progress)
-
-    @cached_property
-    def train_batches(self) -> TrainBatches:
-        """The training images on the device, augmented as the recipe says."""
-        augment = self.config.recipe.augment
-        return TrainBatches(
-            self.dataset.train,
-            mean=self.dataset.mean,
-            std=self.dataset.std,
-            batch_size=self.config.recipe.batch_size,
-            pad=self.config.dataset.pad if augment else 0,
-            flip=self.config.dataset.flip and augment,
-            device=self.runtime.device,
-            seed=self.config.seed,
-        )
-
-    @cached_property
-    def evaluations(self) -> dict[str, EvalBatches]:
-        """The images that networks are judged by: test, and validation if some are held out."""
-        splits = {"test": self.dataset.test, "validation": self.dataset.validation}
-        return {
-            name: EvalBatches(
-                split,
-                mean=self.dataset.mean,
-                std=self.dataset.std,
-                batch_size=self.config.recipe.eval_batch_size,
-                device=self.runtime.device,
-            )
-            for name, split in splits.items()
-            if split is not None
-        }
-
-    def build(self) -> nn.Module:
-        """Build the unpruned network with the initialisation of ``large``."""
-        model, seed = self.config.model, derive_seed(self.config.seed, "large-init")
-        with seeded(seed):
-            network = build_model(
-                model.name,
-                num_classes=self.info.num_classes,
-                in_channels=self.info.channels,
-                **model.options,
-            )
-        init = model.init or family_initialiser(network)
-        if init is not None:
-            with seeded(seed):
-                INITIALISERS[init](network)
-        return network
-
-    def build_scratch(self, architecture: Architecture) -> nn.Module:
-        """Build a pruned network with every weight drawn anew, from a stream of its own."""
-        network = reshape(self.build(), architecture)
-        with seeded(derive_seed(self.config.seed, "scratch-init")):
-            INITIALISERS[self.init or "reset_parameters"](network)
-        return network
-
-    def plan(self) -> dict[str, Any]:
-        """Return the content of ``plan.json``: what will be trained, for how long, at what cost."""
-        config, known = self.config, self.pruner.predefined
-        arms = {}
-        for name in config.arms:
-            arm = ARMS[name]
-            fixed = known or arm.length != "scratch_b"
-            training = self.budget.training(arm.length) if fixed else None
-            cost = self.cost if arm.network == "large" else self.target.cost if known else None
-            arms[name] = {
-                "epochs": training.epochs if training else None,
-                "milestones": list(training.milestones) if training else None,
-                "train_flops": self._planned_flops(cost, training) if cost and training else None,
-            }
-        large = phase_training(config.recipe)
-        trained = self.reads_large and self.checkpoint is None
-        return {
-            "large": {
-                **asdict(self.cost),
-                "epochs": large.epochs,
-                "milestones": list(large.milestones),
-                "train_flops": self._planned_flops(self.cost, large) if trained else 0,
-                "trained": trained,
-            },
-            "pruned": {
-                "params": self.target.cost.params if known else None,
-                "macs": self.target.cost.macs if known else None,
-                "known": known,
-                "layers": [asdict(layer) for layer in self.target.report().layers] if known else None,
-            },
-            "arms": arms,
-            "budget": self.budget.summary() if known else {"rule": config.budget.name},
-        }
-
-    # The stages, in the order of the pipeline.
 
     def large(self) -> Done | Failed:
         """Train the unpruned network, or take it from ``large.checkpoint``."""
-        if self.checkpoint is not None:
-            return self._import_large(self.checkpoint)
+        setup = self.setup
+        if setup.checkpoint is not None:
+            return self._import_large(setup.checkpoint)
+        recipe = setup.config.recipe
         return self._train(
-            "large", kind="large", build=self.build, cost=self.cost, phase=self.config.recipe,
-            training=phase_training(self.config.recipe),
-        )  # fmt: skip
+            "large", kind="large", build=setup.build, cost=setup.cost, phase=recipe, training=phase_training(recipe)
+        )
 
     def pruned(self, large: Done | Failed | None) -> Pruned:
         """Prune the trained network; without one, take the architecture that the options define."""
-        if isinstance(large, Done):
-            done = self._stage("prune", "prune", {"parent": large.stage.name, "pruner": self._pruner_key},
-                               partial(self._prune, large), started=large.started, flops_before=large.flops_total)  # fmt: skip
-            assert isinstance(done, Done)
-            architecture = Architecture.load(done.stage.folder)
-            shapes = reshape(on_meta(self.build()), architecture)
-            return Pruned(architecture, count_cost(shapes, self.image_shape), self.target.report(), done)
-        return Pruned(self.target.architecture(), self.target.cost, self.target.report(), large)
+        setup = self.setup
+        if not isinstance(large, Done):
+            return Pruned(setup.target.architecture(), setup.target.cost, large)
+        done = self._stage(
+            "prune",
+            "prune",
+            {"parent": large.stage.name, "pruner": setup.pruner_key},
+            partial(self._prune, large),
+            started=large.started,
+            flops_before=large.flops_total,
+        )
+        assert isinstance(done, Done)
+        architecture = Architecture.load(done.stage.folder)
+        shapes = reshape(on_meta(setup.build()), architecture)
+        return Pruned(architecture, count_cost(shapes, setup.image_shape), done)
 
-    def arm(self, name: str, large: Done | Failed | None, pruned: Pruned) -> Done | Failed:
+    def arm(self, name: str, pruned: Pruned) -> Done | Failed:
         """Run one arm."""
-        arm = ARMS[name]
-        training = Budget(
-            self.config.recipe, self.config.budget, self.budget.macs_reference, pruned.cost.macs
-        ).training(arm.length)
-        phase = self.config.recipe.finetune if arm.length == "finetune" else self.config.recipe
-        run = partial(self._train, name, phase=phase, training=training)
+        arm, setup = ARMS[name], self.setup
+        recipe = setup.config.recipe
+        run = partial(
+            self._train,
+            name,
+            phase=recipe.finetune if arm.length == "finetune" else recipe,
+            training=setup.budget(pruned.cost.macs).training(arm.length),
+        )
         if arm.network == "large":
-            return run(kind="large", build=self.build, cost=self.cost)
+            return run(kind="large", build=setup.build, cost=setup.cost)
         if arm.weights == "fresh":
-            build = partial(self.build_scratch, pruned.architecture)
+            build = partial(setup.build_scratch, pruned.architecture)
             return run(kind="scratch", build=build, cost=pruned.cost, architecture=pruned.architecture)
         if not isinstance(pruned.done, Done):
             return Failed("large failed, so there is no pruned network to start from")
         build = partial(self._inherit, pruned.architecture, pruned.done)
-        return run(
-            kind="finetune",
-            build=build,
-            cost=pruned.cost,
-            architecture=pruned.architecture,
-            parent=pruned.done,
-        )
-
-    # How stages are done.
+        return run(kind="finetune", build=build, cost=pruned.cost, architecture=pruned.architecture, parent=pruned.done)
 
     def _stage(
         self,
@@ -362,13 +187,13 @@ class Study:
         """Return a stage from the store, or do its work while holding its lock."""
         if self.interrupts.requested is not None:
             self.interrupts.stop(f"before {title}")
-        stage = self.store.stage(kind, key)
+        stage = self.setup.store.stage(kind, key)
         result = stage.result(started)
         if result is None:
             with stage.hold():
                 result = stage.result(started)
                 if result is None:
-                    stage.begin({"network": self._network_key, "key": dict(key), "title": title}, started)
+                    stage.begin({"network": self.setup.network_key, "key": dict(key), "title": title}, started)
                     try:
                         result = work(stage)
                     except Diverged as failure:
@@ -396,7 +221,7 @@ class Study:
         parent: Done | None = None,
     ) -> Done | Failed:
         """Train a network as a stage, and show it in TensorBoard."""
-        recipe = self.config.recipe
+        setup, recipe = self.setup, self.setup.config.recipe
         spec = OptimizerSpec(
             optimizer=recipe.optimizer,
             lr=phase.lr,
@@ -408,16 +233,15 @@ class Study:
             milestones=training.milestones,
             gamma=phase.gamma,
         )
-        augment = {"pad": self.config.dataset.pad, "flip": self.config.dataset.flip} if recipe.augment else None
         key = {
-            "data": {"fingerprint": self.dataset.fingerprint, "augment": augment},
+            "data": setup.data_key,
             "training": {
                 **asdict(spec),
                 "batch_size": recipe.batch_size,
-                "precision": self.runtime.precision,
+                "precision": setup.runtime.precision,
             },
-            "seed": self.config.seed,
-            "network": self._network_key,
+            "seed": setup.config.seed,
+            "network": setup.network_key,
             "architecture": _architecture_key(architecture),
             "parent": parent.stage.name if parent else None,
         }
@@ -438,11 +262,11 @@ class Study:
             model = build()
             progress = train(
                 model,
-                self.train_batches,
-                self.evaluations,
+                setup.train_batches,
+                setup.evaluations,
                 spec,
-                runtime=self.runtime,
-                seed=self.config.seed,
+                runtime=setup.runtime,
+                seed=setup.config.seed,
                 checkpoints=Checkpoints(stage.folder, stage.check_owner),
                 interrupts=self.interrupts,
                 title=title,
@@ -466,20 +290,20 @@ class Study:
         key = {
             "checkpoint": checkpoint.digest,
             "known": known,
-            "network": self._network_key,
-            "fingerprint": self.dataset.fingerprint,
-            "precision": self.runtime.precision,
+            "network": self.setup.network_key,
+            "fingerprint": self.setup.dataset.fingerprint,
+            "precision": self.setup.runtime.precision,
         }
 
         def work(stage: Stage) -> dict[str, Any]:
             start = time.monotonic()
             save_weights(stage.model_file, checkpoint.state)
             UNPRUNED.save(stage.folder)
-            model = self.build()
+            model = self.setup.build()
             model.load_state_dict(checkpoint.state)
             return {
                 **self._evaluated(model),
-                **asdict(self.cost),
+                **asdict(self.setup.cost),
                 **known,
                 "seconds": time.monotonic() - start,
             }
@@ -487,14 +311,19 @@ class Study:
         return self._stage("large", "large", key, work)
 
     def _prune(self, large: Done, stage: Stage) -> dict[str, Any]:
-        start = time.monotonic()
-        model = self.build()
+        start, setup = time.monotonic(), self.setup
+        model = setup.build()
         model.load_state_dict(load_stage_weights(large.stage))
-        generator = derive_generator(self.config.seed, "prune")
-        result = run_pruner(self.pruner, self.target, model, data=self.train_batches.epoch(0), generator=generator)
+        result = run_pruner(
+            setup.pruner,
+            setup.target,
+            model,
+            data=setup.train_batches.epoch(0),
+            generator=derive_generator(setup.config.seed, "prune"),
+        )
         save_weights(stage.model_file, result.model.state_dict())
         result.architecture.save(stage.folder)
-        cost = count_cost(result.model, self.image_shape)
+        cost = count_cost(result.model, setup.image_shape)
         evaluated = self._evaluated(result.model)
         return {
             **evaluated,
@@ -505,76 +334,18 @@ class Study:
         }
 
     def _inherit(self, architecture: Architecture, parent: Done) -> nn.Module:
-        model = reshape(self.build(), architecture)
+        model = reshape(self.setup.build(), architecture)
         model.load_state_dict(load_stage_weights(parent.stage))
         return model
 
     def _evaluated(self, model: nn.Module) -> dict[str, float]:
-        result = evaluate(self.runtime.place(model), self.evaluations["test"], runtime=self.runtime)
+        result = evaluate(self.setup.runtime.place(model), self.setup.evaluations["test"], runtime=self.setup.runtime)
         return {"top1": result.top1, "loss": result.loss}
-
-    # Checks and keys.
-
-    @cached_property
-    def _network_key(self) -> dict[str, Any]:
-        """What decides the unpruned network; a user's own code counts by its module file."""
-        name = self.config.model.name
-        own = ":" in name
-        return {
-            "name": name,
-            "options": self.config.model.options,
-            "init": self.init,
-            "num_classes": self.info.num_classes,
-            "in_channels": self.info.channels,
-            "image_size": self.info.image_size,
-            "source": source_digest(model_factory(name)) if own else None,
-        }
-
-    @cached_property
-    def _pruner_key(self) -> dict[str, Any]:
-        options = self.config.pruner
-        source = None if options.name in PRUNERS else source_digest(type(self.pruner))
-        return {**options.model_dump(mode="json"), "source": source}
-
-    def _check_init(self, model: nn.Module) -> str | None:
-        """Return the initialiser of scratch arms: as configured, the family's, or None where there is neither."""
-        init = self.config.model.init or family_initialiser(model)
-        if init is None and any(ARMS[arm].weights == "fresh" for arm in self.config.arms):
-            try:
-                INITIALISERS["reset_parameters"](on_meta(model))
-            except ValueError as error:
-                raise UserError(
-                    f"model.name={self.config.model.name}: scratch arms cannot draw its weights anew: {error}; "
-                    f"give that module a reset_parameters(), or name an initialiser with model.init"
-                ) from None
-        return init
-
-    def _check_output(self, model: nn.Module) -> None:
-        where = f"model.name={self.config.model.name}"
-        size = " x ".join(map(str, self.image_shape))
-        try:
-            output = on_meta(model).eval()(self.example.to("meta"))
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{where}: fails on images of {size}: {reason}") from error
-        if not (isinstance(output, torch.Tensor) and output.shape == (1, self.info.num_classes)):
-            shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise UserError(f"{where}: must give logits of 1 x {self.info.num_classes} for one image; gave {shape}")
-
-    def _reference_macs(self) -> int:
-        name = self.config.budget.reference_model
-        if name is None:
-            return self.cost.macs
-        reference = build_model(name, num_classes=self.info.num_classes, in_channels=self.info.channels)
-        return count_cost(reference, self.image_shape).macs
-
-    def _planned_flops(self, cost: Cost, training: Training) -> int:
-        return cost.train_flops(training.epochs * self.info.train_images)
 
     def _remaining_flops(self, title: str) -> int:
         """Return the training FLOPs planned from this stage on."""
-        plan = self.plan()
-        order = ["large", *self.config.arms]
+        plan = self._plan
+        order = ["large", *self.setup.config.arms]
         entries = {"large": plan["large"], **plan["arms"]}
         return sum(entries[name]["train_flops"] or 0 for name in order[order.index(title) :])
 
@@ -602,124 +373,6 @@ class _Pace:
         self.told.add(title)
 
 
-class Summary:
-    """``summary.json`` and ``summary.md``, rewritten after every stage."""
-
-    def __init__(self, study: Study, experiment: str | None) -> None:
-        self.study = study
-        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
-        config = study.config
-        self.content: dict[str, Any] = {
-            "study": {
-                "experiment": experiment,
-                "dataset": config.dataset.name,
-                "train_images": study.info.train_images,
-                "test_images": study.info.test_images,
-                "model": config.model.name,
-                "pruner": config.pruner.name,
-                "target": {config.pruner.target: getattr(config.pruner, config.pruner.target)},
-                "recipe": config.recipe.name,
-                "budget": config.budget.name,
-                "seed": config.seed,
-                "device": study.device_name,
-                "precision": study.runtime.precision,
-                "versions": _versions(),
-                "commit": _commit(),
-                "warnings": self._warnings(),
-            }
-        }
-        self._stages: dict[str, str] = {}
-
-    def add_large(self, large: Done | Failed | None) -> None:
-        """Add the unpruned network, if it was needed."""
-        if large is not None:
-            self.content["large"] = self._entry("large", large)
-        self._write()
-
-    def add_pruned(self, pruned: Pruned) -> None:
-        """Add the pruned network before any retraining."""
-        entry: dict[str, Any] = {**asdict(pruned.cost)}
-        if isinstance(pruned.done, Done):
-            entry.update({name: pruned.done.result[name] for name in ("top1", "loss")})
-            entry["stage"] = str(pruned.done.stage.folder)
-            self._stages["prune"] = pruned.done.stage.name
-        entry["layers"] = [asdict(layer) for layer in pruned.report.layers]
-        entry["frozen"] = dict(pruned.report.frozen)
-        self.content["pruned"] = entry
-        self.content["study"]["warnings"] += pruned.report.warnings
-        self.content["study"]["ledger"] = Budget(
-            self.study.config.recipe,
-            self.study.config.budget,
-            self.study.budget.macs_reference,
-            pruned.cost.macs,
-        ).summary()
-        self.content["arms"] = {}
-        self._write()
-
-    def add_arm(self, name: str, outcome: Done | Failed) -> None:
-        """Add one arm."""
-        self.content["arms"][name] = self._entry(name, outcome)
-        self._write()
-
-    def finish(self) -> None:
-        """Print the table; raise if a stage failed."""
-        arms = self.content["arms"]
-        finals = {f"top1/{name}": entry["top1"] for name, entry in arms.items() if entry["status"] == "done"}
-        write_hparams(self.study.run_dir / "tensorboard" / "hparams", self._hparams(), finals)
-        print(self._table())
-        entries = {name: entry for name, entry in {"large": self.content.get("large"), **arms}.items() if entry}
-        failed = {name: entry["reason"] for name, entry in entries.items() if entry["status"] == "failed"}
-        if failed:
-            raise UserError("; ".join(f"{name} failed: {reason}" for name, reason in failed.items()))
-
-    def _entry(self, title: str, outcome: Done | Failed) -> dict[str, Any]:
-        if isinstance(outcome, Failed):
-            return {"status": "failed", "reason": outcome.reason, "epoch": outcome.epoch}
-        self._stages[title] = outcome.stage.name
-        return {
-            "status": "done",
-            **outcome.result,
-            "train_flops_total": outcome.flops_total,
-            "stage": str(outcome.stage.folder),
-        }
-
-    def _warnings(self) -> list[str]:
-        study = self.study
-        if study.init is None and any(ARMS[name].weights == "fresh" for name in study.config.arms):
-            return [
-                f"{study.config.model.name} belongs to no known family: scratch arms draw weights with "
-                "reset_parameters; name an initialiser with model.init if that is not how it is trained"
-            ]
-        return []
-
-    def _hparams(self) -> dict[str, Any]:
-        described = self.content["study"]
-        names = ("dataset", "model", "pruner", "recipe", "budget", "seed", "precision")
-        target = {f"pruner.{name}": value for name, value in described["target"].items()}
-        return {**{name: described[name] for name in names}, **target}
-
-    def _table(self) -> str:
-        described = self.content["study"]
-        target = ", ".join(f"{name}={value}" for name, value in described["target"].items())
-        title = (
-            f"{described['model']} on {described['dataset']}, {described['pruner']} {target}, "
-            f"recipe {described['recipe']}, budget {described['budget']}, seed {described['seed']}"
-        )
-        failures = [
-            f"{name} failed: {entry['reason']}"
-            for name, entry in self.content.get("arms", {}).items()
-            if entry["status"] == "failed"
-        ]
-        notes = [f"Note: {warning}." for warning in described["warnings"]]
-        return "\n\n".join([title, markdown(COLUMNS, study_rows(self.content)), *failures, *notes])
-
-    def _write(self) -> None:
-        write_json(self.study.run_dir / "summary.json", self.content)
-        write_atomically(self.study.run_dir / "summary.md", f"{self._table()}\n".encode())
-        record = {"run_dir": str(self.study.run_dir.absolute()), "stages": self._stages}
-        self.study.store.record_run(self.run_id, record)
-
-
 def _training_result(rows: list[Row], cost: Cost, seconds: float) -> dict[str, Any]:
     """Return what a finished training records: the last epoch's numbers, and the best epoch's as the paper has them."""
     last = rows[-1]
@@ -744,29 +397,6 @@ def _training_result(rows: list[Row], cost: Cost, seconds: float) -> dict[str, A
 def _architecture_key(architecture: Architecture) -> dict[str, Any]:
     selections = {name: indexes.tolist() for name, indexes in architecture.selections.items()}
     return {"modules": architecture.modules, "edits": architecture.edits, "selections": selections}
-
-
-def _versions() -> dict[str, str]:
-    names = ("rethink-prune", "torch", "torchvision", "numpy", "hydra-core")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _commit() -> str | None:
-    """Return the commit of the checkout this package runs from, or None for an installed copy."""
-    import subprocess
-
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():
-        return None
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _plural(items: Any, noun: str) -> str:
-    return f"{len(items):,} {noun}{'' if len(items) == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

@@ -215,7 +215,7 @@ def test_a_diverging_arm_fails_alone(small_study: Run, tmp_path: Path) -> None:
 
 def test_without_large_the_arms_that_need_it_fail_and_the_others_run(small_study: Run, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="large failed: .*; finetune failed: large failed, so there is no pruned network"
+        UserError, match=r"large failed: .*; finetune failed: large failed, so there is no pruned network"
     ):
         small_study("recipe.lr=1e30", "arms=[finetune]")
 

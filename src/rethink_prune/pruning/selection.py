@@ -154,8 +154,8 @@ def widths_for_target(
     reached, widths = min(seen.values(), key=lambda entry: abs(entry[0] - wanted))
     if abs(reached - wanted) > TARGET_TOLERANCE * wanted:
         raise UserError(
-            f"pruner.target_{quantity}={target:g}: cannot be reached within {TARGET_TOLERANCE:.0%} by one ratio for all "
-            f"layers; the nearest is {reached:.0f} (of {total} unpruned)"
+            f"pruner.target_{quantity}={target:g}: cannot be reached within {TARGET_TOLERANCE:.0%} by one ratio for "
+            f"all layers; the nearest is {reached:.0f} (of {total} unpruned)"
         )
     return widths
 

@@ -1,0 +1,303 @@
+"""What a configuration means on this machine: device, data, networks, target, budget and stage keys."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rethink_prune.arms import ARMS
+from rethink_prune.budget import Budget, Training, phase_training
+from rethink_prune.config import StudyConfig
+from rethink_prune.cost import Cost, count_cost, on_meta
+from rethink_prune.data import EvalBatches, ImageDataset, TrainBatches, describe_dataset, load_dataset
+from rethink_prune.errors import UserError
+from rethink_prune.imports import source_digest
+from rethink_prune.models import build_model, model_factory
+from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
+from rethink_prune.pruning import PRUNERS, Target, find_pruner
+from rethink_prune.pruning.surgery import Architecture, reshape
+from rethink_prune.seeds import derive_seed, seeded
+from rethink_prune.store import Store
+from rethink_prune.training.loop import Runtime
+from rethink_prune.training.precision import resolve_device, resolve_precision
+from rethink_prune.weights import Checkpoint, read_checkpoint
+
+
+class Setup:
+    """A validated configuration, resolved; making one checks everything that can be wrong before any training.
+
+    Raises
+    ------
+    UserError
+        If the parts of the configuration do not fit each other, the data or the machine.
+    """
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = config
+        device = resolve_device(config.device)
+        precision = resolve_precision(config.precision, device)
+        self.runtime = Runtime(
+            device=device,
+            precision=precision,
+            accelerate=config.accelerate == "auto",
+            checkpoint_seconds=config.store.checkpoint_seconds,
+            show_progress=sys.stderr.isatty(),
+        )
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.backends.cudnn.benchmark = not config.deterministic
+        self.info = describe_dataset(**config.dataset.model_dump(exclude={"pad", "flip", "mean", "std"}))
+        self.image_shape = (self.info.channels, self.info.image_size, self.info.image_size)
+        self.pruner = find_pruner(config.pruner.name)
+        if config.model.init not in (None, *INITIALISERS):
+            raise UserError(f"model.init={config.model.init}: no such initialiser; one of {', '.join(INITIALISERS)}")
+        model = self.build()
+        self.init = self._check_init(model)
+        self._check_output(model)
+        self.target = Target(self.pruner, config.pruner, model, torch.zeros(1, *self.image_shape), config.model.name)
+        self.cost = self.target.full_cost
+        self.checkpoint: Checkpoint | None = None
+        if config.large.checkpoint is not None:
+            self.checkpoint = read_checkpoint(config.large.checkpoint, model, config.model.name)
+        self._macs_reference = self._reference_macs()
+        self.store = Store(Path(config.store.root))
+
+    @property
+    def device_name(self) -> str:
+        """The device, as a person would call it."""
+        device = self.runtime.device
+        if device.type == "cuda":
+            return torch.cuda.get_device_name(device)
+        return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+    @property
+    def precision_note(self) -> str:
+        """The arithmetic, and whether it was chosen here."""
+        chosen = f"precision {self.runtime.precision}"
+        return f"{chosen} (auto)" if self.config.precision == "auto" else chosen
+
+    @property
+    def reads_large(self) -> bool:
+        """Whether anything needs the unpruned network."""
+        return (
+            self.config.large.baseline
+            or not self.pruner.predefined
+            or any(ARMS[name].weights == "inherited" for name in self.config.arms)
+        )
+
+    def budget(self, macs_pruned: int) -> Budget:
+        """Return the lengths of all trainings for a pruned network of so many MACs."""
+        return Budget(self.config.recipe, self.config.budget, self._macs_reference, macs_pruned)
+
+    @cached_property
+    def dataset(self) -> ImageDataset:
+        """The images."""
+        options = self.config.dataset.model_dump(exclude={"pad", "flip"})
+        return load_dataset(**options, cache_dir=self.store.cache, progress=self.runtime.show_progress)
+
+    @cached_property
+    def train_batches(self) -> TrainBatches:
+        """The training images on the device, augmented as the recipe says."""
+        augment = self.config.recipe.augment
+        return TrainBatches(
+            self.dataset.train,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            batch_size=self.config.recipe.batch_size,
+            pad=self.config.dataset.pad if augment else 0,
+            flip=self.config.dataset.flip and augment,
+            device=self.runtime.device,
+            seed=self.config.seed,
+        )
+
+    @cached_property
+    def evaluations(self) -> dict[str, EvalBatches]:
+        """The images that networks are judged by: test, and validation if some are held out."""
+        splits = {"test": self.dataset.test, "validation": self.dataset.validation}
+        return {
+            name: EvalBatches(
+                split,
+                mean=self.dataset.mean,
+                std=self.dataset.std,
+                batch_size=self.config.recipe.eval_batch_size,
+                device=self.runtime.device,
+            )
+            for name, split in splits.items()
+            if split is not None
+        }
+
+    def build(self) -> nn.Module:
+        """Build the unpruned network with the initialisation of ``large``."""
+        model, seed = self.config.model, derive_seed(self.config.seed, "large-init")
+        with seeded(seed):
+            network = build_model(
+                model.name,
+                num_classes=self.info.num_classes,
+                in_channels=self.info.channels,
+                **model.options,
+            )
+        init = model.init or family_initialiser(network)
+        if init is not None:
+            with seeded(seed):
+                INITIALISERS[init](network)
+        return network
+
+    def build_scratch(self, architecture: Architecture) -> nn.Module:
+        """Build a pruned network with every weight drawn anew, from a stream of its own."""
+        network = reshape(self.build(), architecture)
+        with seeded(derive_seed(self.config.seed, "scratch-init")):
+            INITIALISERS[self.init or "reset_parameters"](network)
+        return network
+
+    def plan(self) -> dict[str, Any]:
+        """Return the content of ``plan.json``: what will be trained, for how long, at what cost."""
+        config, known = self.config, self.pruner.predefined
+        budget = self.budget(self.target.cost.macs)
+        arms = {}
+        for name in config.arms:
+            arm = ARMS[name]
+            fixed = known or arm.length != "scratch_b"
+            training = budget.training(arm.length) if fixed else None
+            cost = self.cost if arm.network == "large" else self.target.cost if known else None
+            arms[name] = {
+                "epochs": training.epochs if training else None,
+                "milestones": list(training.milestones) if training else None,
+                "train_flops": self._planned_flops(cost, training) if cost and training else None,
+            }
+        large = phase_training(config.recipe)
+        trained = self.reads_large and self.checkpoint is None
+        return {
+            "large": {
+                **asdict(self.cost),
+                "epochs": large.epochs,
+                "milestones": list(large.milestones),
+                "train_flops": self._planned_flops(self.cost, large) if trained else 0,
+                "trained": trained,
+            },
+            "pruned": {
+                "params": self.target.cost.params if known else None,
+                "macs": self.target.cost.macs if known else None,
+                "known": known,
+                "layers": [asdict(layer) for layer in self.target.report().layers] if known else None,
+            },
+            "arms": arms,
+            "budget": budget.summary() if known else {"rule": config.budget.name},
+        }
+
+    @cached_property
+    def network_key(self) -> dict[str, Any]:
+        """What decides the unpruned network; a user's own code counts by its module file."""
+        name = self.config.model.name
+        own = ":" in name
+        return {
+            "name": name,
+            "options": self.config.model.options,
+            "init": self.init,
+            "num_classes": self.info.num_classes,
+            "in_channels": self.info.channels,
+            "image_size": self.info.image_size,
+            "source": source_digest(model_factory(name)) if own else None,
+        }
+
+    @cached_property
+    def pruner_key(self) -> dict[str, Any]:
+        """What decides the choice of channels, given the network's weights."""
+        options = self.config.pruner
+        source = None if options.name in PRUNERS else source_digest(type(self.pruner))
+        return {**options.model_dump(mode="json"), "source": source}
+
+    @cached_property
+    def data_key(self) -> dict[str, Any]:
+        """What decides the batches: the images, and how they are augmented."""
+        dataset = self.config.dataset
+        augment = {"pad": dataset.pad, "flip": dataset.flip} if self.config.recipe.augment else None
+        return {"fingerprint": self.dataset.fingerprint, "augment": augment}
+
+    def describe(self, experiment: str | None) -> dict[str, Any]:
+        """Return what the summary says about the study as a whole."""
+        config = self.config
+        return {
+            "experiment": experiment,
+            "dataset": config.dataset.name,
+            "train_images": self.info.train_images,
+            "test_images": self.info.test_images,
+            "model": config.model.name,
+            "pruner": config.pruner.name,
+            "target": {config.pruner.target: getattr(config.pruner, config.pruner.target)},
+            "recipe": config.recipe.name,
+            "budget": config.budget.name,
+            "seed": config.seed,
+            "device": self.device_name,
+            "precision": self.runtime.precision,
+            "versions": _versions(),
+            "commit": _commit(),
+            "warnings": self._warnings(),
+        }
+
+    def _warnings(self) -> list[str]:
+        if self.init is None and any(ARMS[name].weights == "fresh" for name in self.config.arms):
+            return [
+                f"{self.config.model.name} belongs to no known family: scratch arms draw weights with "
+                "reset_parameters; name an initialiser with model.init if that is not how it is trained"
+            ]
+        return []
+
+    def _check_init(self, model: nn.Module) -> str | None:
+        """Return the initialiser of scratch arms: as configured, the family's, or None where there is neither."""
+        init = self.config.model.init or family_initialiser(model)
+        if init is None and any(ARMS[arm].weights == "fresh" for arm in self.config.arms):
+            try:
+                INITIALISERS["reset_parameters"](on_meta(model))
+            except ValueError as error:
+                raise UserError(
+                    f"model.name={self.config.model.name}: scratch arms cannot draw its weights anew: {error}; "
+                    f"give that module a reset_parameters(), or name an initialiser with model.init"
+                ) from None
+        return init
+
+    def _check_output(self, model: nn.Module) -> None:
+        where = f"model.name={self.config.model.name}"
+        size = " x ".join(map(str, self.image_shape))
+        try:
+            output = on_meta(model).eval()(torch.empty(1, *self.image_shape, device="meta"))
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{where}: fails on images of {size}: {reason}") from error
+        if not (isinstance(output, torch.Tensor) and output.shape == (1, self.info.num_classes)):
+            shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise UserError(f"{where}: must give logits of 1 x {self.info.num_classes} for one image; gave {shape}")
+
+    def _reference_macs(self) -> int:
+        name = self.config.budget.reference_model
+        if name is None:
+            return self.cost.macs
+        reference = build_model(name, num_classes=self.info.num_classes, in_channels=self.info.channels)
+        return count_cost(reference, self.image_shape).macs
+
+    def _planned_flops(self, cost: Cost, training: Training) -> int:
+        return cost.train_flops(training.epochs * self.info.train_images)
+
+
+def _versions() -> dict[str, str]:
+    names = ("rethink-prune", "torch", "torchvision", "numpy", "hydra-core")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout this package runs from, or None for an installed copy."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,147 @@
+"""The benchmark script: what it prints and records, and that each side does the work it is timed for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+SCRIPT = Path(__file__).parents[1] / "scripts/benchmark.py"
+CPU = torch.device("cpu")
+
+
+def benchmark(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    # One thread: two that wait for each other suffer from any other load.
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    specification = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "benchmark", module)  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+class Counting(nn.Module):
+    """A network that counts what it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3 * 32 * 32, 10)
+        self.images = 0
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.training
+        assert x.shape[1:] == (3, 32, 32)
+        self.images += len(x)
+        logits = self.fc(x.flatten(1))
+        self.dtypes.add(logits.dtype)
+        return logits
+
+
+@pytest.mark.parametrize("part", ["surgery", "overhead"])
+def test_numbers_come_with_n_spread_and_versions(part: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    done = benchmark(part, "--networks=resnet20", "--rounds=2", "--steps=1", f"--json={file}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+
+    machine = content["machine"]
+    assert machine["python"] == platform.python_version()
+    assert machine["torch"] == torch.__version__
+    assert machine["threads"] == 1
+    for name in ("python", "torch", "torchvision", "threads", "cpu", "device"):
+        assert f"{name} {machine[name]}" in done.stdout
+
+    printed = [line for line in done.stdout.splitlines() if line.startswith(part)]
+    for text, result in zip(printed, content["results"], strict=True):
+        assert result["n"] == len(result["values"]) == 2
+        assert result["median"] == median(result["values"])
+        assert (result["min"], result["max"]) == (min(result["values"]), max(result["values"]))
+        assert f"{result['median']:.3f} {result['unit']}" in text
+        assert f"[{result['min']:.3f}, {result['max']:.3f}]  n=2" in text
+        assert all(value > 0 for value in result["values"])
+    asked = [result for result in content["results"] if result["limit"]]
+    assert asked
+    assert {result["unit"] for result in asked} == {"s" if part == "surgery" else "ratio"}
+    for result in asked:
+        assert result["limit"][0] == "<="
+        assert result["reached"] == (result["median"] <= result["limit"][1])
+
+
+@pytest.mark.parametrize(
+    "side",
+    [
+        lambda script, model, split: script.usual_side(model, split, CPU, 0),
+        lambda script, model, split: script.usual_side(model, split, CPU, 2),
+        lambda script, model, split: script.framework_side(model, split, CPU, "fp32"),
+        lambda script, model, split: script.bare_side(model, split, CPU, "fp32"),
+    ],
+    ids=["usual", "usual with workers", "framework", "bare"],
+)
+def test_every_round_of_a_side_trains_on_every_image(script: ModuleType, side: Callable[..., Any]) -> None:
+    model, split = Counting(), script.random_images(3 * script.BATCH_SIZE)
+    before = model.fc.weight.detach().clone()
+    run = side(script, model, split)
+    for round_number in (1, 2):
+        run()
+        assert model.images == round_number * len(split)
+    assert model.dtypes == {torch.float32}
+    assert not torch.equal(model.fc.weight, before)
+
+
+def test_bf16_sides_compute_in_bf16(script: ModuleType) -> None:
+    for make in (script.framework_side, script.bare_side):
+        model = Counting()
+        make(model, script.random_images(script.BATCH_SIZE), CPU, "bf16")()
+        assert model.dtypes == {torch.bfloat16}
+
+
+def test_sides_take_turns_and_the_warm_up_does_not_count(script: ModuleType) -> None:
+    calls: list[str] = []
+    sides = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    seconds = script.take_turns(sides, 3, CPU)
+    assert calls == ["a", "b"] * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize(
+    ("limit", "reached"), [((">=", 2.0), True), ((">=", 2.1), False), (("<=", 1.9), False), (None, None)]
+)
+def test_a_limit_is_held_against_the_median(
+    script: ModuleType, limit: tuple[str, float] | None, reached: bool | None
+) -> None:
+    line = script.Line("train", "vgg16", "fp32 / usual", "ratio", [9.0, 2.0, 1.0], limit)
+    assert line.record()["reached"] is reached
+    assert ("MISSED" in str(line)) == (reached is False)
+
+
+def test_a_mistake_is_named_without_a_traceback(tmp_path: Path) -> None:
+    done = benchmark("surgery", "--networks=resnet21", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("model.name=resnet21: no such network")
