@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from rethink_prune.errors import UserError
-from rethink_prune.results.runs import find_summaries, runs_table
+from rethink_prune.files import write_json
+from rethink_prune.results.runs import find_summaries, runs_table, without_paths
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,10 +16,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rethink-prune-report", description="One table over many runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, folders that hold some, or a store")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the arms' curves (.png or .svg)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the summaries, without paths of this machine"
+    )
     options = parser.parse_args(arguments)
     try:
         summaries = find_summaries(options.runs)
         print(runs_table(summaries))
+        if options.json:
+            write_json(options.json, [without_paths(summary) for summary in summaries])
         if options.plot:
             from rethink_prune.results.plots import plot_curves
 

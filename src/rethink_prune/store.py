@@ -200,6 +200,10 @@ class Stage:
         self.check_owner()
         self._write_status({"state": "failed", "reason": reason, **details})
 
+    def stop(self) -> None:
+        """Mark the stage as stopped on request; it goes on when it is asked for again."""
+        self._write_status({"state": "stopped"})
+
     def check_owner(self) -> None:
         """Raise if another process has taken the stage over because this one seemed dead."""
         owner = self.status().get("owner", self._owner)

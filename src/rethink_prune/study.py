@@ -20,12 +20,13 @@ from rethink_prune.arms import ARMS
 from rethink_prune.budget import Training, phase_training
 from rethink_prune.config import Phase, StudyConfig, parse_config
 from rethink_prune.cost import Cost, count_cost, on_meta
+from rethink_prune.errors import Interrupted
 from rethink_prune.files import write_json
 from rethink_prune.pruning import find_pruner, run_pruner
 from rethink_prune.pruning.surgery import Architecture, reshape
 from rethink_prune.results.metrics import read_metrics, write_metrics
 from rethink_prune.results.summary import Summary
-from rethink_prune.results.tables import markdown, plan_rows
+from rethink_prune.results.tables import plan_text
 from rethink_prune.results.tensorboard import ArmEvents
 from rethink_prune.seeds import derive_generator
 from rethink_prune.setup import Setup
@@ -77,7 +78,7 @@ def run_study(
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "plan.json", plan)
     if config.dry_run:
-        print(markdown(("arm", "epochs", "milestones", "training FLOPs"), plan_rows(plan)))
+        print(plan_text(plan))
         return plan
     setup.store.prepare()
     log.info("%s, %s", setup.device_name, setup.precision_note)
@@ -200,6 +201,9 @@ class Study:
                         stage.fail(str(failure), epoch=failure.epoch)
                         log.error("%s failed: %s", title, failure)
                         return Failed(str(failure), failure.epoch)
+                    except Interrupted:
+                        stage.stop()
+                        raise
                     stage.finish(result, files=(MODEL_FILE, "architecture.json"))
                     Checkpoints(stage.folder).clear()
                     log.info("%s: %.2f %% top-1 in %.1f s", title, result["top1"], result["seconds"])

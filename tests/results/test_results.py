@@ -86,7 +86,10 @@ def test_report_over_runs_and_over_a_store(
         assert "finetune" in header
         assert len(rows) == 2
         assert f"{second['arms']['finetune']['top1']:.2f}" in rows[1]
-    assert main([str(tmp_path / "run2"), "--plot", str(tmp_path / "curves.png")]) == 0
+    extras = ["--plot", str(tmp_path / "curves.png"), "--json", str(tmp_path / "results.json")]
+    assert main([str(tmp_path / "run2"), *extras]) == 0
+    assert str(tmp_path) not in (tmp_path / "results.json").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())[0]["large"]["top1"] == second["large"]["top1"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -133,6 +133,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert errors == f"{number.name} in large, epoch 2 of 3: saved; run the same command again to go on\n"
     checkpoints = list((tmp_path / "store").rglob("checkpoint-000001-00000002-*.pt"))
     assert len(checkpoints) == 1, "the step was finished and saved"
+    assert json.loads((checkpoints[0].parent / "status.json").read_text())["state"] == "stopped"
     assert start(tmp_path, "never", 0).wait(120) == 0
     assert results(tmp_path) == uninterrupted
 

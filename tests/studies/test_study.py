@@ -145,8 +145,8 @@ def test_scratch_starts_from_a_fresh_draw_of_the_narrow_network(
     with seeded(derive_seed(0, "large-init")):
         INITIALISERS["cifar_vgg"](wide)
     assert torch.equal(started["large"]["features.0.weight"], wide.get_parameter("features.0.weight"))
-    sliced = started["large"]["features.24.weight"]
-    assert started["scratch_e"]["features.24.weight"].std() > 1.3 * sliced.std(), "not a slice of the wide draw"
+    sliced = started["large"]["features.25.weight"]
+    assert started["scratch_e"]["features.25.weight"].std() > 1.3 * sliced.std(), "not a slice of the wide draw"
 
 
 class NarrowVGG(torch.nn.Module):

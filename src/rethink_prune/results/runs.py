@@ -56,6 +56,15 @@ def runs_table(summaries: Sequence[Mapping[str, Any]]) -> str:
     return markdown(columns, rows)
 
 
+def without_paths(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a summary that can be published: without the stages' folders."""
+    return {
+        name: without_paths(value) if isinstance(value, Mapping) else value
+        for name, value in summary.items()
+        if name != "stage"
+    }
+
+
 def _description(summary: Mapping[str, Any]) -> list[str]:
     study, large, pruned = summary["study"], summary.get("large"), summary.get("pruned")
     target = " ".join(f"{name}={value}" for name, value in study["target"].items())

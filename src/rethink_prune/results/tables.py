@@ -16,6 +16,7 @@ COLUMNS = (
     "total FLOPs",
     "seconds",
 )
+PLAN_COLUMNS = ("arm", "epochs", "milestones", "training FLOPs")
 
 
 def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -27,16 +28,26 @@ def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     rows = [_row("large", large, None)] if large else []
     pruned = summary.get("pruned") or {}
     if "top1" in pruned:
-        rows.append(_row("pruned, untrained", pruned, large.get("top1")))
+        rows.append(_row("pruned, not retrained", pruned, large.get("top1")))
     rows += [_row(name, entry, large.get("top1")) for name, entry in summary.get("arms", {}).items()]
     return rows
 
 
-def plan_rows(plan: Mapping[str, Any]) -> list[list[str]]:
-    """Return the cells of a plan's ledger: arm, epochs, milestones, training FLOPs."""
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """Return a plan for the terminal: the networks, and what every arm will train."""
+    large, pruned = plan["large"], plan["pruned"]
+    networks = [f"large: {large['params']:,} parameters, {_millions(large['macs'])} MACs"]
+    if pruned["known"]:
+        networks.append(f"pruned: {pruned['params']:,} parameters, {_millions(pruned['macs'])} MACs")
+    return "\n\n".join(["; ".join(networks), markdown(PLAN_COLUMNS, _plan_rows(plan))])
+
+
+def _plan_rows(plan: Mapping[str, Any]) -> list[list[str]]:
     large = plan["large"]
     trained = "" if large["trained"] else " (not trained)"
-    rows = [["large" + trained, str(large["epochs"]), "", _flops(large["train_flops"])]]
+    rows = [
+        ["large" + trained, str(large["epochs"]), " ".join(map(str, large["milestones"])), _flops(large["train_flops"])]
+    ]
     for name, arm in plan["arms"].items():
         milestones = " ".join(map(str, arm["milestones"])) if arm["milestones"] is not None else "after pruning"
         rows.append([name, _number(arm["epochs"]), milestones, _flops(arm["train_flops"])])
@@ -69,7 +80,7 @@ def _row(name: str, entry: Mapping[str, Any], large_top1: float | None) -> list[
         "" if top1 is None else f"{top1:.2f}",
         "" if change is None else f"{change:+.2f}",
         f"{entry['params']:,}",
-        _scaled(entry["macs"], "M", 1e6),
+        _millions(entry["macs"]),
         _number(entry.get("epochs")),
         _flops(entry.get("train_flops")),
         _flops(entry.get("train_flops_total")),
@@ -85,5 +96,5 @@ def _flops(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _scaled(value: float, unit: str, scale: float) -> str:
-    return f"{value / scale:,.2f} {unit}"
+def _millions(value: float) -> str:
+    return f"{value / 1e6:,.2f} M"
