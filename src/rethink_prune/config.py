@@ -121,7 +121,7 @@ class StoreConfig(Frozen):
     """Where stages are kept, and how often an unfinished one is saved."""
 
     root: str
-    checkpoint_seconds: NonNegative = 30.0
+    checkpoint_seconds: NonNegative = 60.0
 
 
 class LargeConfig(Frozen):

@@ -766,7 +766,7 @@ def test_impossible_plans_are_refused(drop: dict[str, Any], message: str) -> Non
 
 def test_unknown_scope_and_layer_are_refused() -> None:
     channels = analyse(build_model("vgg11"), torch.randn(1, 3, 32, 32))
-    with pytest.raises(UserError, match="scope=outer: must be inner or all"):
+    with pytest.raises(UserError, match=r"scope=outer: must be inner or all"):
         channels.groups("outer")
-    with pytest.raises(UserError, match="features.1: is no convolution"):
+    with pytest.raises(UserError, match=r"features\.1: is no convolution"):
         channels.consumers("features.1")

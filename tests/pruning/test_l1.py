@@ -151,7 +151,7 @@ def test_a_pruner_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     model = build_model("vgg11")
     result = prune(model, "my_pruner:LastChannels", example=EXAMPLE, ratio=0.5)
     assert torch.equal(result.model.get_parameter("features.0.weight"), model.get_parameter("features.0.weight")[:32])
-    with pytest.raises(UserError, match="scores of features.0 must be 64 finite numbers"):
+    with pytest.raises(UserError, match=r"scores of features\.0 must be 64 finite numbers"):
         prune(model, "my_pruner:Broken", example=EXAMPLE, ratio=0.5)
     with pytest.raises(UserError, match="must be a subclass of"):
         find_pruner("my_pruner:function")

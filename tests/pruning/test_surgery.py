@@ -127,6 +127,7 @@ def test_architecture_round_trip_in_a_new_process(tmp_path: Path) -> None:
         spec = spec_from_file_location("test_surgery", sys.argv[2])
         tests = module_from_spec(spec)
         spec.loader.exec_module(tests)
+        torch.set_num_threads(int(sys.argv[3]))  # sums are split over the threads, so the last bit depends on them
         for folder in sorted(Path(sys.argv[1]).iterdir()):
             full = tests.build(folder.name)
             model = reshape(full, Architecture.load(folder)).eval()
@@ -135,7 +136,8 @@ def test_architecture_round_trip_in_a_new_process(tmp_path: Path) -> None:
             with torch.no_grad():
                 assert torch.equal(model(example["x"]), example["y"]), folder.name
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), __file__]
+    arguments = [str(tmp_path), __file__, str(torch.get_num_threads())]
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
 

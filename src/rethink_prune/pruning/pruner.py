@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -149,9 +150,17 @@ class Target:
             )
         self._shapes = on_meta(model)
         self._input_shape = tuple(example.shape[1:])
-        self.full_cost: Cost = count_cost(model, self._input_shape)
         self.widths: Mapping[str, int] = self._resolve(pruner, options, network)
-        self.cost: Cost = self._cost_of(self.widths)
+
+    @cached_property
+    def full_cost(self) -> Cost:
+        """Cost of the unpruned network."""
+        return count_cost(self._shapes, self._input_shape)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Cost of the pruned network."""
+        return self._cost_of(self.widths)
 
     def architecture(self) -> surgery.Architecture:
         """Return an architecture with these widths, the channels of highest index gone."""

@@ -72,7 +72,7 @@ class Runtime:
     device: torch.device
     precision: str
     accelerate: bool = True
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: float = 60.0
     show_progress: bool = False
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -169,8 +169,7 @@ def train(
             progress.totals = progress.totals.to(runtime.device)
             lr = optimizer.param_groups[0]["lr"]
             for images, labels in batches.epoch(progress.epoch, progress.step):
-                # Dropout and the like draw per step, so a resumed run needs no generator state.
-                torch.manual_seed(derive_seed(seed, "noise", progress.epoch, progress.step))
+                _seed_noise(derive_seed(seed, "noise", progress.epoch, progress.step), runtime.device)
                 progress.totals += _step(model, images, labels, optimizer, runtime)
                 progress.step += 1
                 bar.update(len(labels))
@@ -220,6 +219,13 @@ def evaluate(model: nn.Module, batches: EvalBatches, *, runtime: Runtime) -> Eva
         totals += _loss_and_correct(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
     loss, correct = totals.tolist()
     return Evaluation(loss / len(batches), 100.0 * correct / len(batches))
+
+
+def _seed_noise(seed: int, device: torch.device) -> None:
+    # Dropout and the like draw per step, so a resumed run needs no generator state.
+    torch.random.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _step(
