@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rethink_prune.errors import UserError
+
 TRAIN_FLOPS_PER_MAC = 6
 
 
@@ -57,9 +59,18 @@ def count_cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` whose tensors have shapes but no storage."""
+    """Return a copy of `model` whose parameters and buffers have shapes but no values.
+
+    Raises
+    ------
+    UserError
+        If the network holds something that refuses to be copied.
+    """
     meta: dict[int, object] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = torch.empty_like(tensor, device="meta")
         meta[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, meta)
+    try:
+        return copy.deepcopy(model, meta)
+    except Exception as error:
+        raise UserError(f"{type(model).__name__}: cannot be copied: {error}") from error

@@ -21,8 +21,9 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.graph import ChannelSelection, describe_call, evaluate, meta_copy, trace
+from rethink_prune.pruning.graph import ChannelSelection, describe_call, evaluate, trace
 from rethink_prune.pruning.rules import function_rule, module_rule, operation_name
 from rethink_prune.pruning.streams import Call, ChannelIds, Flow, Ids, NoRule, Stream
 
@@ -320,7 +321,7 @@ def analyse(model: nn.Module, example: torch.Tensor) -> Channels:
         If the network cannot be traced, or does not take `example`.
     """
     # The tracer puts constants into what it traces, so each trace has a copy.
-    network, training_network = meta_copy(model), meta_copy(model)
+    network, training_network = on_meta(model).eval(), on_meta(model).eval()
     input_shape = tuple(example.shape)
     ids = ChannelIds()
     graph = trace(network)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
@@ -62,7 +61,7 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
     Parameters
     ----------
     model : nn.Module
-        Put into the mode given and possibly given constants by the tracer: pass a copy (`meta_copy`).
+        Put into the mode given and possibly given constants by the tracer: pass a copy (`cost.on_meta`).
     training : bool
         Which of the two modes to trace.
 
@@ -88,19 +87,6 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
     return graph
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` in evaluation mode whose parameters and buffers have shapes but no values."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    try:
-        return copy.deepcopy(model, memo).eval()
-    except Exception as error:  # anything a module holds may refuse to be copied
-        raise UserError(f"{type(model).__name__}: cannot be copied: {_first_line(error)}") from error
-
-
 def evaluate(graph: fx.Graph, model: nn.Module, input_shape: tuple[int, ...]) -> dict[fx.Node, Any]:
     """Return the value of every node for an input of `input_shape`, as meta tensors.
 
@@ -109,7 +95,7 @@ def evaluate(graph: fx.Graph, model: nn.Module, input_shape: tuple[int, ...]) ->
     graph : fx.Graph
         A trace of `model`, or of a copy with other widths.
     model : nn.Module
-        A `meta_copy`.
+        A copy `cost.on_meta`, in evaluation mode.
     input_shape : tuple of int
         Batch dimension included.
 

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
+from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.channels import Channels, Plan
-from rethink_prune.pruning.graph import ChannelSelection, describe_call, evaluate, meta_copy, trace
+from rethink_prune.pruning.graph import ChannelSelection, describe_call, evaluate, trace
 
 __all__ = ["Architecture", "ChannelSelection", "apply", "mask", "reshape"]
 
@@ -110,7 +111,7 @@ def apply(model: nn.Module, plan: Plan) -> tuple[nn.Module, Architecture]:
         If the pruned network would not run, or not run the same operations.
     """
     pruned = _cut(model, plan.outputs, plan.inputs, plan.attributes)
-    shapes = meta_copy(pruned)
+    shapes = on_meta(pruned).eval()
     graph = _edited_graph(shapes, plan.edits)
     _check(graph, shapes, plan)
     if plan.edits:
@@ -167,7 +168,7 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
         reshaped.get_buffer(f"{name}.indexes").copy_(indexes)
     if not architecture.edits:
         return reshaped
-    shapes = meta_copy(reshaped)
+    shapes = on_meta(reshaped).eval()
     return _with_graph(reshaped, _edited_graph(shapes, architecture.edits), shapes)
 
 
@@ -291,7 +292,7 @@ def _cut(
 
 
 def _edited_graph(shapes: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> fx.Graph:
-    """Return the trace of a `meta_copy`, with constants rewritten."""
+    """Return the trace of a copy on meta, with constants rewritten."""
     graph = trace(shapes)
     nodes = {node.name: node for node in graph.nodes}
     for name, edit in edits.items():
