@@ -53,14 +53,14 @@ KILLER = """
 
     loop, checkpoint, store = rethink_prune.training.loop, rethink_prune.training.checkpoint, rethink_prune.store
     if point == "step":
-        loop._step = after(count, loop._step, lambda *args: die())
+        loop._update = after(count, loop._update, lambda *args: die())
     if point == "checkpoint":
         checkpoint.write_atomically = after(count, checkpoint.write_atomically, half_written)
     if point == "finish":
         store.Stage.finish = after(count, store.Stage.finish, lambda *args: die())
     if point == "slow":
         import time
-        loop._step = after(count, loop._step, lambda *args: (print("here", flush=True), time.sleep(5)))
+        loop._update = after(count, loop._update, lambda *args: (print("here", flush=True), time.sleep(5)))
     sys.argv[0] = "rethink_prune"
     main()
 """

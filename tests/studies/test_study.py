@@ -178,9 +178,9 @@ def test_arms_see_the_same_batches(small_study: Run, monkeypatch: pytest.MonkeyP
     from rethink_prune.training import loop
 
     seen: list[torch.Tensor] = []
-    real = loop._step
+    real = loop._update
     monkeypatch.setattr(
-        loop, "_step", lambda model, images, *rest: (seen.append(images), real(model, images, *rest))[1]
+        loop, "_update", lambda model, images, *rest: (seen.append(images), real(model, images, *rest))[1]
     )
     small_study("arms=[scratch_e]", "large.baseline=true", "recipe.epochs=1")
     large, scratch = seen[: len(seen) // 2], seen[len(seen) // 2 :]

@@ -170,7 +170,8 @@ def train(
             lr = optimizer.param_groups[0]["lr"]
             for images, labels in batches.epoch(progress.epoch, progress.step):
                 _seed_noise(derive_seed(seed, "noise", progress.epoch, progress.step), runtime.device)
-                progress.totals += _step(model, images, labels, optimizer, runtime)
+                loss, logits = _update(model, images, labels, optimizer, runtime)
+                progress.totals += _loss_and_correct(loss * len(labels), logits, labels)
                 progress.step += 1
                 bar.update(len(labels))
                 if progress.step < batches.steps_per_epoch:
@@ -228,16 +229,17 @@ def _seed_noise(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _step(
+def _update(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer: Optimizer, runtime: Runtime
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward, backward and one step of the optimiser; returns the mean loss and the logits."""
     with autocast(runtime.device, runtime.precision):
         logits = model(images)
     loss = F.cross_entropy(logits.float(), labels)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return _loss_and_correct(loss.detach() * len(labels), logits.detach(), labels)
+    return loss.detach(), logits.detach()
 
 
 def _loss_and_correct(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
