@@ -7,6 +7,7 @@ there, and is computed otherwise.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -342,9 +343,10 @@ class Study:
         model.load_state_dict(load_stage_weights(parent.stage))
         return model
 
-    def _evaluated(self, model: nn.Module) -> dict[str, float]:
+    def _evaluated(self, model: nn.Module) -> dict[str, float | None]:
         result = evaluate(self.setup.runtime.place(model), self.setup.evaluations["test"], runtime=self.setup.runtime)
-        return {"top1": result.top1, "loss": result.loss}
+        # A pruned network's logits can overflow before it is retrained, and JSON has no infinity.
+        return {"top1": result.top1, "loss": result.loss if math.isfinite(result.loss) else None}
 
     def _remaining_flops(self, title: str) -> int:
         """Return the training FLOPs planned from this stage on."""

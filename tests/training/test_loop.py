@@ -209,3 +209,13 @@ def test_adamw_is_torchs() -> None:
     optimizer = build_optimizer([nn.Parameter(torch.zeros(1))], spec(optimizer="adamw", lr=0.01), fused=False)
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.param_groups[0]["weight_decay"] == 1e-4
+
+
+def test_an_infinite_test_loss_is_a_failure_too(tmp_path: Path) -> None:
+    class Overflowing(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(x)
+            return logits if self.training else logits * float("inf")
+
+    with pytest.raises(Diverged, match=r"the test loss became (nan|inf) in epoch 1 at learning rate 0\.05"):
+        run(Overflowing(nn.Flatten(), nn.Linear(192, 4)), tmp_path)

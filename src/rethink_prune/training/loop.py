@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rethink_prune.data.batches import EvalBatches, TrainBatches
 from rethink_prune.seeds import derive_seed
@@ -26,10 +28,10 @@ Row = dict[str, float]
 
 
 class Diverged(Exception):
-    """The training loss is NaN or infinite."""
+    """A loss is NaN or infinite."""
 
-    def __init__(self, loss: float, epoch: int, lr: float) -> None:
-        super().__init__(f"the training loss became {loss} in epoch {epoch} at learning rate {lr:g}")
+    def __init__(self, name: str, loss: float, epoch: int, lr: float) -> None:
+        super().__init__(f"the {name} loss became {loss} in epoch {epoch} at learning rate {lr:g}")
         self.epoch = epoch
         self.lr = lr
 
@@ -128,7 +130,7 @@ def train(
     Raises
     ------
     Diverged
-        If the training loss of an epoch is not finite.
+        If the training loss of an epoch, or a loss after it, is not finite.
     Interrupted
         After a signal; the state is saved.
     """
@@ -163,7 +165,7 @@ def train(
             save()
             interrupts.stop(f"in {title}, epoch {progress.epoch + 1} of {spec.epochs}")
 
-    with bar, interrupts.deferred():
+    with bar, interrupts.deferred(), logging_redirect_tqdm() if runtime.show_progress else nullcontext():
         while progress.epoch < spec.epochs:
             model.train()
             progress.totals = progress.totals.to(runtime.device)
@@ -181,7 +183,7 @@ def train(
             loss_sum, correct = progress.totals.tolist()
             images_seen = batches.images_per_epoch
             if not math.isfinite(loss_sum):
-                raise Diverged(loss_sum / images_seen, progress.epoch + 1, lr)
+                raise Diverged("training", loss_sum / images_seen, progress.epoch + 1, lr)
             row: Row = {
                 "epoch": progress.epoch + 1,
                 "lr": lr,
@@ -191,6 +193,8 @@ def train(
             }
             for name, batches_of_set in evaluations.items():
                 result = evaluate(model, batches_of_set, runtime=runtime)
+                if not math.isfinite(result.loss):
+                    raise Diverged(name, result.loss, progress.epoch + 1, lr)
                 row[f"{name}_loss"] = result.loss
                 row[f"{name}_top1"] = result.top1
             row["seconds"] = clock.seconds()
@@ -268,7 +272,7 @@ def _restore(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, sche
 
 
 class _Clock:
-    """Training seconds over all sessions of a stage, and when the next checkpoint is due."""
+    """Training seconds of a stage, however often it was stopped, and when the next checkpoint is due."""
 
     def __init__(self, before: float) -> None:
         self._start = time.monotonic() - before
