@@ -2,8 +2,7 @@
 
 The contract: ``factory(root=dataset.root, **dataset.args)`` returns a mapping with
 
-- ``"train"`` and ``"test"``: each a pair of images (uint8, N x H x W x C, square, NumPy array or tensor) and
-labels
+- ``"train"`` and ``"test"``: each a pair of images (uint8, N x H x W x C, square, NumPy array or tensor) and labels
   (integers in [0, K), N), both with at least one image;
 - ``"classes"``: the K >= 2 class names, in the order of the labels.
 
