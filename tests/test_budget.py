@@ -67,6 +67,11 @@ def test_milestones_as_epochs_and_as_fractions_scale_alike() -> None:
     assert milestones_for([0.5, 0.75], 260, 160) == milestones_for([80, 120], 260, 160) == (130, 195)
 
 
+def test_a_milestone_before_the_first_epoch_is_left_out() -> None:
+    assert milestones_for([0.5, 0.75], 1, 1) == ()
+    assert milestones_for([0.5, 0.75], 2, 2) == (1, 1)
+
+
 def test_budget_rules_reach_the_arms() -> None:
     recipe = configure("recipe=paper").recipe
     stricter = Budget(recipe, BudgetConfig(name="x", add_finetune_epochs=True), 200, 100)

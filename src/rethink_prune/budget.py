@@ -27,14 +27,17 @@ def milestones_for(milestones: Sequence[float | int], epochs: int, base_epochs: 
     Parameters
     ----------
     milestones : sequence of float or int
-        Fractions of the epochs, or epochs of a training of `base_epochs`.
+        Fractions of the epochs, or epochs of a training of `base_epochs`. Those that come before the end of the first
+        epoch are left out.
 
     Examples
     --------
     >>> milestones_for([0.5, 0.75], 243, 160), milestones_for([80, 120], 243, 160)
     ((121, 182), (121, 182))
     """
-    return tuple(m * epochs // base_epochs if isinstance(m, int) else int(m * epochs) for m in milestones)
+    scaled = (m * epochs // base_epochs if isinstance(m, int) else int(m * epochs) for m in milestones)
+    # A milestone of 0 would mean that the training never sees its learning rate.
+    return tuple(m for m in scaled if m > 0)
 
 
 def scratch_b_epochs(

@@ -18,8 +18,10 @@ from rethink_prune.errors import UserError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Milestone = float | int
+# The upper bounds catch slips of the keyboard before they reach an allocator.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Milestone = Finite  # from 1, a whole number of epochs
 
 TARGETS = ("ratio", "variant", "widths", "target_macs", "target_params")
 
@@ -35,15 +37,15 @@ class DatasetConfig(Frozen):
 
     name: str
     root: str | None = None
-    image_size: Count | None = None
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     channels: Literal[1, 3] = 3
     train_limit: Count | None = None
     test_limit: Count | None = None
     validation: float = Field(0.0, ge=0, lt=1)
     split_seed: int = Field(0, ge=0)
-    mean: tuple[float, ...] | None = None
+    mean: tuple[Finite, ...] | None = None
     std: tuple[Positive, ...] | None = None
-    pad: int = Field(0, ge=0)
+    pad: int = Field(0, ge=0, le=1024)
     flip: bool = False
     args: dict[str, Any] = {}
 
@@ -65,6 +67,14 @@ class ModelConfig(Frozen):
     init: str | None = None
     detach_shortcut: bool = False
     args: dict[str, Any] = {}
+
+    @field_validator("args")
+    @classmethod
+    def _args_leave_the_sizes(cls, args: dict[str, Any]) -> dict[str, Any]:
+        for name in ("num_classes", "in_channels"):
+            if name in args:
+                raise ValueError(f"{name} comes from the data set")
+        return args
 
     @property
     def options(self) -> dict[str, Any]:
@@ -155,6 +165,8 @@ class PrunerOptions(Frozen):
     @field_validator("ratio", mode="before")
     @classmethod
     def _ratio_in_range(cls, ratio: object) -> object:
+        if isinstance(ratio, Mapping):
+            ratio = {str(layer): value for layer, value in ratio.items()}
         for value in _leaves(ratio):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
                 raise ValueError(
@@ -252,7 +264,8 @@ def parse_config(
         except UserError as error:
             problems.append(str(error))
             tree.pop("pruner")
-    unknown = [arm for arm in tree.get("arms") or () if arm not in arms]
+    named = tree.get("arms")
+    unknown = [arm for arm in named if arm not in arms] if isinstance(named, list) else []
     if unknown:
         problems.append(
             f"arms={_show(tree['arms'])}: no arm {', '.join(map(str, unknown))}; there are {', '.join(arms)}"
@@ -305,6 +318,8 @@ def _line(detail: ErrorDetails, prefix: tuple[str, ...], root: type[Frozen]) -> 
         case "string_pattern_mismatch" if location == ["device"]:
             message = "must be auto, cpu, cuda or cuda:N"
     message = (message[:1].lower() + message[1:]).replace("input should", "must").replace("'", "")
+    for python, yaml in (("valid tuple", "list"), ("valid list", "list"), ("valid dictionary", "mapping")):
+        message = message.replace(python, yaml)
     if isinstance(detail["input"], Mapping) and detail["type"] == "value_error":
         return f"{path}: {message}"
     return f"{path}={_show(detail['input'])}: {message}"
@@ -318,6 +333,8 @@ def _known_keys(root: type[BaseModel], location: Sequence[str | int]) -> Iterato
 
 
 def _show(value: object) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:g}"
     return str(value).replace("'", "")

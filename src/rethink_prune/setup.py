@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from rethink_prune.cost import Cost, count_cost, on_meta
 from rethink_prune.data import EvalBatches, ImageDataset, TrainBatches, describe_dataset, load_dataset
 from rethink_prune.errors import UserError
 from rethink_prune.imports import source_digest
-from rethink_prune.models import build_model, model_factory
+from rethink_prune.models import MODELS, build_model, model_factory
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
 from rethink_prune.pruning import PRUNERS, Target, find_pruner
 from rethink_prune.pruning.surgery import Architecture, reshape
@@ -69,6 +70,7 @@ class Setup:
             self.checkpoint = read_checkpoint(config.large.checkpoint, model, config.model.name)
         self._macs_reference = self._reference_macs()
         self.store = Store(Path(config.store.root))
+        self.store.check()
 
     @property
     def device_name(self) -> str:
@@ -267,10 +269,13 @@ class Setup:
         where = f"model.name={self.config.model.name}"
         size = " x ".join(map(str, self.image_shape))
         try:
-            output = on_meta(model).eval()(torch.empty(1, *self.image_shape, device="meta"))
+            with torch.no_grad():
+                output = copy.deepcopy(model).eval()(torch.zeros(1, *self.image_shape))
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{where}: fails on images of {size}: {reason}") from error
+            raise UserError(
+                f"{where}: fails on images of {size} (dataset.channels, dataset.image_size): {reason}"
+            ) from error
         if not (isinstance(output, torch.Tensor) and output.shape == (1, self.info.num_classes)):
             shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise UserError(f"{where}: must give logits of 1 x {self.info.num_classes} for one image; gave {shape}")
@@ -279,6 +284,8 @@ class Setup:
         name = self.config.budget.reference_model
         if name is None:
             return self.cost.macs
+        if name not in MODELS:
+            raise UserError(f"budget.reference_model={name}: no such network; one of {', '.join(MODELS)}")
         reference = build_model(name, num_classes=self.info.num_classes, in_channels=self.info.channels)
         return count_cost(reference, self.image_shape).macs
 

@@ -55,6 +55,11 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
 
+    def check(self) -> None:
+        """See, without writing, that nothing else is in the store's place."""
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"store.root={self.root}: cannot be written (it is a file); name a folder instead")
+
     def prepare(self) -> None:
         """Make the folders of the store and see that they can be written."""
         try:
@@ -118,7 +123,7 @@ class Stage:
         """Return the content of ``status.json``, or an empty mapping if there is none or it is damaged."""
         try:
             return json.loads((self._status_file).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except ValueError:
             log.warning("%s is damaged: the stage is done again", self._status_file)

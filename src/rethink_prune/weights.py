@@ -16,7 +16,6 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rethink_prune.errors import UserError
@@ -122,7 +121,7 @@ def read_checkpoint(source: str, model: nn.Module, network: str) -> Checkpoint:
         if not path.is_file():
             raise UserError(f"large.checkpoint={source}: no such file or folder")
         state, digest = _file_state(path, source), file_digest(path)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not in {network}" for name in state if name not in expected]
@@ -131,6 +130,7 @@ def read_checkpoint(source: str, model: nn.Module, network: str) -> Checkpoint:
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
+    problems += [f"{name} is not finite" for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"large.checkpoint={source}: not the weights of {network}: {'; '.join(problems[:3])}{more}")
@@ -148,15 +148,19 @@ def _file_state(path: Path, source: str) -> dict[str, Tensor]:
             f"large.checkpoint={source}: holds pickled objects, which loading would execute; "
             "save the network's state_dict() instead"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # torch.load fails in as many ways as files can be damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"large.checkpoint={source}: cannot be read ({reason})") from None
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not (isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())):
+    if not (isinstance(content, Mapping) and all(map(_is_dense, content.values()))):
         raise UserError(f"large.checkpoint={source}: holds no state dict, nor one as 'state_dict' or 'model'")
     return dict(content)
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _torchvision_state(source: str, network: str) -> dict[str, Tensor]:

@@ -256,6 +256,12 @@ def test_one_class_is_refused(make_folder: MakeFolder) -> None:
     assert refusal(root) == f"dataset.root=ROOT: train has one class (cat), two or more are needed; {EXPECTED}"
 
 
+def test_folders_inside_classes_are_refused(make_folder: MakeFolder) -> None:
+    root = make_folder()
+    (root / "train/cat/kittens").mkdir()
+    assert refusal(root) == "dataset.root=ROOT: train/cat/kittens is a folder; classes hold images only"
+
+
 def test_images_outside_class_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "test").mkdir()

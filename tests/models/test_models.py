@@ -144,6 +144,8 @@ def test_own_network_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "def small(num_classes, width=4):\n"
         "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
         "nn.Linear(width, num_classes))\n"
+        "def failing(num_classes):\n"
+        "    return {}['a']\n"
         "def wrong(num_classes):\n"
         "    return 'a string'\n"
     )
@@ -151,8 +153,9 @@ def test_own_network_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert build_model("my_nets:small", num_classes=5, width=6)(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
     with pytest.raises(UserError, match=r"model\.depth: my_nets:small has no such option; it has: width"):
         build_model("my_nets:small", depth=3)
-    with pytest.raises(UserError, match=r"takes no in_channels.*set dataset\.channels=3"):
-        build_model("my_nets:small", in_channels=1)
+    assert build_model("my_nets:small", in_channels=1), "whether it takes such images, its first pass will tell"
+    with pytest.raises(UserError, match=r"my_nets:failing: building it with num_classes=10 failed with KeyError"):
+        build_model("my_nets:failing")
     with pytest.raises(UserError, match="gave a str, not a"):
         build_model("my_nets:wrong")
     with pytest.raises(UserError, match="no module named nowhere"):

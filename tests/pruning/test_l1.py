@@ -140,6 +140,10 @@ class Broken(Pruner):
     def scores(self, model, groups, *, data, generator):
         return {group.name: torch.full((group.size,), float("nan")) for group in groups}
 
+class Empty(Pruner):
+    def scores(self, model, groups, *, data, generator):
+        return {}
+
 def function():
     pass
 '''
@@ -151,7 +155,10 @@ def test_a_pruner_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     model = build_model("vgg11")
     result = prune(model, "my_pruner:LastChannels", example=EXAMPLE, ratio=0.5)
     assert torch.equal(result.model.get_parameter("features.0.weight"), model.get_parameter("features.0.weight")[:32])
-    with pytest.raises(UserError, match=r"scores of features\.0 must be 64 finite numbers"):
+    with pytest.raises(UserError, match=r"scores of features\.0 must be a tensor of 64 finite numbers"):
         prune(model, "my_pruner:Broken", example=EXAMPLE, ratio=0.5)
-    with pytest.raises(UserError, match="must be a subclass of"):
-        find_pruner("my_pruner:function")
+    with pytest.raises(UserError, match="must return a mapping with just these keys: features"):
+        prune(model, "my_pruner:Empty", example=EXAMPLE, ratio=0.5)
+    for name in ("function", "Pruner"):
+        with pytest.raises(UserError, match=r"must be a subclass of .* that defines scores"):
+            find_pruner(f"my_pruner:{name}")

@@ -249,11 +249,17 @@ def test_checkpoints_that_cannot_be_used(small_study: Run, tmp_path: Path) -> No
     torch.save(build_model("resnet20"), tmp_path / "pickled.pt")
     torch.save(build_model("resnet32").state_dict(), tmp_path / "other.pt")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
+    (tmp_path / "text.txt").write_text("not weights")
+    nan = build_model("resnet20").state_dict()
+    nan["fc.bias"] = torch.full((10,), float("nan"))
+    torch.save(nan, tmp_path / "nan.pt")
     for source, message in {
         "missing.pt": "no such file or folder",
         "pickled.pt": "holds pickled objects, which loading would execute",
         "other.pt": "not the weights of resnet20: layer1.3.conv1.weight is not in resnet20",
         "broken.safetensors": "cannot be read",
+        "text.txt": "large.checkpoint",
+        "nan.pt": "not the weights of resnet20: fc.bias is not finite",
         ".": "is a folder, but not a finished stage",
     }.items():
         with pytest.raises(UserError, match=message):
@@ -301,6 +307,7 @@ def test_a_network_of_ones_own(small_study: Run, tmp_path: Path, monkeypatch: py
             ["pruner.ratio=null", "pruner.target_macs=10"],
             "pruner.target_macs=10: cannot be reached within 1%",
         ),
+        (["pruner.skip=['*']"], "pruner.ratio=0.5: removes nothing from resnet20"),
         (["dataset.train_limit=5000"], "dataset.train_limit=5000"),
         (["device=cuda:7"], "device=cuda:7: no such CUDA device"),
     ],

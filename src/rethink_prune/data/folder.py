@@ -138,6 +138,10 @@ def _list_side(root: Path, side: str, classes: Sequence[str]) -> _Side:
         found = []
         with os.scandir(root / side / name) as entries:
             for entry in entries:
+                if entry.is_dir() and not entry.name.startswith("."):
+                    raise UserError(
+                        f"dataset.root={root}: {side}/{name}/{entry.name} is a folder; classes hold images only"
+                    )
                 if entry.name.lower().endswith(IMAGE_ENDINGS) and not entry.name.startswith("."):
                     status = entry.stat()
                     found.append(ImageFile(f"{side}/{name}/{entry.name}", status.st_size, status.st_mtime_ns))

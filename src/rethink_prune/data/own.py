@@ -14,7 +14,7 @@ fingerprint covers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,11 +37,16 @@ def own_source(
         inspect.signature(factory).bind(root=root, **arguments)
     except TypeError as error:
         raise UserError(f"dataset.args={arguments}: {name} is called with these and root: {error}") from None
-    result = factory(root=root, **arguments)
-
     where = f"dataset.name={name}"
+    try:
+        result = factory(root=root, **arguments)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{where}: failed with {reason} (HYDRA_FULL_ERROR=1 shows where)") from error
     if not isinstance(result, Mapping) or not {"train", "test", "classes"} <= result.keys():
         raise UserError(f"{where}: must return a mapping with train, test and classes")
+    if not isinstance(result["classes"], Sequence) or isinstance(result["classes"], str):
+        raise UserError(f"{where}: classes must be a list of names, not {result['classes']!r}")
     classes = tuple(str(label) for label in result["classes"])
     if len(set(classes)) != len(classes) or len(classes) < 2:
         raise UserError(f"{where}: classes must be at least two different names, not {list(classes)}")
@@ -73,7 +78,10 @@ def own_source(
 def _check_split(pair: object, where: str, num_classes: int) -> Split:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise UserError(f"{where}: must be a pair of images and labels")
-    images, labels = (np.asarray(part) for part in pair)
+    try:
+        images, labels = (np.asarray(part.detach() if isinstance(part, torch.Tensor) else part) for part in pair)
+    except ValueError:
+        raise UserError(f"{where}: images must all have one shape") from None
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"{where}: images must be uint8, N x H x W x C, not {images.dtype} of shape {images.shape}")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:

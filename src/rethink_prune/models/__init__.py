@@ -78,15 +78,14 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
             raise UserError(f"model.{option}: {name} has no such option; it has: {', '.join(known)}")
     if "in_channels" in parameters:
         options["in_channels"] = in_channels
-    elif in_channels != 3:
-        raise UserError(
-            f"model.name={name}: takes no in_channels, so it cannot be built for images of {in_channels} channel(s); "
-            "set dataset.channels=3"
-        )
     try:
         model = factory(num_classes=num_classes, **options)
-    except TypeError as error:
-        raise UserError(f"model.name={name}: could not be called with num_classes={num_classes}: {error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"model.name={name}: building it with num_classes={num_classes} failed with {reason} "
+            "(HYDRA_FULL_ERROR=1 shows where)"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={name}: gave a {type(model).__name__}, not a torch.nn.Module")
     model.network_name = name  # type: ignore[assignment]  # published variants are looked up by it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +36,10 @@ def find_pruner(name: str) -> Pruner:
             f"pruner.name={name}: no such pruner; one of {', '.join(PRUNERS)}, or your own as path.to.module:Class"
         )
     found = import_object(name, "pruner.name")
-    if not (isinstance(found, type) and issubclass(found, Pruner)):
-        raise UserError(f"pruner.name={name}: must be a subclass of rethink_prune.pruning.Pruner")
+    if not (isinstance(found, type) and issubclass(found, Pruner)) or inspect.isabstract(found):
+        raise UserError(f"pruner.name={name}: must be a subclass of rethink_prune.pruning.Pruner that defines scores()")
+    if not (isinstance(found.options, type) and issubclass(found.options, PrunerOptions)):
+        raise UserError(f"pruner.name={name}: its options must be a subclass of rethink_prune.config.PrunerOptions")
     return found()
 
 

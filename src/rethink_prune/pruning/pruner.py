@@ -102,7 +102,7 @@ class Pruner(ABC):
         groups : sequence of ChannelGroup
             What may be pruned.
         data : iterable of (images, labels), optional
-            Training batches, for pruners that need them.
+            Training batches, for pruners that need them; None where :func:`~rethink_prune.prune` was given none.
         generator : torch.Generator
             For pruners that draw.
         """
@@ -151,6 +151,11 @@ class Target:
         self._shapes = on_meta(model)
         self._input_shape = tuple(example.shape[1:])
         self.widths: Mapping[str, int] = self._resolve(pruner, options, network)
+        if all(self.widths[group.name] == group.size for group in self.groups):
+            raise UserError(
+                f"pruner.{options.target}={getattr(options, options.target)}: removes nothing from "
+                f"{network or type(model).__name__} (with pruner.skip, min_channels and round_to as they are)"
+            )
 
     @cached_property
     def full_cost(self) -> Cost:
@@ -168,10 +173,15 @@ class Target:
 
     def drop(self, scores: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
         """Return the units to drop, per group, by score."""
+        names = {group.name for group in self.groups}
+        if not isinstance(scores, Mapping) or set(scores) != names:
+            raise UserError(f"pruner: scores() must return a mapping with just these keys: {', '.join(sorted(names))}")
         for group in self.groups:
             values = scores[group.name]
-            if values.shape != (group.size,) or not torch.isfinite(values).all():
-                raise UserError(f"pruner: scores of {group.name} must be {group.size} finite numbers")
+            if not (
+                isinstance(values, torch.Tensor) and values.shape == (group.size,) and torch.isfinite(values).all()
+            ):
+                raise UserError(f"pruner: scores of {group.name} must be a tensor of {group.size} finite numbers")
         return drop_lowest(scores, self.widths)
 
     def report(self) -> PruneReport:
