@@ -16,13 +16,7 @@ import pytest
 
 from harness import SMALL
 
-ARGUMENTS = [
-    *SMALL,
-    "recipe.epochs=3",
-    "arms=[finetune,scratch_e]",
-    "store.checkpoint_seconds=0",
-    "hydra.run.dir=run",
-]
+ARGUMENTS = [*SMALL, "recipe.epochs=3", "arms=[finetune,scratch_e]", "store.checkpoint_seconds=0"]
 
 # Runs the command line with something that kills it inserted at a given point.
 KILLER = """
@@ -66,9 +60,9 @@ KILLER = """
 """
 
 
-def start(cwd: Path, point: str, count: int) -> subprocess.Popen[str]:
+def start(cwd: Path, point: str, count: int, run_dir: str = "run") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(KILLER), point, str(count), *ARGUMENTS],
+        [sys.executable, "-c", textwrap.dedent(KILLER), point, str(count), *ARGUMENTS, f"hydra.run.dir={run_dir}"],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -140,7 +134,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
 def test_a_signal_ends_a_multirun(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "rethink_prune", "-m", *ARGUMENTS[:-1], "recipe.epochs=100", "seed=0,1"],
+        [sys.executable, "-m", "rethink_prune", "-m", *ARGUMENTS, "recipe.epochs=100", "seed=0,1"],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -160,7 +154,7 @@ def test_a_signal_ends_a_multirun(tmp_path: Path) -> None:
 
 
 def test_two_processes_share_one_training(tmp_path: Path) -> None:
-    first, second = (start(tmp_path, "never", 0) for _ in range(2))
+    first, second = (start(tmp_path, "never", 0, run_dir) for run_dir in ("run1", "run2"))
     outputs = [process.communicate(timeout=120) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], outputs
     stages = [json.loads(path.read_text()) for path in (tmp_path / "store/stages").glob("*/status.json")]
