@@ -372,8 +372,9 @@ class _Pace:
         self.told.add(title)
         done = sum(cost.train_flops(int(row["images"])) for row in rows)
         seconds = rows[-1]["seconds"] / done * (self.planned[title] - done)
-        log.info("%s: epoch %d took %.1f s; the study will take about %s more",
-                 title, len(rows), rows[-1]["seconds"] / len(rows), _duration(seconds))  # fmt: skip
+        per_epoch = rows[-1]["seconds"] / len(rows)
+        rest = _duration(seconds)
+        log.info("%s: epoch %d took %.1f s; the study will take about %s more", title, len(rows), per_epoch, rest)
 
     def finished(self, title: str) -> None:
         self.told.add(title)
