@@ -210,7 +210,6 @@ class Study:
                     log.info("%s: %.2f %% top-1 in %.1f s", title, result["top1"], result["seconds"])
         else:
             log.info("%s: %.2f %% top-1, from %s", title, result["top1"], stage.name)
-        self._pace.finished(title)
         return Done(stage, result, flops_before)
 
     def _train(
@@ -375,9 +374,6 @@ class _Pace:
         per_epoch = rows[-1]["seconds"] / len(rows)
         rest = _duration(seconds)
         log.info("%s: epoch %d took %.1f s; the study will take about %s more", title, len(rows), per_epoch, rest)
-
-    def finished(self, title: str) -> None:
-        self.told.add(title)
 
 
 def _training_result(rows: list[Row], cost: Cost, seconds: float) -> dict[str, Any]:
