@@ -6,7 +6,6 @@ Scratch-E trains the pruned architecture for as many epochs as the large network
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rethink_prune.arms import Length
@@ -15,29 +14,46 @@ from rethink_prune.config import BudgetConfig, Phase, RecipeConfig
 
 @dataclass(frozen=True)
 class Training:
-    """The length of one training: `epochs`, and the `milestones` at which its learning rate drops."""
+    """The length of one training.
+
+    Attributes
+    ----------
+    epochs : int
+    milestones : tuple of int
+        Epochs after which the learning rate changes.
+    gammas : tuple of float
+        What it is then multiplied by.
+    """
 
     epochs: int
     milestones: tuple[int, ...]
+    gammas: tuple[float, ...]
 
 
-def milestones_for(milestones: Sequence[float | int], epochs: int, base_epochs: int) -> tuple[int, ...]:
-    """Return milestones for a training of `epochs`.
+def training_for(phase: Phase, epochs: int, base_epochs: int) -> Training:
+    """Return a training of `epochs` whose learning rate changes where that of a phase of `base_epochs` does.
 
-    Parameters
-    ----------
-    milestones : sequence of float or int
-        Fractions of the epochs, or epochs of a training of `base_epochs`. Those that come before the end of the first
-        epoch are left out.
+    Milestones that are fractions are fractions of `epochs`; epochs are scaled by ``epochs / base_epochs``, and with
+    ``schedule=step`` the distance of two drops is. Milestones before the end of the first epoch are left out: with
+    one of 0, the training would never see its learning rate.
 
     Examples
     --------
-    >>> milestones_for([0.5, 0.75], 243, 160), milestones_for([80, 120], 243, 160)
-    ((121, 182), (121, 182))
+    >>> training_for(Phase(epochs=160, lr=0.1, milestones=(0.5, 0.75)), 243, 160).milestones
+    (121, 182)
+    >>> training_for(Phase(epochs=90, lr=0.1, schedule="step", step=30), 106, 90).milestones
+    (35, 70, 105)
     """
-    scaled = (m * epochs // base_epochs if isinstance(m, int) else int(m * epochs) for m in milestones)
-    # A milestone of 0 would mean that the training never sees its learning rate.
-    return tuple(m for m in scaled if m > 0)
+    if phase.step is not None:
+        step = phase.step * epochs // base_epochs
+        milestones = tuple(range(step, epochs, step)) if step else ()
+    else:
+        milestones = tuple(
+            m * epochs // base_epochs if isinstance(m, int) else int(m * epochs) for m in phase.milestones
+        )
+    gammas = phase.gamma if isinstance(phase.gamma, tuple) else (phase.gamma,) * len(milestones)
+    kept = [(m, gamma) for m, gamma in zip(milestones, gammas, strict=True) if m > 0]
+    return Training(epochs, tuple(m for m, _ in kept), tuple(gamma for _, gamma in kept))
 
 
 def scratch_b_epochs(
@@ -107,7 +123,7 @@ class Budget:
             cap=self.rule.cap,
             finetune_epochs=recipe.finetune.epochs if self.rule.add_finetune_epochs else 0,
         )
-        return Training(epochs, milestones_for(recipe.milestones, epochs, recipe.epochs))
+        return training_for(recipe, epochs, self.rule.base_epochs or recipe.epochs)
 
     def summary(self) -> dict[str, object]:
         """Return the rule and the numbers it was applied to."""
@@ -124,4 +140,4 @@ class Budget:
 
 def phase_training(phase: Phase) -> Training:
     """Return the length of a phase as it is written in the recipe."""
-    return Training(phase.epochs, milestones_for(phase.milestones, phase.epochs, phase.epochs))
+    return training_for(phase, phase.epochs, phase.epochs)

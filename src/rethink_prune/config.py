@@ -61,25 +61,25 @@ class DatasetConfig(Frozen):
 
 
 class ModelConfig(Frozen):
-    """Which network; `args` go to the factory of a network of the user's own."""
+    """Which network; every further key is an option of it, and `args` go to the factory of a network of one's own."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
     init: str | None = None
-    detach_shortcut: bool = False
     args: dict[str, Any] = {}
 
-    @field_validator("args")
-    @classmethod
-    def _args_leave_the_sizes(cls, args: dict[str, Any]) -> dict[str, Any]:
+    @model_validator(mode="after")
+    def _options_leave_the_sizes(self) -> ModelConfig:
         for name in ("num_classes", "in_channels"):
-            if name in args:
+            if name in self.options:
                 raise ValueError(f"{name} comes from the data set")
-        return args
+        return self
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options for ``build_model``: those that differ from their default, and `args`."""
-        return {**({"detach_shortcut": True} if self.detach_shortcut else {}), **self.args}
+        """Options for ``build_model``."""
+        return {**(self.model_extra or {}), **self.args}
 
 
 class Phase(Frozen):
@@ -87,9 +87,10 @@ class Phase(Frozen):
 
     epochs: Count
     lr: Positive
-    schedule: Literal["multistep", "cosine", "constant"] = "multistep"
+    schedule: Literal["multistep", "step", "cosine", "constant"] = "multistep"
     milestones: tuple[Milestone, ...] = ()
-    gamma: float = Field(0.1, gt=0, le=1)
+    step: Count | None = None
+    gamma: Annotated[float, Field(gt=0, le=1)] | tuple[Positive, ...] = 0.1
 
     @field_validator("milestones")
     @classmethod
@@ -101,6 +102,14 @@ class Phase(Frozen):
         if list(milestones) != sorted(milestones):
             raise ValueError("must ascend")
         return tuple(int(m) if m >= 1 else m for m in milestones)
+
+    @model_validator(mode="after")
+    def _schedule_is_complete(self) -> Phase:
+        if (self.schedule == "step") != (self.step is not None):
+            raise ValueError("schedule=step and step (epochs between two drops) go together")
+        if isinstance(self.gamma, tuple) and (self.schedule != "multistep" or len(self.gamma) != len(self.milestones)):
+            raise ValueError("a list of gamma needs schedule=multistep and as many milestones")
+        return self
 
 
 class RecipeConfig(Phase):
@@ -146,13 +155,51 @@ Widths = list[int] | dict[str, int]
 
 
 class PrunerOptions(Frozen):
-    """What every pruner takes; a pruner adds its own options in a subclass beside its code.
-
-    Exactly one target says how much goes: `ratio`, `variant`, `widths`, `target_macs` or `target_params`.
-    """
+    """What every pruner takes: its name. A pruner adds its own options in a subclass beside its code."""
 
     name: str
+
+    @property
+    def target(self) -> str:
+        """Name of the option that says how much goes."""
+        raise NotImplementedError
+
+
+class TargetOptions(PrunerOptions):
+    """Options of a pruner that is told how much goes, by exactly one of the :data:`TARGETS`."""
+
+    @model_validator(mode="after")
+    def _one_target(self) -> TargetOptions:
+        given = self._given()
+        known = [name for name in TARGETS if name in type(self).model_fields]
+        if not given:
+            raise ValueError(f"no target: give exactly one of {', '.join(known)}, e.g. pruner.ratio=0.5")
+        if len(given) > 1:
+            keep = given[-1]
+            clear = " ".join(f"pruner.{name}=null" for name in given if name != keep)
+            raise ValueError(
+                f"{' and '.join(given)} are both targets: give exactly one; for {keep}, add {clear} to the command"
+            )
+        return self
+
+    @property
+    def target(self) -> str:
+        """Name of the target that is given."""
+        return self._given()[0]
+
+    def _given(self) -> list[str]:
+        return [name for name in TARGETS if getattr(self, name, None) is not None]
+
+
+class ChannelOptions(TargetOptions):
+    """Options of a pruner of channels.
+
+    With ``ranking=layer``, the ratio is that of every layer, and how wide each remains follows from the options. With
+    ``ranking=global``, all channels are ranked together, and it follows from their scores.
+    """
+
     scope: Literal["inner", "all"] = "inner"
+    ranking: Literal["layer", "global"] = "layer"
     ratio: Annotated[PerLayerRatio | None, Field(union_mode="smart")] = None
     variant: str | None = None
     widths: Widths | None = None
@@ -165,15 +212,7 @@ class PrunerOptions(Frozen):
     @field_validator("ratio", mode="before")
     @classmethod
     def _ratio_in_range(cls, ratio: object) -> object:
-        if isinstance(ratio, Mapping):
-            ratio = {str(layer): value for layer, value in ratio.items()}
-        for value in _leaves(ratio):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-                raise ValueError(
-                    "must be in (0, 1), the share of channels to remove"
-                    + ("" if value is ratio else f"; found {value!r}")
-                )
-        return ratio
+        return check_ratio(ratio)
 
     @field_validator("widths", mode="before")
     @classmethod
@@ -186,22 +225,27 @@ class PrunerOptions(Frozen):
         return widths
 
     @model_validator(mode="after")
-    def _one_target(self) -> PrunerOptions:
-        given = [name for name in TARGETS if getattr(self, name) is not None]
-        if not given:
-            raise ValueError(f"no target: give exactly one of {', '.join(TARGETS)}, e.g. pruner.ratio=0.5")
-        if len(given) > 1:
-            keep = given[-1]
-            clear = " ".join(f"pruner.{name}=null" for name in given if name != keep)
-            raise ValueError(
-                f"{' and '.join(given)} are both targets: give exactly one; for {keep}, add {clear} to the command"
-            )
+    def _global_ranking_has_one_ratio(self) -> ChannelOptions:
+        if self.ranking == "global" and isinstance(self.ratio, list | dict):
+            raise ValueError("ranking=global takes one ratio for all layers; for one per layer, pruner.ranking=layer")
         return self
 
     @property
-    def target(self) -> str:
-        """Name of the target that is given."""
-        return next(name for name in TARGETS if getattr(self, name) is not None)
+    def widths_follow(self) -> bool:
+        """Whether the widths follow from the options alone."""
+        return self.ranking == "layer" or self.variant is not None or self.widths is not None
+
+
+def check_ratio(ratio: object) -> object:
+    """Return a ratio, or a list or mapping of them, with names as text; raise ValueError for one not in (0, 1)."""
+    if isinstance(ratio, Mapping):
+        ratio = {str(layer): value for layer, value in ratio.items()}
+    for value in _leaves(ratio):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise ValueError(
+                "must be in (0, 1), the share to remove" + ("" if value is ratio else f"; found {value!r}")
+            )
+    return ratio
 
 
 class StudyConfig(Frozen):

@@ -1,13 +1,13 @@
 """Parameters and multiply-accumulates of a network.
 
-Conventions: MACs are those of convolutions and linear layers for one image, one multiply-accumulate counting once;
-training costs 6 FLOPs per MAC and image (two for the forward pass, four for the backward pass).
+Conventions: MACs are those of convolutions and linear layers for one image, one multiply-accumulate counting once, those
+with a masked weight not at all; training costs 6 FLOPs per MAC and image (two for the forward pass, four for the backward pass).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,9 @@ class Cost:
         return TRAIN_FLOPS_PER_MAC * self.macs * images
 
 
-def count_cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
+def count_cost(
+    model: nn.Module, input_shape: Sequence[int], *, masks: Mapping[str, torch.Tensor] | None = None
+) -> Cost:
     """Count the parameters of `model` and the MACs of one image.
 
     Parameters
@@ -40,6 +42,8 @@ def count_cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
         Any network; left as it is.
     input_shape : sequence of int
         Shape of one image, C x H x W.
+    masks : mapping of str to torch.Tensor, optional
+        By parameter name, True where a weight is not zero: only these are counted, as parameters and in MACs.
 
     Returns
     -------
@@ -51,11 +55,30 @@ def count_cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     >>> count_cost(build_model("resnet56"), (3, 32, 32))
     Cost(params=853018, macs=125485696)
     """
+    macs = layer_macs(model, input_shape)
+    cost = Cost(sum(p.numel() for p in model.parameters()), macs[""])
+    for name, mask in (masks or {}).items():
+        zeros = mask.numel() - int(mask.sum())
+        layer, _, kind = name.rpartition(".")
+        # Every weight of a layer is used equally often.
+        unused = macs.get(layer, 0) * zeros // mask.numel() if kind == "weight" else 0
+        cost = Cost(cost.params - zeros, cost.macs - unused)
+    return cost
+
+
+def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
+    """Count the MACs of one image in each module, its submodules included, by name; ``""`` is the whole network.
+
+    Modules without any do not appear.
+    """
     shapes = on_meta(model).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shapes(torch.empty(1, *input_shape, device="meta"))
+    counts = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
+    prefix = f"{type(shapes).__name__}."
     # FlopCounterMode counts two FLOPs per multiply-accumulate.
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+    macs = {name.removeprefix(prefix): flops // 2 for name, flops in counts.items() if name.startswith(prefix)}
+    return {**macs, "": counter.get_total_flops() // 2}
 
 
 def on_meta(model: nn.Module) -> nn.Module:

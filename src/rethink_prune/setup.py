@@ -25,6 +25,8 @@ from rethink_prune.imports import source_digest
 from rethink_prune.models import MODELS, build_model, model_factory
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
 from rethink_prune.pruning import PRUNERS, Target, find_pruner
+from rethink_prune.pruning.hooks import TrainingHooks
+from rethink_prune.pruning.masks import draw_masked
 from rethink_prune.pruning.surgery import Architecture, reshape
 from rethink_prune.seeds import derive_seed, seeded
 from rethink_prune.store import Store
@@ -57,13 +59,15 @@ class Setup:
         torch.backends.cudnn.benchmark = not config.deterministic
         self.info = describe_dataset(**config.dataset.model_dump(exclude={"pad", "flip", "mean", "std"}))
         self.image_shape = (self.info.channels, self.info.image_size, self.info.image_size)
-        self.pruner = find_pruner(config.pruner.name)
+        self.pruner = find_pruner(config.pruner.name)(config.pruner)
         if config.model.init not in (None, *INITIALISERS):
             raise UserError(f"model.init={config.model.init}: no such initialiser; one of {', '.join(INITIALISERS)}")
         model = self.build()
         self.init = self._check_init(model)
         self._check_output(model)
-        self.target = Target(self.pruner, config.pruner, model, torch.zeros(1, *self.image_shape), config.model.name)
+        self.target: Target = self.pruner.target(model, torch.zeros(1, *self.image_shape), config.model.name)
+        if self.prunes:
+            self.pruner.check_images(self.target, self.info.train_images)
         self.cost = self.target.full_cost
         self.checkpoint: Checkpoint | None = None
         if config.large.checkpoint is not None:
@@ -87,13 +91,14 @@ class Setup:
         return f"{chosen} (auto)" if self.config.precision == "auto" else chosen
 
     @property
+    def prunes(self) -> bool:
+        """Whether any arm needs a trained network to be pruned; scratch arms of a known target do not."""
+        return not self.target.known or any(ARMS[name].weights == "inherited" for name in self.config.arms)
+
+    @property
     def reads_large(self) -> bool:
-        """Whether anything needs the unpruned network."""
-        return (
-            self.config.large.baseline
-            or not self.pruner.predefined
-            or any(ARMS[name].weights == "inherited" for name in self.config.arms)
-        )
+        """Whether anything needs the unpruned network; what is trained sparsely is compared with it."""
+        return self.config.large.baseline or self.prunes
 
     def budget(self, macs_pruned: int) -> Budget:
         """Return the lengths of all trainings for a pruned network of so many MACs."""
@@ -157,36 +162,47 @@ class Setup:
         network = reshape(self.build(), architecture)
         with seeded(derive_seed(self.config.seed, "scratch-init")):
             INITIALISERS[self.init or "reset_parameters"](network)
+            draw_masked(network, architecture.masks)
         return network
+
+    @cached_property
+    def sparse_hooks(self) -> TrainingHooks:
+        """The pruner's part in the stage ``sparse``."""
+        return self.pruner.sparse(self.target)
 
     def plan(self) -> dict[str, Any]:
         """Return the content of ``plan.json``: what will be trained, for how long, at what cost."""
-        config, known = self.config, self.pruner.predefined
-        budget = self.budget(self.target.cost.macs)
+        config, known = self.config, self.target.known
+        pruned = self.target.cost if known else None
+        budget = self.budget(pruned.macs if pruned else self.cost.macs)
         arms = {}
         for name in config.arms:
             arm = ARMS[name]
             fixed = known or arm.length != "scratch_b"
             training = budget.training(arm.length) if fixed else None
-            cost = self.cost if arm.network == "large" else self.target.cost if known else None
+            cost = self.cost if arm.network == "large" else pruned
             arms[name] = {
                 "epochs": training.epochs if training else None,
                 "milestones": list(training.milestones) if training else None,
                 "train_flops": self._planned_flops(cost, training) if cost and training else None,
             }
         large = phase_training(config.recipe)
-        trained = self.reads_large and self.checkpoint is None
-        return {
-            "large": {
+
+        def base(trained: bool) -> dict[str, Any]:
+            return {
                 **asdict(self.cost),
                 "epochs": large.epochs,
                 "milestones": list(large.milestones),
                 "train_flops": self._planned_flops(self.cost, large) if trained else 0,
                 "trained": trained,
-            },
+            }
+
+        return {
+            "large": base(self.reads_large and self.checkpoint is None),
+            **({"sparse": base(self.prunes)} if self.pruner.trains_sparse else {}),
             "pruned": {
-                "params": self.target.cost.params if known else None,
-                "macs": self.target.cost.macs if known else None,
+                "params": pruned.params if pruned else None,
+                "macs": pruned.macs if pruned else None,
                 "known": known,
                 "layers": [asdict(layer) for layer in self.target.report().layers] if known else None,
             },
@@ -210,11 +226,20 @@ class Setup:
         }
 
     @cached_property
+    def pruner_source(self) -> str | None:
+        """A digest of the module of a user's own pruner."""
+        return None if self.config.pruner.name in PRUNERS else source_digest(type(self.pruner))
+
+    @cached_property
     def pruner_key(self) -> dict[str, Any]:
-        """What decides the choice of channels, given the network's weights."""
-        options = self.config.pruner
-        source = None if options.name in PRUNERS else source_digest(type(self.pruner))
-        return {**options.model_dump(mode="json"), "source": source}
+        """What decides what goes, given the network's weights; the images only for pruners that look at them."""
+        images = {**self.data_key, "batch_size": self.config.recipe.batch_size} if self.pruner.needs_data else None
+        return {
+            **self.config.pruner.model_dump(mode="json"),
+            "source": self.pruner_source,
+            "seed": self.config.seed,
+            "images": images,
+        }
 
     @cached_property
     def data_key(self) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """A study: one dataset, model, pruner, budget and seed, run through its arms.
 
-Read :func:`run_study` top to bottom: large -> prune -> arms -> summary. Every stage comes from the store if its key is
+Read :func:`run_study` top to bottom: large -> (sparse) -> prune -> arms -> summary. Every stage comes from the store if its key is
 there, and is computed otherwise.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -23,7 +24,9 @@ from rethink_prune.config import Phase, StudyConfig, parse_config
 from rethink_prune.cost import Cost, count_cost, on_meta
 from rethink_prune.errors import Interrupted
 from rethink_prune.files import write_json
-from rethink_prune.pruning import find_pruner, run_pruner
+from rethink_prune.pruning import find_pruner
+from rethink_prune.pruning.hooks import TrainingHooks
+from rethink_prune.pruning.masks import HeldMasks
 from rethink_prune.pruning.surgery import Architecture, reshape
 from rethink_prune.results.metrics import read_metrics, write_metrics
 from rethink_prune.results.summary import Summary
@@ -41,11 +44,12 @@ from rethink_prune.weights import Checkpoint, load_stage_weights
 log = logging.getLogger(__name__)
 
 UNPRUNED = Architecture()
+NO_HOOKS = TrainingHooks()
 
 
 def check_config(tree: Mapping[str, Any]) -> StudyConfig:
     """Validate a resolved tree against the pruners and arms there are; raises `UserError`."""
-    return parse_config(tree, pruner_options=lambda name: find_pruner(name).options, arms=tuple(ARMS))
+    return parse_config(tree, pruner_options=lambda name: find_pruner(name).options_type, arms=tuple(ARMS))
 
 
 def run_study(
@@ -86,10 +90,14 @@ def run_study(
     study = Study(setup, run_dir, interrupts, plan)
     summary = Summary(run_dir, setup.store, setup.describe(experiment))
     large = study.large() if setup.reads_large else None
-    summary.add_large(large)
-    pruned = study.pruned(large)
+    summary.add_base("large", large)
+    trained = large
+    if setup.pruner.trains_sparse:
+        trained = study.sparse() if setup.prunes else None
+        summary.add_base("sparse", trained)
+    pruned = study.pruned(trained)
     summary.add_pruned(
-        pruned.cost, asdict(setup.target.report()), setup.budget(pruned.cost.macs).summary(), pruned.done
+        pruned.cost, pruned.report, setup.budget(pruned.cost.macs).summary() if pruned.cost else {}, pruned.done
     )
     for name in config.arms:
         summary.add_arm(name, study.arm(name, pruned))
@@ -99,10 +107,21 @@ def run_study(
 
 @dataclass(frozen=True)
 class Pruned:
-    """The pruned network: its architecture and cost, and the prune stage if there is one."""
+    """The pruned network.
 
-    architecture: Architecture
-    cost: Cost
+    Attributes
+    ----------
+    report : mapping
+        What went, per layer, and what could not go.
+    architecture, cost
+        None if they follow from a training that failed.
+    done : Done, Failed or None
+        The prune stage; why there is none; None if no arm needs one.
+    """
+
+    report: Mapping[str, Any]
+    architecture: Architecture | None
+    cost: Cost | None
     done: Done | Failed | None = None
 
 
@@ -138,27 +157,51 @@ class Study:
             "large", kind="large", build=setup.build, cost=setup.cost, phase=recipe, training=phase_training(recipe)
         )
 
-    def pruned(self, large: Done | Failed | None) -> Pruned:
+    def sparse(self) -> Done | Failed:
+        """Train the unpruned network the pruner's own way, from the same initial weights as ``large``."""
+        setup = self.setup
+        recipe = setup.config.recipe
+        return self._train(
+            "sparse",
+            kind="sparse",
+            build=setup.build,
+            cost=setup.cost,
+            phase=recipe,
+            training=phase_training(recipe),
+            hooks=setup.sparse_hooks,
+            pruner={
+                "name": setup.config.pruner.name,
+                "source": setup.pruner_source,
+                **setup.sparse_hooks.key,
+            },
+        )
+
+    def pruned(self, trained: Done | Failed | None) -> Pruned:
         """Prune the trained network; without one, take the architecture that the options define."""
         setup = self.setup
-        if not isinstance(large, Done):
-            return Pruned(setup.target.architecture(), setup.target.cost, large)
+        target = setup.target
+        if not (isinstance(trained, Done) and setup.prunes):
+            known = (target.architecture(), target.cost) if target.known else (None, None)
+            return Pruned(asdict(target.report()), *known, trained if isinstance(trained, Failed) else None)
         done = self._stage(
             "prune",
             "prune",
-            {"parent": large.stage.name, "pruner": setup.pruner_key},
-            partial(self._prune, large),
-            started=large.started,
-            flops_before=large.flops_total,
+            {"parent": trained.stage.name, "pruner": setup.pruner_key},
+            partial(self._prune, trained),
+            started=trained.started,
+            flops_before=trained.flops_total,
         )
         assert isinstance(done, Done)
         architecture = Architecture.load(done.stage.folder)
         shapes = reshape(on_meta(setup.build()), architecture)
-        return Pruned(architecture, count_cost(shapes, setup.image_shape), done)
+        cost = count_cost(shapes, setup.image_shape, masks=architecture.masks)
+        return Pruned(done.result["report"], architecture, cost, done)
 
     def arm(self, name: str, pruned: Pruned) -> Done | Failed:
         """Run one arm."""
         arm, setup = ARMS[name], self.setup
+        if pruned.architecture is None or pruned.cost is None:
+            return Failed(f"{_base(setup)} failed, so it is not known what is pruned")
         recipe = setup.config.recipe
         run = partial(
             self._train,
@@ -168,13 +211,15 @@ class Study:
         )
         if arm.network == "large":
             return run(kind="large", build=setup.build, cost=setup.cost)
+        run = partial(
+            run, cost=pruned.cost, architecture=pruned.architecture, hooks=HeldMasks(pruned.architecture.masks)
+        )
         if arm.weights == "fresh":
-            build = partial(setup.build_scratch, pruned.architecture)
-            return run(kind="scratch", build=build, cost=pruned.cost, architecture=pruned.architecture)
+            return run(kind="scratch", build=partial(setup.build_scratch, pruned.architecture))
         if not isinstance(pruned.done, Done):
-            return Failed("large failed, so there is no pruned network to start from")
+            return Failed(f"{_base(setup)} failed, so there is no pruned network to start from")
         build = partial(self._inherit, pruned.architecture, pruned.done)
-        return run(kind="finetune", build=build, cost=pruned.cost, architecture=pruned.architecture, parent=pruned.done)
+        return run(kind="finetune", build=build, parent=pruned.done)
 
     def _stage(
         self,
@@ -223,8 +268,10 @@ class Study:
         training: Training,
         architecture: Architecture = UNPRUNED,
         parent: Done | None = None,
+        hooks: TrainingHooks = NO_HOOKS,
+        pruner: Mapping[str, Any] | None = None,
     ) -> Done | Failed:
-        """Train a network as a stage, and show it in TensorBoard."""
+        """Train a network as a stage, and show it in TensorBoard; `pruner` says what `hooks` add to its key."""
         setup, recipe = self.setup, self.setup.config.recipe
         spec = OptimizerSpec(
             optimizer=recipe.optimizer,
@@ -232,10 +279,10 @@ class Study:
             momentum=recipe.momentum,
             nesterov=recipe.nesterov,
             weight_decay=recipe.weight_decay,
-            schedule=phase.schedule,
+            schedule="multistep" if phase.schedule == "step" else phase.schedule,
             epochs=training.epochs,
             milestones=training.milestones,
-            gamma=phase.gamma,
+            gammas=training.gammas,
         )
         key = {
             "data": setup.data_key,
@@ -248,6 +295,7 @@ class Study:
             "network": setup.network_key,
             "architecture": _architecture_key(architecture),
             "parent": parent.stage.name if parent else None,
+            "pruner": pruner,
         }
         flops_before = parent.flops_total if parent else 0
         events = ArmEvents(
@@ -264,18 +312,21 @@ class Study:
 
             self._pace.starts(title, self._remaining_flops(title))
             model = build()
+            hooks.prepare(model)
             progress = train(
                 model,
                 setup.train_batches,
                 setup.evaluations,
                 spec,
                 runtime=setup.runtime,
+                hooks=hooks,
                 seed=setup.config.seed,
                 checkpoints=Checkpoints(stage.folder, stage.check_owner),
                 interrupts=self.interrupts,
                 title=title,
                 on_epoch=on_epoch,
             )
+            hooks.finish(model)
             save_weights(stage.model_file, model.state_dict())
             architecture.save(stage.folder)
             return _training_result(progress.rows, cost, progress.seconds)
@@ -314,24 +365,24 @@ class Study:
 
         return self._stage("large", "large", key, work)
 
-    def _prune(self, large: Done, stage: Stage) -> dict[str, Any]:
+    def _prune(self, trained: Done, stage: Stage) -> dict[str, Any]:
         start, setup = time.monotonic(), self.setup
         model = setup.build()
-        model.load_state_dict(load_stage_weights(large.stage))
-        result = run_pruner(
-            setup.pruner,
+        model.load_state_dict(load_stage_weights(trained.stage))
+        result = setup.pruner.prune(
+            model.eval(),
             setup.target,
-            model,
             data=setup.train_batches.epoch(0),
             generator=derive_generator(setup.config.seed, "prune"),
         )
         save_weights(stage.model_file, result.model.state_dict())
         result.architecture.save(stage.folder)
-        cost = count_cost(result.model, setup.image_shape)
+        cost = count_cost(result.model, setup.image_shape, masks=result.architecture.masks)
         evaluated = self._evaluated(result.model)
         return {
             **evaluated,
             **asdict(cost),
+            "report": asdict(result.report),
             "train_flops": 0,
             "epochs": 0,
             "seconds": time.monotonic() - start,
@@ -350,8 +401,8 @@ class Study:
     def _remaining_flops(self, title: str) -> int:
         """Return the training FLOPs planned from this stage on."""
         plan = self._plan
-        order = ["large", *self.setup.config.arms]
-        entries = {"large": plan["large"], **plan["arms"]}
+        entries = {**{name: plan[name] for name in ("large", "sparse") if name in plan}, **plan["arms"]}
+        order = list(entries)
         return sum(entries[name]["train_flops"] or 0 for name in order[order.index(title) :])
 
 
@@ -398,8 +449,19 @@ def _training_result(rows: list[Row], cost: Cost, seconds: float) -> dict[str, A
 
 
 def _architecture_key(architecture: Architecture) -> dict[str, Any]:
-    selections = {name: indexes.tolist() for name, indexes in architecture.selections.items()}
-    return {"modules": architecture.modules, "edits": architecture.edits, "selections": selections}
+    return {
+        "modules": architecture.modules,
+        "edits": architecture.edits,
+        "selections": {name: indexes.tolist() for name, indexes in architecture.selections.items()},
+        "removed": architecture.removed,
+        "masks": {
+            name: hashlib.sha256(mask.contiguous().numpy()).hexdigest() for name, mask in architecture.masks.items()
+        },
+    }
+
+
+def _base(setup: Setup) -> str:
+    return "sparse" if setup.pruner.trains_sparse else "large"
 
 
 def _duration(seconds: float) -> str:

@@ -3,30 +3,122 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from rethink_prune import build_model, count_cost
 from rethink_prune.errors import UserError
 from rethink_prune.models import MODELS
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
+from rethink_prune.pruning.channels import analyse
 from rethink_prune.seeds import seeded
+
+CONFIGS = Path(__file__).parents[2] / "conf/model"
+
+
+IMAGENET = ("vgg16_gap", "vgg11_bn1d", "preact_resnet50")
+
+
+def without_weights(name: str, **options: Any) -> nn.Module:
+    """Build a network that has shapes but no values, which takes no time and memory."""
+    with torch.device("meta"):
+        return build_model(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "params", "macs"),
+    [
+        ("vgg16", {}, 14987722, 313463808),
+        ("vgg19", {"head": "linear"}, 20035018, 398136320),
+        ("vgg19", {"head": "linear", "conv_bias": True}, 20040522, 398136320),
+        ("resnet56", {}, 853018, 125485696),
+        ("resnet110", {}, 1727962, 252887680),
+        ("preresnet110", {}, 1146842, 167430656),
+        ("densenet_bc100", {}, 769162, 287929692),
+        ("densenet_bc100", {"bottleneck": False}, 4068490, 1324548732),
+        ("resnext29", {}, 34426698, 5387266048),
+    ],
+)
+def test_published_parameters_and_macs(name: str, options: dict[str, Any], params: int, macs: int) -> None:
+    cost = count_cost(without_weights(name, **options), (3, 32, 32))
+    assert (cost.params, cost.macs) == (params, macs)
+
+
+@pytest.mark.parametrize(
+    ("name", "norms", "params", "macs"),
+    [("preresnet164", ("bn1", "bn"), 1711338, 247646720), ("densenet40", ("0", "bn"), 1068658, 282917328)],
+)
+def test_published_parameters_that_include_channel_selections(
+    name: str, norms: tuple[str, ...], params: int, macs: int
+) -> None:
+    """The reference code's slimming networks have a vector of indexes after some norms, and count it as parameters."""
+    model = without_weights(name)
+    selected = (
+        module.num_features
+        for path, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and path.rpartition(".")[2] in norms
+    )
+    cost = count_cost(model, (3, 32, 32))
+    assert (cost.params + sum(selected), cost.macs) == (params, macs)
+
+
+def test_the_second_published_resnext() -> None:
+    assert count_cost(without_weights("resnext29", cardinality=16), (3, 32, 32)).params == 68155210
 
 
 @pytest.mark.parametrize(
     ("name", "params", "macs"),
     [
-        ("vgg16", 14987722, 313463808),
-        ("resnet56", 853018, 125485696),
-        ("resnet110", 1727962, 252887680),
+        # By hand from torchvision's: VGG-16 with another classifier, VGG-11 with two more batch norms, and ResNet-50
+        # with 22,784 channels of batch norm instead of 26,560.
+        ("vgg16_gap", 138357544 - 123642856 + 513 * 1000, 15470264320 - 123633664 + 512 * 1000),
+        ("vgg11_bn1d", 132868840 + 2 * 2 * 4096, 7609090048),
+        ("preact_resnet50", 25557032 - 2 * (26560 - 22784), 4089184256),
     ],
 )
-def test_published_parameters_and_macs(name: str, params: int, macs: int) -> None:
-    cost = count_cost(build_model(name), (3, 32, 32))
+def test_imagenet_networks(name: str, params: int, macs: int) -> None:
+    cost = count_cost(without_weights(name, num_classes=1000), (3, 224, 224))
     assert (cost.params, cost.macs) == (params, macs)
+
+
+@pytest.mark.parametrize(
+    ("kept", "epochs"),
+    [
+        # Blocks kept of each stage, and whether its first block is among them: ResNet-41, -32 and -26.
+        (((0, False), (4, True), (6, True), (3, True)), 117),
+        (((1, False), (4, True), (4, True), (1, True)), 145),
+        (((0, False), (2, False), (5, False), (1, True)), 179),
+    ],
+)
+def test_removed_blocks_give_the_published_epochs(kept: Sequence[tuple[int, bool]], epochs: int) -> None:
+    """Sparse Structure Selection trains for int(100 * MACs before / after); the stride in a 1 x 1 would not give it."""
+    model = without_weights("preact_resnet50", num_classes=1000)
+    full = count_cost(model, (3, 224, 224)).macs
+    for number, (count, first) in enumerate(kept, start=1):
+        stage = model.get_submodule(f"layer{number}")
+        assert isinstance(stage, nn.Sequential)
+        if not first:  # what is left of it brings the input to the stage's shape
+            stage[0] = nn.Sequential(stage[0].bn1, stage[0].relu, stage[0].projection)
+        for i in range(1 + count - first, len(stage)):
+            stage[i] = nn.Identity()
+    assert int(100 * full / count_cost(model, (3, 224, 224)).macs) == epochs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_analysis_follows_every_network(name: str) -> None:
+    size = 224 if name in IMAGENET else 32
+    channels = analyse(without_weights(name), torch.zeros(2, 3, size, size))
+    assert channels.warnings == ()
+    assert list(channels.frozen.values()) == ["network output"]
+    covered = {layer for group in channels.groups("all") for layer in group.layers}
+    layers = [path for path, m in without_weights(name).named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert covered | set(channels.frozen) == set(layers)
 
 
 def test_macs_of_a_network_counted_by_hand() -> None:
@@ -50,8 +142,9 @@ def test_counting_leaves_the_network_alone() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [16, 32, 40])
 def test_every_network_takes_other_image_sizes_and_channels(name: str, size: int) -> None:
-    model = build_model(name, num_classes=7, in_channels=1).eval()
-    assert model(torch.zeros(2, 1, size, size)).shape == (2, 7)
+    size = max(size, 32) if name == "vgg11_bn1d" else size
+    model = without_weights(name, num_classes=7, in_channels=1)
+    assert model(torch.zeros(2, 1, size, size, device="meta")).shape == (2, 7)
 
 
 def test_resnet_takes_odd_sizes() -> None:
@@ -88,7 +181,66 @@ def test_resnet_initialisation() -> None:
     assert model.get_parameter("fc.weight").abs().max() > 0.9 / math.sqrt(64)
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet20"])
+def test_initialisation_of_slimming_networks() -> None:
+    model = build_model("densenet40")
+    with seeded(0):
+        INITIALISERS["cifar_resnet_half_gamma"](model)
+    assert model.get_parameter("transition2.2.weight").std().item() == pytest.approx(math.sqrt(2 / 312), rel=0.02)
+    assert all((m.weight == 0.5).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+    # As VGG-11 of ImageNet, but small.
+    vgg = nn.Sequential(nn.Conv2d(3, 512, 3), nn.BatchNorm2d(512), nn.Flatten(), nn.Linear(512, 64), nn.BatchNorm1d(64))
+    with seeded(0):
+        INITIALISERS["slimming_vgg"](vgg)
+    assert vgg.get_parameter("0.weight").std().item() == pytest.approx(math.sqrt(2 / (9 * 512)), rel=0.02)
+    assert vgg.get_parameter("3.weight").std().item() == pytest.approx(0.01, rel=0.02)
+    assert (vgg.get_parameter("1.weight") == 0.5).all()
+    assert (vgg.get_parameter("4.weight") == 0.5).all()
+
+
+def test_initialisation_of_unstructured_vgg() -> None:
+    model = build_model("vgg11", head="linear", conv_bias=True)
+    with seeded(0):
+        INITIALISERS["cifar_vgg_fan_in"](model)
+    weight = model.get_parameter("features.8.weight")
+    assert weight.shape[:2] == (256, 128)
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 128)), rel=0.01)
+    assert (model.get_parameter("features.8.bias") == 0).all()
+    assert (model.get_parameter("features.9.weight") == 1).all()
+    assert model.get_parameter("classifier.0.weight").std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_initialisation_over_fan_in() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 128, 3, groups=4), nn.BatchNorm2d(128), nn.Flatten(), nn.Linear(128, 200))
+    with seeded(0):
+        INITIALISERS["kaiming_fan_in"](model)
+    assert model.get_parameter("0.weight").std().item() == pytest.approx(math.sqrt(2 / (9 * 16)), rel=0.02)
+    assert model.get_parameter("3.weight").std().item() == pytest.approx(math.sqrt(2 / 128), rel=0.02)
+    assert (model.get_parameter("3.bias") == 0).all()
+    assert (model.get_parameter("1.weight") == 1).all()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small"])
+def test_torchvision_networks_are_drawn_as_torchvision_does(name: str) -> None:
+    model = build_model(f"torchvision.models:{name}")
+    theirs = {key: tensor.clone() for key, tensor in model.named_parameters()}
+    with seeded(0):
+        INITIALISERS[family_initialiser(model) or ""](model)
+    for key, ours in model.named_parameters():
+        if theirs[key].numel() > 1000:
+            assert ours.std().item() == pytest.approx(theirs[key].std().item(), rel=0.15), key
+        if theirs[key].unique().numel() == 1:
+            assert torch.equal(ours, theirs[key]), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_has_a_family(name: str) -> None:
+    expected = {"vgg16_gap": "slimming_vgg", "vgg11_bn1d": "slimming_vgg", "preact_resnet50": "kaiming_fan_in"}
+    family = expected.get(name) or ("cifar_vgg" if name.startswith("vgg") else "cifar_resnet")
+    assert family_initialiser(without_weights(name)) == family
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet20", "preresnet20", "densenet40", "vgg16_gap"])
 def test_an_initialiser_redraws_everything(name: str) -> None:
     model = build_model(name)
     initialiser = INITIALISERS[family_initialiser(model) or ""]
@@ -165,6 +317,49 @@ def test_own_network_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_unknown_network_lists_those_there_are() -> None:
     with pytest.raises(UserError, match=r"model\.name=resnet57: no such network; one of vgg11, .*resnet110"):
         build_model("resnet57")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vgg16", {"head": "wide"}, "model.head=wide: must be mlp or linear"),
+        ("vgg16", {"conv_bias": "no"}, "model.conv_bias=no: must be true or false"),
+        ("densenet40", {"growth_rate": 0}, "model.growth_rate=0: must be at least 1"),
+        ("densenet40", {"compression": 1.5}, "model.compression=1.5: must be in (0, 1]"),
+        ("densenet40", {"compression": "half"}, "model.compression=half: must be a number"),
+        ("resnext29", {"cardinality": 0}, "model.cardinality=0: must be at least 1"),
+        ("resnext29", {"base_width": 4.5}, "model.base_width=4.5: must be a whole number"),
+    ],
+)
+def test_a_wrong_value_of_an_option_is_one_clear_line(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        without_weights(name, **options)
+    assert str(error.value) == message
+
+
+def test_options_that_stand_for_their_default_change_nothing() -> None:
+    plain, spelled_out = without_weights("densenet_bc100"), without_weights("densenet_bc100", compression=0.5)
+    assert str(plain) == str(spelled_out)
+    assert count_cost(without_weights("densenet40", compression=1), (3, 32, 32)) == count_cost(
+        without_weights("densenet40"), (3, 32, 32)
+    )
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_yaml_builds_its_network_with_its_defaults(path: Path) -> None:
+    text = path.read_text()
+    config = yaml.safe_load(text)
+    assert text.startswith("# ")
+    assert list(config)[:2] == ["name", "init"]
+    assert (config.pop("init"), config.pop("args")) == (None, {})
+    name = config.pop("name")
+    assert name == path.stem or name == f"torchvision.models:{path.stem.removesuffix('_imagenet')}"
+    assert family_initialiser(without_weights(name)) is not None
+    assert str(without_weights(name, **config)) == str(without_weights(name))
+
+
+def test_every_network_has_a_yaml() -> None:
+    assert set(MODELS) <= {path.stem for path in CONFIGS.glob("*.yaml")}
 
 
 def test_an_option_of_another_family_is_refused() -> None:

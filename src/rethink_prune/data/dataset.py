@@ -16,6 +16,7 @@ import torch
 from rethink_prune.data.cifar import cifar_source
 from rethink_prune.data.digits import digits_source
 from rethink_prune.data.folder import folder_source
+from rethink_prune.data.imagenet import imagenet_source
 from rethink_prune.data.memory import available_memory
 from rethink_prune.data.own import own_source
 from rethink_prune.data.source import Source
@@ -96,17 +97,17 @@ def describe_dataset(
 ) -> DatasetInfo:
     """Count what :func:`load_dataset` would load, decoding no image.
 
-    ``digits`` and the CIFAR sets are known beforehand and need no files; a folder is listed and one image's
-    header is read where `image_size` is None; a user's own factory is called.
+    ``digits``, the CIFAR sets and ImageNet are known beforehand and need no files; a folder is listed and one
+    image's header is read where `image_size` is None; a user's own factory is called.
 
     Parameters
     ----------
-    name : {"digits", "cifar10", "cifar100", "folder"} or str
+    name : {"digits", "cifar10", "cifar100", "imagenet", "folder"} or str
         Or ``path.to.module:factory``, see :mod:`rethink_prune.data.own`.
     root : str, optional
         Where the images are, or for CIFAR (default ``datasets``) are downloaded to; digits need none.
     image_size : int, optional
-        Height and width in pixels that images are brought to; None keeps them (digits: 16).
+        Height and width in pixels that images are brought to; None keeps them (digits: 16, ImageNet: 224).
     channels : int
         3 for colour, 1 for grey.
     train_limit, test_limit : int, optional
@@ -229,9 +230,13 @@ def _find_source(
             return digits_source(image_size=image_size, channels=channels)
         case "cifar10" | "cifar100":
             return cifar_source(name, root=root, image_size=image_size, channels=channels)
+        case "imagenet":
+            return imagenet_source(image_size=image_size, channels=channels)
         case "folder":
             return folder_source(root=root, image_size=image_size, channels=channels)
-    raise UserError(f"dataset.name={name}: unknown; choose digits, cifar10, cifar100, folder or path.to.module:factory")
+    raise UserError(
+        f"dataset.name={name}: unknown; choose digits, cifar10, cifar100, imagenet, folder or path.to.module:factory"
+    )
 
 
 def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,16 +12,26 @@ from rethink_prune.config import PrunerOptions, parse_pruner
 from rethink_prune.errors import UserError
 from rethink_prune.imports import import_object
 from rethink_prune.pruning.l1 import L1
-from rethink_prune.pruning.pruner import Batches, Pruner, PruneReport, PruneResult, Target, run_pruner
+from rethink_prune.pruning.magnitude import Magnitude
+from rethink_prune.pruning.pruner import Batches, Pruner, PruneReport, PruneResult, Target
+from rethink_prune.pruning.random import Random
+from rethink_prune.pruning.slimming import Slimming
+from rethink_prune.pruning.soft_filter import SoftFilter
 from rethink_prune.seeds import derive_generator
 
-__all__ = ["PRUNERS", "PruneReport", "PruneResult", "Pruner", "Target", "find_pruner", "prune", "run_pruner"]
+__all__ = ["PRUNERS", "PruneReport", "PruneResult", "Pruner", "Target", "find_pruner", "prune"]
 
-PRUNERS: Mapping[str, type[Pruner]] = {"l1": L1}
+PRUNERS: Mapping[str, type[Pruner]] = {
+    "l1": L1,
+    "slimming": Slimming,
+    "magnitude": Magnitude,
+    "soft_filter": SoftFilter,
+    "random": Random,
+}
 
 
-def find_pruner(name: str) -> Pruner:
-    """Return the pruner of that name: an entry of :data:`PRUNERS`, or the import path ``module:Class``.
+def find_pruner(name: str) -> type[Pruner]:
+    """Return the class of the pruner of that name: an entry of :data:`PRUNERS`, or the import path ``module:Class``.
 
     Raises
     ------
@@ -30,17 +39,19 @@ def find_pruner(name: str) -> Pruner:
         If there is no such pruner.
     """
     if name in PRUNERS:
-        return PRUNERS[name]()
+        return PRUNERS[name]
     if ":" not in name:
         raise UserError(
             f"pruner.name={name}: no such pruner; one of {', '.join(PRUNERS)}, or your own as path.to.module:Class"
         )
     found = import_object(name, "pruner.name")
-    if not (isinstance(found, type) and issubclass(found, Pruner)) or inspect.isabstract(found):
+    if not (isinstance(found, type) and issubclass(found, Pruner)) or (
+        found.scores is Pruner.scores and found.prune is Pruner.prune
+    ):
         raise UserError(f"pruner.name={name}: must be a subclass of rethink_prune.pruning.Pruner that defines scores()")
-    if not (isinstance(found.options, type) and issubclass(found.options, PrunerOptions)):
-        raise UserError(f"pruner.name={name}: its options must be a subclass of rethink_prune.config.PrunerOptions")
-    return found()
+    if not (isinstance(found.options_type, type) and issubclass(found.options_type, PrunerOptions)):
+        raise UserError(f"pruner.name={name}: options_type must be a subclass of rethink_prune.config.ChannelOptions")
+    return found
 
 
 def prune(
@@ -60,7 +71,7 @@ def prune(
     model : torch.nn.Module
         Any network that ``torch.fx`` can trace.
     pruner : str
-        ``"l1"``, or ``"path.to.module:Class"``.
+        One of :data:`PRUNERS`, or ``"path.to.module:Class"``.
     example : torch.Tensor
         One batch of the network's input, e.g. 1 x 3 x 32 x 32; only its shape and type matter.
     network : str, optional
@@ -71,7 +82,7 @@ def prune(
         For pruners that draw.
     **options
         The pruner's options: exactly one target of ``ratio``, ``variant``, ``widths``, ``target_macs``,
-        ``target_params``; ``scope``, ``skip``, ``min_channels``, ``round_to`` and the pruner's own.
+        ``target_params``; ``ranking``, ``scope``, ``skip``, ``min_channels``, ``round_to`` and the pruner's own.
 
     Returns
     -------
@@ -81,7 +92,7 @@ def prune(
     Raises
     ------
     UserError
-        If an option is wrong or does not fit the network.
+        If an option is wrong or does not fit the network, or if the pruner needs data and there is none.
 
     Examples
     --------
@@ -92,6 +103,8 @@ def prune(
     5397034
     """
     found = find_pruner(pruner)
-    checked: PrunerOptions = parse_pruner({"name": pruner, **options}, found.options)
-    target = Target(found, checked, model, example, network or getattr(model, "network_name", None))
-    return run_pruner(found, target, model, data=data, generator=derive_generator(seed, "prune"))
+    chosen = found(parse_pruner({"name": pruner, **options}, found.options_type))
+    if chosen.needs_data and data is None:
+        raise UserError(f"pruner.name={pruner}: needs training images: prune(..., data=batches of (images, labels))")
+    target = chosen.target(model, example, network or getattr(model, "network_name", None))
+    return chosen.prune(model, target, data=data, generator=derive_generator(seed, "prune"))

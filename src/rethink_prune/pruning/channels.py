@@ -23,9 +23,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.graph import ChannelSelection, describe_call, evaluate, trace
+from rethink_prune.pruning.graph import describe_call, evaluate, selects, trace
 from rethink_prune.pruning.rules import function_rule, module_rule, operation_name
-from rethink_prune.pruning.streams import Call, ChannelIds, Flow, Ids, NoRule, Stream
+from rethink_prune.pruning.streams import Call, ChannelIds, Flow, Ids, NoRule, Stream, selecting_module
 
 Positions = tuple[int, ...]
 
@@ -42,15 +42,14 @@ class ChannelGroup:
     kind : {"conv", "linear", "selection"}
         What the first layer is.
     layers : tuple of str
-        The convolutions, linear layers or channel selections whose output channels it covers, each unit some
-        of all.
+        The convolutions and linear layers whose output channels it covers, each unit some of all; or the one
+        selection, named ``<module>.selected``.
     units : tuple of mappings from str to tuple of int
         What goes or stays together: for each unit its output positions in each layer. One position in one
         layer as a rule; a whole group of a grouped convolution; a position in several layers where an
         addition ties them.
     norms : mapping of str to tuple of tuple of int
-        For each batch norm that these channels pass, its positions for each unit. For a channel selection,
-        the norm whose output it reads.
+        For each batch norm that these channels pass, its positions for each unit.
     """
 
     name: str
@@ -72,16 +71,17 @@ class Plan:
     Attributes
     ----------
     outputs : mapping of str to tuple of int
-        Kept output positions of convolutions and linear layers, kept entries of channel selections, kept
-        channels of batch norms.
+        Kept output positions of convolutions and linear layers, kept channels of batch norms.
     inputs : mapping of str to tuple of int
         Kept input positions of convolutions without groups and of linear layers (features, after a flatten).
+    selections : mapping of str to tuple of int
+        The channels that a batch norm or convolution reads of a stream that stays whole.
     attributes : mapping of str to mapping of str to value
         The attributes to set: ``out_channels``, ``in_channels``, ``groups``, ``num_features``, ...
     edits : mapping of str to mapping
         New numbers for constants in the graph that count channels, by node name; see `surgery.rewrite`.
     widths : mapping of str to (int, int)
-        Kept and full output channels of every convolution, linear layer and channel selection.
+        Kept and full output channels of every convolution, linear layer and selection.
     input_shape : tuple of int
         The shape the network was analysed with.
     calls, shapes : mapping of str
@@ -90,6 +90,7 @@ class Plan:
 
     outputs: Mapping[str, Positions]
     inputs: Mapping[str, Positions]
+    selections: Mapping[str, Positions]
     attributes: Mapping[str, Mapping[str, Any]]
     edits: Mapping[str, Mapping[str, Any]]
     widths: Mapping[str, tuple[int, int]]
@@ -117,13 +118,13 @@ class Channels:
         network: nn.Module,
         ids: ChannelIds,
         nodes: Mapping[str, _Node],
-        selections: Mapping[str, list[int]],
+        selected: Mapping[str, list[int]],
         input_shape: tuple[int, ...],
     ) -> None:
         self._modules = dict(network.named_modules())
         self._ids = ids
         self._nodes = nodes
-        self._selections = selections
+        self._selected = selected
         self._input_shape = input_shape
         # From ids to units: ids that go together get the same number.
         self._unit_of = _components(ids.count, [*ids.united, *ids.tied])
@@ -159,12 +160,35 @@ class Channels:
         an addition joins several layers, a reader of the sum counts if it runs after `layer`.
         """
         if layer not in self._outputs:
-            raise UserError(f"{layer}: is no convolution, linear layer or channel selection of this network")
+            raise UserError(f"{layer}: is no convolution, linear layer or selection of this network")
         order = list(self._outputs)
         later = [name for name in order[order.index(layer) + 1 :] if name in self._ids.inputs]
         values = _components(self._ids.count, self._ids.united)
         written = values[self._ids.outputs[layer]]
         return tuple(name for name in later if np.isin(written, values[self._ids.inputs[name]]).any())
+
+    def inputs(self, group: ChannelGroup) -> dict[str, tuple[Positions, ...]]:
+        """Return where each unit of a group enters the layers that read it, in order of execution.
+
+        Returns
+        -------
+        dict of str to tuple of tuple of int
+            For each convolution or linear layer that reads the group's channels and is none of its own layers: per
+            unit its input positions (several after a flatten, one as a rule).
+        """
+        _, units, _ = self._groups[group.name]
+        number = {unit: index for index, unit in enumerate(units)}
+        found: dict[str, tuple[Positions, ...]] = {}
+        for name, values in self._ids.inputs.items():
+            if name in group.layers:
+                continue
+            places: list[list[int]] = [[] for _ in units]
+            for position, unit in enumerate(self._unit_of[values].tolist()):
+                if unit in number:
+                    places[number[unit]].append(position)
+            if any(places):
+                found[name] = tuple(map(tuple, places))
+        return found
 
     def plan(self, drop: Mapping[str, Iterable[int]]) -> Plan:
         """Return what each module keeps if units are dropped.
@@ -186,16 +210,22 @@ class Channels:
 
         outputs: dict[str, Positions] = {}
         inputs: dict[str, Positions] = {}
+        selections: dict[str, Positions] = {}
         attributes: dict[str, dict[str, Any]] = {}
         widths: dict[str, tuple[int, int]] = {}
         for name, values in self._ids.outputs.items():
             kept = _kept(name, keep, values)
             widths[name] = len(kept), len(values)
-            if len(kept) < len(values):
+            if len(kept) == len(values):
+                continue
+            module = selecting_module(name)
+            if module is not None:
+                before = self._selected.get(module)
+                selections[module] = kept if before is None else tuple(before[position] for position in kept)
+            else:
                 outputs[name] = kept
                 linear = isinstance(self._modules[name], nn.Linear)
-                if not isinstance(self._modules[name], ChannelSelection):
-                    _set(attributes, name, "out_features" if linear else "out_channels", len(kept))
+                _set(attributes, name, "out_features" if linear else "out_channels", len(kept))
         for name, values in self._ids.inputs.items():
             kept, layer = _kept(name, keep, values), self._modules[name]
             if len(kept) < len(values):
@@ -234,6 +264,7 @@ class Channels:
         return Plan(
             outputs=outputs,
             inputs=inputs,
+            selections=selections,
             attributes=attributes,
             edits=edits,
             widths=widths,
@@ -265,9 +296,6 @@ class Channels:
                 if isinstance(self._modules[name], _BatchNorm)
             }
         )
-        for layer, norm in self._ids.selected_from.items():
-            for unit, index in zip(self._outputs[layer].tolist(), self._selections.get(layer, ()), strict=False):
-                norms_of.setdefault(unit, {})[norm] = (index,)
 
         # Units of the same layers are alike; where a layer has several kinds, each is a group, so that no
         # choice within groups empties a layer. (The streams of a ResNet with padded shortcuts: 16, 16 more
@@ -283,13 +311,18 @@ class Channels:
             norms = dict.fromkeys(norm for unit in units for norm in norms_of.get(unit, ()))
             group = ChannelGroup(
                 name=name,
-                kind=_kind(self._modules[layers[0]]),
+                kind=self._kind(layers[0]),
                 layers=layers,
                 units=tuple(layers_of[unit] for unit in units),
                 norms={norm: tuple(norms_of.get(unit, {}).get(norm, ()) for unit in units) for norm in norms},
             )
             found[name] = group, units, coupled
         return found
+
+    def _kind(self, name: str) -> Literal["conv", "linear", "selection"]:
+        if selecting_module(name) is not None:
+            return "selection"
+        return "linear" if isinstance(self._modules[name], nn.Linear) else "conv"
 
     def _places(self, tables: Mapping[str, npt.NDArray[np.int64]]) -> dict[int, dict[str, Positions]]:
         """Return for each unit that can go the modules it appears in, and where."""
@@ -301,7 +334,7 @@ class Channels:
         return places
 
 
-def analyse(model: nn.Module, example: torch.Tensor) -> Channels:
+def analyse(model: nn.Module, example: torch.Tensor, *, selecting: Literal["norm", "conv"] | None = None) -> Channels:
     """Find out which channels of a network can be pruned.
 
     Parameters
@@ -310,6 +343,10 @@ def analyse(model: nn.Module, example: torch.Tensor) -> Channels:
         Any module that ``torch.fx`` can trace. Stays as it is: mode, buffers and random state included.
     example : torch.Tensor
         A batch of inputs; only its shape is used.
+    selecting : {"norm", "conv"}, optional
+        Let the batch norms, or the convolutions that start a residual branch, which read a stream with other
+        readers (of a sum or concatenation, say) select channels of it: these are groups of their own, and the
+        stream stays whole.
 
     Returns
     -------
@@ -334,16 +371,16 @@ def analyse(model: nn.Module, example: torch.Tensor) -> Channels:
     # A constant is edited in a traced graph, which would then run in both modes.
     ids.can_edit = alike
     with torch.random.fork_rng(devices=[]):
-        nodes = _follow(graph, network, ids, input_shape)
+        nodes = _follow(graph, network, ids, input_shape, selecting)
         if training_graph is not None and not alike:
-            _follow(training_graph, training_network.eval(), ids, input_shape)
+            _follow(training_graph, training_network.eval(), ids, input_shape, selecting)
     _tie_parameters(network, ids)
-    selections = {
-        name: module.indexes.tolist()
+    selected = {
+        name: module.get_buffer("selected").tolist()
         for name, module in model.named_modules()
-        if isinstance(module, ChannelSelection) and not module.indexes.is_meta
+        if selects(module) and not module.get_buffer("selected").is_meta
     }
-    return Channels(network, ids, nodes, selections, input_shape)
+    return Channels(network, ids, nodes, selected, input_shape)
 
 
 @dataclass(frozen=True)
@@ -361,7 +398,9 @@ class _Node:
         return (*self.shape[:dim], int(keep[self.stream.ids].sum()), *self.shape[dim + 1 :])
 
 
-def _follow(graph: fx.Graph, network: nn.Module, ids: ChannelIds, input_shape: tuple[int, ...]) -> dict[str, _Node]:
+def _follow(
+    graph: fx.Graph, network: nn.Module, ids: ChannelIds, input_shape: tuple[int, ...], selecting: str | None
+) -> dict[str, _Node]:
     """Apply the rule of every node; return the nodes whose result is a tensor."""
     values = evaluate(graph, network, input_shape)
     flows: dict[fx.Node, Any] = {}
@@ -381,11 +420,8 @@ def _follow(graph: fx.Graph, network: nn.Module, ids: ChannelIds, input_shape: t
         flow: Flow = None
         try:
             if module is not None:
-                flow = module_rule(ids, call, module)
-                source = node.args[0] if node.args else None
-                source = modules.get(str(source.target)) if isinstance(source, fx.Node) else None
-                if isinstance(module, ChannelSelection) and isinstance(source, _BatchNorm):
-                    ids.selected_from[call.label] = str(node.args[0].target)
+                selection = selects(module) or _may_select(node, module, modules, selecting)
+                flow = module_rule(ids, call, module, selecting=selection and bool(call.counted()))
             elif node.op == "get_attr":
                 ids.read_directly.add(str(node.target))
             elif node.op == "output":
@@ -403,6 +439,44 @@ def _follow(graph: fx.Graph, network: nn.Module, ids: ChannelIds, input_shape: t
             stream_or_none = flow if isinstance(flow, Stream) else None
             nodes[node.name] = _Node(describe_call(node), tuple(call.result.shape), stream_or_none)
     return nodes
+
+
+def _may_select(node: fx.Node, module: nn.Module, modules: Mapping[str, nn.Module], selecting: str | None) -> bool:
+    """Tell whether a module should select from what it reads: because others read it too, or several layers write it."""
+    if selecting == "norm":
+        return isinstance(module, _BatchNorm) and _is_shared(node, modules)
+    if selecting == "conv" and isinstance(module, nn.Conv2d) and module.groups == 1:
+        return _is_shared(node, modules) and not _is_projection(node, modules)
+    return False
+
+
+def _is_shared(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a node's input is anything but the output of one layer for this reader alone."""
+    (source, *_) = node.all_input_nodes
+    while source.op != "placeholder":
+        if len(_readers(source)) > 1 or len(source.all_input_nodes) != 1:
+            return True
+        if source.op == "call_module" and isinstance(modules[str(source.target)], (nn.Conv2d, nn.Linear)):
+            return False
+        (source,) = source.all_input_nodes
+    return False
+
+
+def _is_projection(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a convolution's output meets an addition before any other layer: a shortcut has to see all."""
+    while len(_readers(node)) == 1:
+        (node,) = _readers(node)
+        if len(node.all_input_nodes) > 1:
+            return node.op != "call_module" and operation_name(node) == "add"
+        if node.op == "call_module" and isinstance(modules[str(node.target)], (nn.Conv2d, nn.Linear)):
+            return False
+    return False
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that read a value, not counting those that only ask for its shape."""
+    shape = ("size", "getattr", "dim")
+    return [user for user in node.users if user.op == "call_module" or operation_name(user) not in shape]
 
 
 def _tie_parameters(network: nn.Module, ids: ChannelIds) -> None:
@@ -449,12 +523,6 @@ def _components(count: int, edges: Iterable[tuple[Ids, Ids]]) -> npt.NDArray[np.
     second = np.concatenate([b for _, b in pairs])
     graph = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(count, count))
     return connected_components(graph, directed=False)[1].astype(np.int64)
-
-
-def _kind(layer: nn.Module) -> Literal["conv", "linear", "selection"]:
-    if isinstance(layer, ChannelSelection):
-        return "selection"
-    return "linear" if isinstance(layer, nn.Linear) else "conv"
 
 
 def _kept(name: str, keep: npt.NDArray[np.bool_], ids: Ids) -> Positions:

@@ -26,33 +26,36 @@ _SAME_SHAPE_MODULES = (
 _SAME_SHAPE_FUNCTIONS = (F.relu, torch.relu)
 
 
-class ChannelSelection(nn.Module):
-    """Reads some channels of a stream that stays whole for its other readers.
+def select_inputs(module: nn.Module, indexes: torch.Tensor) -> None:
+    """Make a module read only some channels of its input, which stays whole for its other readers.
+
+    The indexes become the buffer ``selected``, which is no part of the state dict: they belong to the architecture. A
+    hook instead of a wrapper keeps the module's class and the keys of its weights.
 
     Parameters
     ----------
+    module : nn.Module
+        A batch norm, convolution or linear layer for that many channels. Changed in place.
     indexes : torch.Tensor
-        The channels to read, in the order to give them: int64, shape ``(selected,)``.
+        The channels (dimension 1) to read, in the order to read them: int64, shape ``(selected,)``.
     """
+    if not selects(module):
+        module.register_forward_pre_hook(_select)
+    module.register_buffer("selected", indexes.to(torch.int64), persistent=False)
 
-    indexes: torch.Tensor
 
-    def __init__(self, indexes: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("indexes", indexes.to(torch.int64))
+def selects(module: nn.Module) -> bool:
+    """Tell whether `select_inputs` was applied to a module."""
+    return isinstance(getattr(module, "selected", None), torch.Tensor)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the selected channels (dimension 1) of `x`."""
-        return x.index_select(1, self.indexes)
 
-    def extra_repr(self) -> str:
-        """Show how many channels are read."""
-        return f"selected={len(self.indexes)}"
+def _select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (args[0].index_select(1, module.get_buffer("selected")), *args[1:])
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, (_BatchNorm, ChannelSelection)) or super().is_leaf_module(module, qualified_name)
+        return isinstance(module, _BatchNorm) or super().is_leaf_module(module, qualified_name)
 
 
 def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
@@ -116,7 +119,7 @@ def evaluate(graph: fx.Graph, model: nn.Module, input_shape: tuple[int, ...]) ->
             return _attribute(model, str(node.target))
         if node.op == "call_module":
             module = modules[str(node.target)]
-            if type(module) not in _SAME_SHAPE_MODULES:
+            if type(module) not in _SAME_SHAPE_MODULES or selects(module):
                 return module(*args, **kwargs)
             if isinstance(module, _BatchNorm) and module.num_features != args[0].shape[1]:
                 raise ValueError(f"expects {module.num_features} channels, got {args[0].shape[1]}")

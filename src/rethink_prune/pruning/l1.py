@@ -7,7 +7,7 @@ Removes the filters with the smallest weights, all layers at once and independen
 
 Units that span several layers (``scope=all``, grouped convolutions) score the sum over their filters. Ties keep the
 lower index, so the choice is deterministic. Linear layers are left alone. The widths follow from the options, not from
-the weights, so scratch arms can train without the large network.
+the weights, so scratch arms can train without the large network (unless ``ranking=global`` compares all filters).
 
 ``A`` and ``B`` are the published targets: explicit widths for VGG-16, and for the ResNets a ratio per stage for the
 first convolution of each block, apart from blocks the authors found sensitive.
@@ -15,7 +15,7 @@ first convolution of each block, apart from blocks the authors found sensitive.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,35 @@ def _resnet(blocks_per_stage: int, stage_ratios: Sequence[float], skipped_convs:
     return {
         "ratio": {f"layer{stage}.*": ratio for stage, ratio in enumerate(stage_ratios, 1) if ratio},
         "skip": [f"layer{block // blocks_per_stage + 1}.{block % blocks_per_stage}.conv1" for block in blocks],
+    }
+
+
+def sums_over_filters(
+    model: nn.Module, groups: Sequence[ChannelGroup], measure: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return, for every unit of each group, the sum of a measure of its filters.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    groups : sequence of ChannelGroup
+        Of convolutions or linear layers.
+    measure : callable
+        From a layer's filters, C_out x (C_in k k) in float64, to one number for each.
+    """
+    measured = {
+        layer: measure(model.get_parameter(f"{layer}.weight").detach().double().flatten(1))
+        for group in groups
+        for layer in group.layers
+    }
+    return {
+        group.name: torch.stack(
+            [
+                torch.cat([measured[layer][list(positions)] for layer, positions in unit.items()]).sum()
+                for unit in group.units
+            ]
+        )
+        for group in groups
     }
 
 
@@ -62,20 +91,4 @@ class L1(Pruner):
         generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
         """Return the summed absolute weights of every unit, in float64; `data` and `generator` are not used."""
-        norms = {
-            layer: model.get_parameter(f"{layer}.weight").detach().double().abs().flatten(1).sum(1)
-            for group in groups
-            for layer in group.layers
-        }
-        return {
-            group.name: torch.stack(
-                [
-                    sum(
-                        (norms[layer][list(positions)].sum() for layer, positions in unit.items()),
-                        torch.zeros(()),
-                    )
-                    for unit in group.units
-                ]
-            )
-            for group in groups
-        }
+        return sums_over_filters(model, groups, lambda filters: filters.abs().sum(1))

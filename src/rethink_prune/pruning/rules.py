@@ -20,8 +20,18 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from rethink_prune.pruning.graph import ChannelSelection
-from rethink_prune.pruning.streams import Call, ChannelIds, Flow, Ids, ModulePadding, NoRule, Stream, Width
+from rethink_prune.pruning.graph import selects
+from rethink_prune.pruning.streams import (
+    Call,
+    ChannelIds,
+    Flow,
+    Ids,
+    ModulePadding,
+    NoRule,
+    Stream,
+    Width,
+    selection_of,
+)
 
 Rule = Callable[[ChannelIds, Call], Flow]
 
@@ -29,14 +39,14 @@ Rule = Callable[[ChannelIds, Call], Flow]
 # ---- layers ----------------------------------------------------------------------------------------------
 
 
-def module_rule(ids: ChannelIds, call: Call, module: nn.Module) -> Flow:
-    """Apply the rule of a module that is not traced into."""
+def module_rule(ids: ChannelIds, call: Call, module: nn.Module, *, selecting: bool) -> Flow:
+    """Apply the rule of a module that is not traced into; `selecting` ones read a selection of their input."""
+    if selecting:
+        call = _selection(ids, call, module)
     # Exact classes, and no further parameters: a subclass or a parametrization may compute something else.
     plain = {name for name, _ in module.named_parameters()} <= {"weight", "bias"}
     if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and plain:
         return _layer(ids, call, module)
-    if isinstance(module, ChannelSelection):
-        return _selection(ids, call)
     if isinstance(module, _BatchNorm):
         return _batch_norm(ids, call, module)
     if not call.counted():
@@ -89,14 +99,14 @@ def _layer(ids: ChannelIds, call: Call, layer: Any) -> Flow:
     return Stream(ids.outputs[name], axis)
 
 
-def _selection(ids: ChannelIds, call: Call) -> Flow:
-    """Leave the stream whole for its other readers, and start a new one with the selected channels."""
-    axis = 1 - call.result.ndim
-    if call.counted():
-        ids.freeze(call.stream.ids, f"{call.label}: a channel selection reads it")
-    if call.label not in ids.outputs:
-        ids.outputs[call.label] = ids.fresh(call.result.shape[axis])
-    return Stream(ids.outputs[call.label], axis)
+def _selection(ids: ChannelIds, call: Call, module: nn.Module) -> Call:
+    """Leave a stream whole for its other readers, and let this one read channels with ids of their own."""
+    stream = call.stream
+    ids.freeze(stream.ids, f"{call.label}: reads a selection of it")
+    name = selection_of(call.label)
+    if name not in ids.outputs:
+        ids.outputs[name] = ids.fresh(len(module.get_buffer("selected")) if selects(module) else len(stream.ids))
+    return replace(call, flow_args=(Stream(ids.outputs[name], stream.axis), *call.flow_args[1:]))
 
 
 def _channel_by_channel(ids: ChannelIds, call: Call, count: int) -> Stream | None:

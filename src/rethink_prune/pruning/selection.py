@@ -6,7 +6,7 @@ bisection, rounding, and a deterministic choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -47,7 +47,12 @@ class Limits:
 
 
 def widths_for_ratio(
-    ratio: PerLayer, sizes: Mapping[str, int], *, skip: Sequence[str] = (), limits: Limits = Limits()
+    ratio: PerLayer,
+    sizes: Mapping[str, int],
+    *,
+    skip: Sequence[str] = (),
+    limits: Limits = Limits(),
+    kept: Callable[[int, float], int] = kept_count,
 ) -> dict[str, int]:
     """Return the kept width per layer.
 
@@ -62,6 +67,8 @@ def widths_for_ratio(
         Names or patterns of layers to leave whole.
     limits : Limits
         Not applied to layers that are left whole.
+    kept : callable
+        Gives the width for a full width and a ratio.
 
     Raises
     ------
@@ -71,11 +78,51 @@ def widths_for_ratio(
     ratios = _per_layer("ratio", ratio, sizes)
     left_whole = _matches("skip", skip, sizes)
     return {
-        layer: size
-        if layer in left_whole or layer not in ratios
-        else limits.apply(kept_count(size, ratios[layer]), size)
+        layer: size if layer in left_whole or layer not in ratios else limits.apply(kept(size, ratios[layer]), size)
         for layer, size in sizes.items()
     }
+
+
+def widths_for_global_ratio(
+    ratio: float, scores: Mapping[str, torch.Tensor], *, skip: Sequence[str] = (), limits: Limits = Limits()
+) -> tuple[dict[str, int], list[str]]:
+    """Return the kept width per layer if all units are ranked together.
+
+    Of `n` scores in ascending order, that at index ``int(n * ratio)`` is the threshold, and what is not above it goes
+    (the published rule of network slimming, Liu et al. 2017): ``int(n * ratio) + 1`` units if no scores are equal.
+
+    Parameters
+    ----------
+    ratio : float
+        Share of all units, those of skipped layers excepted; 0 keeps everything.
+    scores : mapping of str to torch.Tensor
+        Per prunable layer.
+    skip : sequence of str
+        Names or patterns of layers to leave whole.
+    limits : Limits
+        Each layer keeps its best units up to these bounds, and at least one.
+
+    Returns
+    -------
+    widths : dict of str to int
+    emptied : list of str
+        Layers with no unit above the threshold.
+    """
+    sizes = {layer: len(values) for layer, values in scores.items()}
+    left_whole = _matches("skip", skip, sizes)
+    ranked = {layer: values for layer, values in scores.items() if layer not in left_whole}
+    if not ratio or not ranked:
+        return sizes, []
+    threshold = global_threshold(ranked.values(), ratio)
+    above = {layer: int((values > threshold).sum()) for layer, values in ranked.items()}
+    widths = {layer: limits.apply(max(1, above.get(layer, size)), size) for layer, size in sizes.items()}
+    return sizes | {layer: widths[layer] for layer in ranked}, [layer for layer, count in above.items() if not count]
+
+
+def global_threshold(values: Iterable[torch.Tensor], ratio: float) -> torch.Tensor:
+    """Return the value at index ``int(n * ratio)`` of all `n` values in ascending order."""
+    ordered = torch.cat([value.flatten() for value in values]).sort().values
+    return ordered[min(int(len(ordered) * ratio), len(ordered) - 1)]
 
 
 def explicit_widths(widths: Sequence[int] | Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:

@@ -171,6 +171,19 @@ class ModulePadding:
     after: Ids
 
 
+_SELECTION = ".selected"
+
+
+def selection_of(module: str) -> str:
+    """Return the name of what a module selects from its input: that of the buffer with the indexes."""
+    return module + _SELECTION
+
+
+def selecting_module(name: str) -> str | None:
+    """Return the module that a selection belongs to; None for the name of a layer."""
+    return name.removesuffix(_SELECTION) if name.endswith(_SELECTION) else None
+
+
 @dataclass
 class ChannelIds:
     """The ids of a network's channels and what is known about them.
@@ -183,7 +196,7 @@ class ChannelIds:
         How many ids there are: 0, 1, ... ``count - 1``.
     outputs, inputs : dict of str to ndarray
         Ids of the output and input channels of each convolution and linear layer, by module name in order of
-        execution. A channel selection has outputs only.
+        execution. What a module selects from a stream is an output of its own, named by `selection_of`.
     features : dict of str to ndarray
         Ids of the channels that a module normalises or scales one by one.
     united : list of pairs of ndarray
@@ -194,8 +207,6 @@ class ChannelIds:
         Ids that must stay, and why.
     coupled : list of ndarray
         Ids that an addition or a padding ties.
-    selected_from : dict of str to str
-        The batch norm whose output a channel selection reads.
     read_directly : set of str
         Parameters and buffers that are read outside of their module, by name.
     warnings : list of str
@@ -213,7 +224,6 @@ class ChannelIds:
     coupled: list[Ids] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
     paddings: dict[str, ModulePadding] = field(default_factory=dict)
-    selected_from: dict[str, str] = field(default_factory=dict)
     read_directly: set[str] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.channels import Channels, Plan
-from rethink_prune.pruning.graph import ChannelSelection, describe_call, evaluate, trace
+from rethink_prune.pruning.graph import describe_call, evaluate, select_inputs, trace
+from rethink_prune.pruning.rules import operation_name
 
-__all__ = ["Architecture", "ChannelSelection", "apply", "mask", "reshape"]
+__all__ = ["Architecture", "apply", "mask", "remove_branches", "reshape"]
 
-_FORMAT = "rethink-prune architecture 1"
+_FORMAT = "rethink-prune architecture 2"
 # The attributes a file may set, by what they count.
 _OUTPUT_WIDTHS = ("out_channels", "out_features", "num_features", "num_parameters")
 _INPUT_WIDTHS = ("in_channels", "in_features")
@@ -44,12 +48,19 @@ class Architecture:
     edits : mapping of str to mapping
         New numbers for constants in the traced graph, by node name; see `rewrite`.
     selections : mapping of str to torch.Tensor
-        The indexes of each changed channel selection, int64.
+        For batch norms, convolutions and linear layers that read a stream which stays whole: the indexes of the
+        channels they read, int64.
+    removed : tuple of str
+        Last modules of the residual branches that are gone; see `remove_branches`.
+    masks : mapping of str to torch.Tensor
+        For parameters of which single weights are gone: True where a weight remains, in the parameter's shape.
     """
 
     modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     edits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     selections: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write ``architecture.json``, and ``architecture.safetensors`` if it has tensors, into `folder`."""
@@ -58,11 +69,14 @@ class Architecture:
             "modules": self.modules,
             "edits": self.edits,
             "selections": sorted(self.selections),
+            "removed": list(self.removed),
+            "masks": sorted(self.masks),
         }
         text = json.dumps(content, sort_keys=True, indent=1)
         (folder / "architecture.json").write_text(text + "\n", encoding="utf-8")
-        if self.selections:
-            tensors = {f"selections/{name}": tensor.contiguous() for name, tensor in self.selections.items()}
+        tensors = {f"selections/{name}": tensor.cpu().contiguous() for name, tensor in self.selections.items()}
+        tensors |= {f"masks/{name}": tensor.cpu().contiguous() for name, tensor in self.masks.items()}
+        if tensors:
             save_file(tensors, folder / "architecture.safetensors")
 
     @classmethod
@@ -80,11 +94,14 @@ class Architecture:
             if not isinstance(content, dict) or content.get("format") != _FORMAT:
                 raise UserError(f"{path}: not a file of the format {_FORMAT!r}")
             modules, edits = _tables(content["modules"]), _tables(content["edits"])
-            tensors = load_file(folder / "architecture.safetensors") if content["selections"] else {}
+            names = content["selections"], content["masks"]
+            tensors = load_file(folder / "architecture.safetensors") if any(names) else {}
             selections = {name: tensors[f"selections/{name}"] for name in content["selections"]}
+            masks = {name: tensors[f"masks/{name}"] for name in content["masks"]}
+            removed = tuple(map(str, content["removed"]))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{path}: damaged or incomplete: {error!r}") from error
-        return cls(modules, edits, selections)
+        return cls(modules, edits, selections, removed, masks)
 
 
 def apply(model: nn.Module, plan: Plan) -> tuple[nn.Module, Architecture]:
@@ -110,17 +127,13 @@ def apply(model: nn.Module, plan: Plan) -> tuple[nn.Module, Architecture]:
     UserError
         If the pruned network would not run, or not run the same operations.
     """
-    pruned = _cut(model, plan.outputs, plan.inputs, plan.attributes)
+    pruned = _cut(model, plan.outputs, plan.inputs, plan.selections, plan.attributes)
     shapes = on_meta(pruned).eval()
     graph = _edited_graph(shapes, plan.edits)
     _check(graph, shapes, plan)
     if plan.edits:
         pruned = _with_graph(pruned, graph, shapes)
-    selections = {
-        name: module.indexes.detach().clone()
-        for name, module in pruned.named_modules()
-        if isinstance(module, ChannelSelection) and name in plan.outputs
-    }
+    selections = {name: torch.tensor(indexes) for name, indexes in plan.selections.items()}
     return pruned, Architecture(plan.attributes, plan.edits, selections)
 
 
@@ -159,17 +172,15 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
                 outputs[name] = range(value)
             elif attribute in _INPUT_WIDTHS and getattr(modules[name], "groups", 1) == 1:
                 inputs[name] = range(value)
-    for name, indexes in architecture.selections.items():
-        if not isinstance(modules.get(name), ChannelSelection):
-            raise UserError(f"{type(model).__name__}: has no channel selection {name}")
-        outputs[name] = range(len(indexes))
-    reshaped = _cut(model, outputs, inputs, architecture.modules)
-    for name, indexes in architecture.selections.items():
-        reshaped.get_buffer(f"{name}.indexes").copy_(indexes)
-    if not architecture.edits:
-        return reshaped
-    shapes = on_meta(reshaped).eval()
-    return _with_graph(reshaped, _edited_graph(shapes, architecture.edits), shapes)
+    unknown = [name for name in (*architecture.selections, *architecture.removed) if name not in modules]
+    unknown += [name for name in architecture.masks if name not in dict(model.named_parameters())]
+    if unknown:
+        raise UserError(f"{type(model).__name__}: has no {unknown[0]}, which the architecture changes")
+    reshaped = _cut(model, outputs, inputs, architecture.selections, architecture.modules)
+    if architecture.edits:
+        shapes = on_meta(reshaped).eval()
+        reshaped = _with_graph(reshaped, _edited_graph(shapes, architecture.edits), shapes)
+    return remove_branches(reshaped, architecture.removed) if architecture.removed else reshaped
 
 
 def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]) -> nn.Module:
@@ -193,19 +204,118 @@ def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]
     with torch.no_grad():
         for name, kept in plan.outputs.items():
             module = modules[name]
-            if isinstance(module, ChannelSelection):
-                # It has no weights; what it selects is zeroed where it is read.
-                for reader in channels.consumers(name):
-                    if reader in plan.inputs:
-                        weight = masked.get_parameter(f"{reader}.weight")
-                        weight[:, _others(plan.inputs[reader], weight.shape[1])] = 0
-                continue
             tensors = [t for t in (module.weight, getattr(module, "bias", None)) if isinstance(t, torch.Tensor)]
             # A norm without scale and shift gives zero for a zero channel only if its mean is zero.
             tensors = tensors or [t for t in (module.running_mean,) if isinstance(t, torch.Tensor)]
             for tensor in tensors:
                 tensor[_others(kept, len(tensor))] = 0
+        for name in plan.selections.keys() & plan.inputs.keys():
+            # Others read the whole stream; this layer's weights for what it does not select are zero.
+            weight = modules[name].get_parameter("weight")
+            weight[:, _others(plan.inputs[name], weight.shape[1])] = 0
     return masked
+
+
+def remove_branches(model: nn.Module, ends: Sequence[str]) -> nn.Module:
+    """Return a copy of a residual network without some branches: what was added to them remains.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Stays as it is.
+    ends : sequence of str
+        The last module of each branch: what it returns reaches an addition; see `branch_addition`.
+
+    Returns
+    -------
+    fx.GraphModule
+        Without the modules and parameters that only these branches used; the state-dict keys of the others stay.
+
+    Raises
+    ------
+    UserError
+        If a module ends no branch, if a branch cannot go without changing what remains, or if training and evaluation
+        mode run different operations.
+    """
+    model = copy.deepcopy(model)
+    shapes = on_meta(model)
+    graph, training_graph = trace(on_meta(model)), trace(shapes, training=True)
+    if [describe_call(node) for node in graph.nodes] != [describe_call(node) for node in training_graph.nodes]:
+        raise UserError(
+            f"{type(model).__name__}: no block can be removed: training and evaluation mode run different operations"
+        )
+    graph, modules = training_graph, dict(shapes.named_modules())
+    additions: dict[fx.Node, tuple[str, fx.Node]] = {}
+    for end in ends:
+        addition, other = branch_addition(graph, shapes, end)
+        if addition in additions:
+            raise UserError(
+                f"{type(model).__name__}: {additions[addition][0]} and {end} end in one addition; one has to remain"
+            )
+        additions[addition] = end, other
+    called = _names(graph)
+    # The last one first: what remains of it may be the sum that an earlier one ends in.
+    for addition in [node for node in reversed(graph.nodes) if node in additions]:
+        end, other = additions[addition]
+        (branch,) = (operand for operand in addition.all_input_nodes if operand is not other)
+        remaining = other
+        if not all(_makes_new_tensor(user, modules) for user in addition.users):
+            # The sum was a tensor of its own; a reader that overwrites it (in-place ReLU) must not reach the shortcut.
+            with graph.inserting_before(addition):
+                remaining = graph.call_method("clone", (other,))
+        addition.replace_all_uses_with(remaining)
+        graph.erase_node(addition)
+        for node in _erase_unused(graph, branch, modules):
+            raise UserError(
+                f"{type(model).__name__}: {end}: its branch cannot be removed, because it overwrites {node.name}, "
+                "which others read"
+            )
+    result = _with_graph(model, graph, shapes)
+    for name in sorted(called - _names(graph), reverse=True):  # what a module holds before the module
+        owner, _, attribute = name.rpartition(".")
+        if hasattr(result.get_submodule(owner), attribute):  # not so for constants that only the tracer knows
+            delattr(result.get_submodule(owner), attribute)
+    return result
+
+
+def branch_addition(graph: fx.Graph, model: nn.Module, end: str) -> tuple[fx.Node, fx.Node]:
+    """Return the addition that a residual branch ends in, and its other operand.
+
+    Parameters
+    ----------
+    graph : fx.Graph
+        A trace of `model`.
+    model : nn.Module
+    end : str
+        Name of the branch's last module.
+
+    Raises
+    ------
+    UserError
+        If what the module returns does not reach an addition of two tensors through operations on it alone.
+    """
+    nodes = [node for node in graph.nodes if node.op == "call_module" and node.target == end]
+    problem = f"{type(model).__name__}: {end} does not end a residual branch"
+    if len(nodes) != 1:
+        raise UserError(f"{problem}: it is called {len(nodes)} times")
+    node = nodes[0]
+    while True:
+        users = list(node.users)
+        if len(users) != 1:
+            raise UserError(f"{problem}: its result has {len(users)} readers")
+        before, node = node, users[0]
+        if is_addition(node):
+            (other,) = (operand for operand in node.all_input_nodes if operand is not before)
+            return node, other
+        if len(node.all_input_nodes) != 1 or node.op == "output":
+            raise UserError(f"{problem}: it is read by {node.name}")
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Tell whether a node is the plain sum of two values (``alpha`` of ``torch.add`` would scale one of them)."""
+    if node.op not in ("call_function", "call_method") or "alpha" in node.kwargs:
+        return False
+    return operation_name(node) == "add" and len(node.all_input_nodes) == 2
 
 
 def rewrite(node: fx.Node, kind: str, position: int, counts: list[int]) -> None:
@@ -262,6 +372,7 @@ def _cut(
     model: nn.Module,
     outputs: Mapping[str, Iterable[int]],
     inputs: Mapping[str, Iterable[int]],
+    selections: Mapping[str, Sequence[int] | torch.Tensor],
     attributes: Mapping[str, Mapping[str, Any]],
 ) -> nn.Module:
     """Return a copy of `model` with these rows and columns of its tensors, and with these attributes."""
@@ -272,7 +383,7 @@ def _cut(
         module = model.get_submodule(name)
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for key, tensor in tensors:
-            if tensor.ndim == 0:  # a batch norm's step count
+            if tensor.ndim == 0 or key == "selected":  # a batch norm's step count; set below
                 continue
             cut = tensor.detach()
             if name in outputs:
@@ -288,6 +399,10 @@ def _cut(
     for name, values in attributes.items():
         for attribute, value in values.items():
             setattr(result.get_submodule(name), attribute, tuple(value) if isinstance(value, list) else value)
+    for name, indexes in selections.items():
+        module = result.get_submodule(name)
+        device = next((tensor.device for tensor in module.parameters()), None)
+        select_inputs(module, torch.as_tensor(indexes).to(device))
     return result
 
 
@@ -322,6 +437,44 @@ def _with_graph(model: nn.Module, graph: fx.Graph, traced: nn.Module) -> fx.Grap
         result.register_buffer(name, buffer, persistent=name in persistent)
     result.training = model.training
     return result
+
+
+def _names(graph: fx.Graph) -> set[str]:
+    """Return the names of the modules and tensors that a graph uses."""
+    return {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+
+
+def _makes_new_tensor(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a node surely leaves its operands alone, and returns no view of them."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], (_ConvNd, _BatchNorm, nn.Linear))
+    return node.op == "call_function" and node.target in (operator.add, torch.add)
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
+    """Erase a node nobody reads and all that ran for it alone; return what remains but was overwritten by these."""
+    erased: dict[fx.Node, None] = {}
+    overwritten: list[fx.Node] = []
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.users or node.op == "placeholder" or node in erased:
+            continue
+        operands = node.all_input_nodes
+        if _overwrites(node, modules):
+            overwritten += operands[:1]
+        graph.erase_node(node)
+        erased[node] = None
+        pending += operands
+    return [node for node in overwritten if node not in erased]
+
+
+def _overwrites(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a node writes its result into its first operand."""
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv") or bool(node.kwargs.get("inplace"))
 
 
 def _check(graph: fx.Graph, shapes: nn.Module, plan: Plan) -> None:

@@ -37,21 +37,21 @@ class Summary:
         self.content: dict[str, Any] = {"study": dict(described)}
         self._stages: dict[str, str] = {}
 
-    def add_large(self, large: Done | Failed | None) -> None:
-        """Add the unpruned network, if it was needed."""
-        if large is not None:
-            self.content["large"] = self._entry("large", large)
+    def add_base(self, name: str, outcome: Done | Failed | None) -> None:
+        """Add the unpruned network as trained plainly (``large``) or by the pruner (``sparse``), if it was needed."""
+        if outcome is not None:
+            self.content[name] = self._entry(name, outcome)
         self._write()
 
     def add_pruned(
-        self, cost: Cost, report: Mapping[str, Any], ledger: Mapping[str, Any], done: Done | Failed | None
+        self, cost: Cost | None, report: Mapping[str, Any], ledger: Mapping[str, Any], done: Done | Failed | None
     ) -> None:
         """Add the pruned network before any retraining, and how the budget was worked out from it.
 
         Parameters
         ----------
-        cost : Cost
-            Of the pruned network.
+        cost : Cost, optional
+            Of the pruned network; None if the training it follows from failed.
         report : mapping
             ``layers``, ``frozen`` and ``warnings`` of the analysis.
         ledger : mapping
@@ -59,7 +59,7 @@ class Summary:
         done : Done, Failed or None
             The prune stage, if there is one.
         """
-        entry: dict[str, Any] = {**asdict(cost)}
+        entry: dict[str, Any] = asdict(cost) if cost else {"params": None, "macs": None}
         if isinstance(done, Done):
             entry.update({name: done.result[name] for name in ("top1", "loss")})
             entry["stage"] = str(done.stage.folder)
@@ -82,7 +82,8 @@ class Summary:
         finals = {f"top1/{name}": entry["top1"] for name, entry in arms.items() if entry["status"] == "done"}
         write_hparams(self.run_dir / "tensorboard" / "hparams", self._hparams(), finals)
         print(self._table())
-        entries = {name: entry for name, entry in {"large": self.content.get("large"), **arms}.items() if entry}
+        bases = {name: self.content[name] for name in ("large", "sparse") if name in self.content}
+        entries = {**bases, **arms}
         failed = {name: entry["reason"] for name, entry in entries.items() if entry["status"] == "failed"}
         if failed:
             raise UserError("; ".join(f"{name} failed: {reason}" for name, reason in failed.items()))

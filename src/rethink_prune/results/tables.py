@@ -26,6 +26,8 @@ def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """
     large = summary.get("large") or {}
     rows = [_row("large", large, None)] if large else []
+    if "sparse" in summary:
+        rows.append(_row("sparse", summary["sparse"], large.get("top1")))
     pruned = summary.get("pruned") or {}
     if "top1" in pruned:
         rows.append(_row("pruned, not retrained", pruned, large.get("top1")))
@@ -43,11 +45,13 @@ def plan_text(plan: Mapping[str, Any]) -> str:
 
 
 def _plan_rows(plan: Mapping[str, Any]) -> list[list[str]]:
-    large = plan["large"]
-    trained = "" if large["trained"] else " (not trained)"
-    rows = [
-        ["large" + trained, str(large["epochs"]), " ".join(map(str, large["milestones"])), _flops(large["train_flops"])]
-    ]
+    rows = []
+    for name in ("large", "sparse"):
+        if name in plan:
+            base = plan[name]
+            milestones = " ".join(map(str, base["milestones"]))
+            title = name if base["trained"] else f"{name} (not trained)"
+            rows.append([title, str(base["epochs"]), milestones, _flops(base["train_flops"])])
     for name, arm in plan["arms"].items():
         milestones = " ".join(map(str, arm["milestones"])) if arm["milestones"] is not None else "after pruning"
         rows.append([name, _number(arm["epochs"]), milestones, _flops(arm["train_flops"])])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,22 @@ from rethink_prune.training.precision import autocast
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
 
 Row = dict[str, float]
+
+
+class Hooks(Protocol):
+    """What takes part in a training; :class:`rethink_prune.pruning.hooks.TrainingHooks` does nothing."""
+
+    def optimized(self, model: nn.Module) -> Iterable[nn.Parameter]:
+        """Return the parameters that the optimiser updates."""
+
+    def before_step(self, model: nn.Module, lr: float) -> None:
+        """Act between the backward pass and the optimiser's step."""
+
+    def after_step(self, model: nn.Module, lr: float) -> None:
+        """Act after the optimiser's step, before the gradients are cleared."""
+
+    def after_epoch(self, model: nn.Module) -> None:
+        """Act after an epoch's last step, before the network is evaluated."""
 
 
 class Diverged(Exception):
@@ -90,6 +106,7 @@ def train(
     spec: OptimizerSpec,
     *,
     runtime: Runtime,
+    hooks: Hooks,
     seed: int,
     checkpoints: Checkpoints,
     interrupts: Interrupts,
@@ -110,6 +127,8 @@ def train(
         Optimiser, schedule and number of epochs.
     runtime : Runtime
         Device, precision and the like.
+    hooks : Hooks
+        A pruner's part in the training, or what holds masked weights.
     seed : int
         Seeds what the network itself draws (dropout), per step.
     checkpoints : Checkpoints
@@ -136,7 +155,7 @@ def train(
     """
     model = runtime.place(model)
     fused = runtime.accelerate and runtime.device.type == "cuda"
-    optimizer = build_optimizer(model.parameters(), spec, fused=fused)
+    optimizer = build_optimizer(hooks.optimized(model), spec, fused=fused)
     scheduler = build_scheduler(optimizer, spec)
     progress = Progress()
     state = checkpoints.latest()
@@ -172,7 +191,7 @@ def train(
             lr = optimizer.param_groups[0]["lr"]
             for images, labels in batches.epoch(progress.epoch, progress.step):
                 _seed_noise(derive_seed(seed, "noise", progress.epoch, progress.step), runtime.device)
-                loss, logits = _update(model, images, labels, optimizer, runtime)
+                loss, logits = _update(model, images, labels, optimizer, runtime, hooks)
                 progress.totals += _loss_and_correct(loss * len(labels), logits, labels)
                 progress.step += 1
                 bar.update(len(labels))
@@ -180,6 +199,7 @@ def train(
                     stop_if_asked()
                     if clock.checkpoint_due(runtime.checkpoint_seconds):
                         save()
+            hooks.after_epoch(model)
             loss_sum, correct = progress.totals.tolist()
             images_seen = batches.images_per_epoch
             if not math.isfinite(loss_sum):
@@ -234,14 +254,22 @@ def _seed_noise(seed: int, device: torch.device) -> None:
 
 
 def _update(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer: Optimizer, runtime: Runtime
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    optimizer: Optimizer,
+    runtime: Runtime,
+    hooks: Hooks,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward and one step of the optimiser; returns the mean loss and the logits."""
     with autocast(runtime.device, runtime.precision):
         logits = model(images)
     loss = F.cross_entropy(logits.float(), labels)
     loss.backward()
+    lr = optimizer.param_groups[0]["lr"]
+    hooks.before_step(model, lr)
     optimizer.step()
+    hooks.after_step(model, lr)
     optimizer.zero_grad(set_to_none=True)
     return loss.detach(), logits.detach()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class OptimizerSpec:
         Changes the learning rate after whole epochs; ``cosine`` falls to zero over `epochs`.
     epochs : int
     milestones : tuple of int
-        Epochs after which ``multistep`` multiplies the learning rate by `gamma`.
+        Epochs after which ``multistep`` multiplies the learning rate.
+    gammas : tuple of float
+        What it is multiplied by, for each milestone.
     """
 
     optimizer: str
@@ -34,7 +37,7 @@ class OptimizerSpec:
     schedule: str
     epochs: int
     milestones: tuple[int, ...]
-    gamma: float
+    gammas: tuple[float, ...]
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, fused: bool) -> Optimizer:
@@ -58,7 +61,10 @@ def build_scheduler(optimizer: Optimizer, spec: OptimizerSpec) -> LRScheduler:
     """Return the schedule, to be stepped once after every epoch."""
     match spec.schedule:
         case "multistep":
-            return MultiStepLR(optimizer, list(spec.milestones), spec.gamma)
+            if len(set(spec.gammas)) <= 1:
+                return MultiStepLR(optimizer, list(spec.milestones), *set(spec.gammas))
+            changes = list(zip(spec.milestones, spec.gammas, strict=True))
+            return LambdaLR(optimizer, lambda epoch: math.prod(gamma for m, gamma in changes if m <= epoch))
         case "cosine":
             return CosineAnnealingLR(optimizer, T_max=spec.epochs)
         case "constant":

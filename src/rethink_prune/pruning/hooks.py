@@ -1,0 +1,40 @@
+"""How a pruner takes part in training: what the training loop calls, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+
+class TrainingHooks:
+    """Does nothing; a pruner that trains its own way, or weights that are masked, override what they need.
+
+    Everything that changes during training has to live in the network (parameters, buffers), whose state is what
+    checkpoints hold.
+    """
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """What decides the result, beside the network, data and recipe; plain values, part of the stage's key."""
+        return {}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Change a freshly built network in place before anything else happens to it, e.g. add parameters."""
+
+    def optimized(self, model: nn.Module) -> Iterable[nn.Parameter]:
+        """Return the parameters that the recipe's optimiser updates."""
+        return model.parameters()
+
+    def before_step(self, model: nn.Module, lr: float) -> None:
+        """Act between the backward pass and the optimiser's step, at learning rate `lr`."""
+
+    def after_step(self, model: nn.Module, lr: float) -> None:
+        """Act after the optimiser's step; the gradients are still there."""
+
+    def after_epoch(self, model: nn.Module) -> None:
+        """Act after an epoch's last step, before the network is evaluated."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Undo in place what `prepare` did, so that the network has its own state-dict keys again."""

@@ -1,0 +1,159 @@
+"""Magnitude pruning of single weights (Han et al. 2015, *Learning both Weights and Connections*, arXiv:1506.02626).
+
+Removes the weights of smallest absolute value and keeps the network's shape. All weights of all convolutions, the first
+one and projections included, are ranked together: of ``n`` values ``|w|`` in ascending order, that at index
+``int(n * ratio)`` is the threshold, and what is not above it goes. ``ranking=layer`` removes the same share from every
+layer instead; with ``linear=true`` linear layers take part. Biases and batch norms never do.
+
+A mask holds removed weights at zero through momentum and weight decay (see `masks`). Only the others count as parameters
+and MACs, so Scratch-B's length follows from the masked count. Scratch arms draw masked convolutions at a density-scaled
+fan-out. A layer that the threshold would empty keeps its largest weight, and the report says so.
+
+The masks follow from the trained weights, so all arms wait for the stage ``prune``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from rethink_prune.config import PerLayerRatio, Positive, TargetOptions, check_ratio
+from rethink_prune.cost import Cost, layer_macs
+from rethink_prune.errors import UserError
+from rethink_prune.pruning import surgery
+from rethink_prune.pruning.masks import apply_masks
+from rethink_prune.pruning.pruner import (
+    Batches,
+    LayerWidth,
+    Pruner,
+    PruneReport,
+    PruneResult,
+    Target,
+)
+from rethink_prune.pruning.selection import widths_for_global_ratio, widths_for_ratio, widths_for_target
+
+
+class MagnitudeOptions(TargetOptions):
+    """How many weights go; `skip` names layers to leave whole."""
+
+    ranking: Literal["global", "layer"] = "global"
+    linear: bool = False
+    ratio: Annotated[PerLayerRatio | None, Field(union_mode="smart")] = None
+    target_macs: Positive | None = None
+    target_params: Positive | None = None
+    skip: tuple[str, ...] = ()
+
+    _ratio_in_range = field_validator("ratio", mode="before")(check_ratio)
+
+
+class MagnitudeTarget(Target):
+    """The layers whose weights may go; which ones, only the trained network tells.
+
+    Parameters
+    ----------
+    options : MagnitudeOptions
+    model, example
+        See `Target`.
+    network : str, optional
+        The network's name, for messages.
+    """
+
+    def __init__(
+        self, options: MagnitudeOptions, model: nn.Module, example: torch.Tensor, network: str | None = None
+    ) -> None:
+        super().__init__(model, example)
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *((nn.Linear,) if options.linear else ()))
+        self.layers = {
+            name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, kinds)
+        }
+        if not self.layers:
+            raise UserError(
+                f"pruner.name={options.name}: finds no convolutions in {network or type(model).__name__}"
+                + ("" if options.linear else "; pruner.linear=true prunes linear layers")
+            )
+        self._options = options
+        # Finds patterns that match nothing before any training.
+        ratio = options.ratio if options.ratio is not None else 0.5
+        widths_for_ratio(ratio, self.layers, skip=options.skip)
+        if options.ranking == "global" and isinstance(options.ratio, list | dict):
+            raise UserError("pruner.ratio: one for each layer needs pruner.ranking=layer")
+
+    @property
+    def known(self) -> bool:
+        """False: the masks follow from trained weights."""
+        return False
+
+    def architecture(self) -> surgery.Architecture:
+        """Return the unpruned architecture."""
+        return surgery.Architecture()
+
+    def report(self, masks: Mapping[str, torch.Tensor] | None = None) -> PruneReport:
+        """Return how many weights each layer keeps."""
+        kept = {name: int(mask.sum()) for name, mask in (masks or {}).items()}
+        layers = tuple(LayerWidth(name, kept.get(f"{name}.weight", size), size) for name, size in self.layers.items())
+        return PruneReport(layers)
+
+    def counts(self, magnitudes: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], list[str]]:
+        """Return how many weights each layer keeps, and the layers that keep one only for being emptied otherwise."""
+        options, emptied = self._options, []
+
+        def counts_at(ratio: float) -> dict[str, int]:
+            nonlocal emptied
+            if options.ranking == "layer":
+                return widths_for_ratio(ratio, self.layers, skip=options.skip)
+            counts, emptied = widths_for_global_ratio(ratio, magnitudes, skip=options.skip)
+            return counts
+
+        if options.ratio is not None:
+            if options.ranking == "layer":
+                return widths_for_ratio(options.ratio, self.layers, skip=options.skip), []
+            assert isinstance(options.ratio, float)
+            return counts_at(options.ratio), emptied
+        macs = layer_macs(self.shapes, self.input_shape)
+
+        def cost_of(counts: Mapping[str, int]) -> Cost:
+            gone = {name: size - counts[name] for name, size in self.layers.items()}
+            macs_gone = sum(macs.get(name, 0) * gone[name] // self.layers[name] for name in gone)
+            return Cost(self.full_cost.params - sum(gone.values()), self.full_cost.macs - macs_gone)
+
+        quantity = "macs" if options.target_macs is not None else "params"
+        return widths_for_target(
+            getattr(options, f"target_{quantity}"), quantity, counts_at, cost_of, self.full_cost
+        ), emptied
+
+
+class Magnitude(Pruner):
+    """Masks the weights of smallest magnitude."""
+
+    options_type = MagnitudeOptions
+
+    def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> MagnitudeTarget:
+        """Apply the options to a network."""
+        return MagnitudeTarget(self.options, model, example, network)
+
+    def prune(
+        self, model: nn.Module, target: MagnitudeTarget, *, data: Batches | None, generator: torch.Generator
+    ) -> PruneResult:
+        """Return a copy of `model` with masked weights set to zero; `data` and `generator` are not used."""
+        magnitudes = {name: model.get_parameter(f"{name}.weight").detach().abs().flatten() for name in target.layers}
+        for name, values in magnitudes.items():
+            if not torch.isfinite(values).all():
+                raise UserError(f"pruner: {name} has weights that are not finite")
+        counts, emptied = target.counts(magnitudes)
+        if all(counts[name] == size for name, size in target.layers.items()):
+            raise UserError(f"pruner.{self.options.target}: removes no weight")
+        masks = {}
+        for name, values in magnitudes.items():
+            if counts[name] < len(values):
+                mask = torch.zeros(len(values), dtype=torch.bool)
+                mask[torch.sort(values, descending=True, stable=True).indices[: counts[name]]] = True
+                masks[f"{name}.weight"] = mask.view(model.get_parameter(f"{name}.weight").shape)
+        pruned = surgery.reshape(model, surgery.Architecture())
+        apply_masks(pruned, masks)
+        report = target.report(masks)
+        warnings = tuple(f"{name}: the threshold would have emptied it; its largest weight stays" for name in emptied)
+        return PruneResult(pruned, surgery.Architecture(masks=masks), PruneReport(report.layers, {}, warnings))

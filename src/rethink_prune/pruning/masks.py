@@ -1,0 +1,73 @@
+"""Weights that are gone one by one: boolean masks that training cannot move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from rethink_prune.pruning.hooks import TrainingHooks
+
+Masks = Mapping[str, torch.Tensor]
+
+
+class HeldMasks(TrainingHooks):
+    """Keeps masked weights at zero.
+
+    With gradient zero and value zero, neither momentum nor weight decay can move a weight, so the gradients are all
+    that needs masking.
+
+    Parameters
+    ----------
+    masks : mapping of str to torch.Tensor
+        By parameter name: True where a weight remains, in the parameter's shape.
+    """
+
+    def __init__(self, masks: Masks) -> None:
+        self._gone = {name: ~mask for name, mask in masks.items()}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Set masked weights to zero."""
+        apply_masks(model, {name: ~gone for name, gone in self._gone.items()})
+
+    def before_step(self, model: nn.Module, lr: float) -> None:
+        """Set the gradients of masked weights to zero."""
+        for name, gone in self._gone.items():
+            gradient = model.get_parameter(name).grad
+            if gradient is not None:
+                if gone.device != gradient.device:
+                    gone = self._gone[name] = gone.to(gradient.device)
+                gradient.masked_fill_(gone, 0.0)
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Masks) -> None:
+    """Set masked weights to zero, in place."""
+    for name, mask in masks.items():
+        parameter = model.get_parameter(name)
+        parameter.masked_fill_(~mask.to(parameter.device), 0.0)
+
+
+@torch.no_grad()
+def draw_masked(model: nn.Module, masks: Masks) -> None:
+    """Draw the masked convolutions anew at a density-scaled fan-out, and set their masked weights to zero.
+
+    N(0, sqrt(2 / n)) with ``n`` = remaining weights / C_in, as Liu et al. (2019) do for networks of any family: with
+    nothing masked, ``n`` is the fan-out ``k k C_out``. Other masked parameters keep the values they have where they
+    remain.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Freshly initialised; changed in place. Draws from torch's global generator, in the order of `masks`.
+    masks : mapping of str to torch.Tensor
+        Each with at least one True.
+    """
+    for name, mask in masks.items():
+        parameter = model.get_parameter(name)
+        if parameter.ndim == 4:
+            fan_out = int(mask.sum()) / parameter.shape[1]
+            nn.init.normal_(parameter, 0.0, math.sqrt(2.0 / fan_out))
+    apply_masks(model, masks)

@@ -1,0 +1,129 @@
+"""Network slimming (Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*, arXiv:1708.06519).
+
+The stage ``sparse`` trains the network from scratch with an L1 penalty on the scales ``gamma`` of its batch norms, as a
+subgradient that is added before each step::
+
+    grad(gamma) += strength * sign(gamma)
+
+for every 2-D batch norm, whether its channels can be pruned or not, and for 1-D ones (after linear layers) with
+``linear=true``. Then all prunable channels are ranked together: of ``n`` values ``|gamma|`` in ascending order, that at
+index ``int(n * ratio)`` is the threshold, and what is not above it goes.
+
+Where a batch norm reads a stream that others read as well (pre-activation residual blocks, dense blocks), the stream
+stays whole, and the batch norm selects the channels it normalises. A channel is removed as if gamma and beta were zero, so
+nothing is left of a beta. A unit of several channels (a group of a grouped convolution) scores their mean ``|gamma|``. A
+layer that the threshold would empty keeps its best channel, and the report says so.
+
+The widths follow from the trained scales, so scratch arms wait for the stage ``prune``; `variant` has no published entry,
+because the authors report ratios, not widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from rethink_prune.config import ChannelOptions, Frozen, Positive
+from rethink_prune.errors import UserError
+from rethink_prune.pruning.channels import ChannelGroup
+from rethink_prune.pruning.hooks import TrainingHooks
+from rethink_prune.pruning.pruner import Batches, ChannelTarget, Pruner
+
+
+class SlimmingTraining(Frozen):
+    """Options of the stage ``sparse``: the factor of the L1 penalty."""
+
+    strength: Positive = 1e-4
+
+
+class SlimmingOptions(ChannelOptions):
+    """Channels ranked together, unless told otherwise; with `linear`, those of linear layers as well."""
+
+    ranking: Literal["layer", "global"] = "global"
+    linear: bool = False
+    sparse: SlimmingTraining = SlimmingTraining()
+
+
+class Slimming(Pruner):
+    """Scores a channel by the magnitude of its batch norm's scale."""
+
+    options_type = SlimmingOptions
+    selecting = "norm"
+    trains_sparse: ClassVar[bool] = True
+
+    def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
+        """Apply the options to a network; refuse one without scales to rank."""
+        if not any(True for _ in _scales(model, linear=self.options.linear)):
+            raise UserError(
+                f"pruner.name={self.options.name}: ranks channels by the scales of batch norms, and "
+                f"{network or type(model).__name__} has none"
+            )
+        return ChannelTarget(self, model, example, network)
+
+    def may_touch(self, group: ChannelGroup) -> bool:
+        """Tell whether the group passes a batch norm; linear layers only if the options say so."""
+        return bool(group.norms) and (group.kind != "linear" or self.options.linear)
+
+    def sparse(self, target: ChannelTarget) -> TrainingHooks:
+        """Return the L1 subgradient."""
+        return ScalePenalty(self.options.sparse.strength, linear=self.options.linear)
+
+    def scores(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        *,
+        data: Batches | None,
+        generator: torch.Generator,
+    ) -> dict[str, torch.Tensor]:
+        """Return each unit's mean ``|gamma|`` in float64; `data` and `generator` are not used."""
+        scores = {}
+        for group in groups:
+            scales = {name: model.get_submodule(name).weight for name in group.norms}
+            if any(scale is None for scale in scales.values()):
+                raise UserError(f"pruner: the batch norm of {group.name} has no scales (affine=False); skip the layer")
+            magnitudes = {name: scale.detach().double().abs() for name, scale in scales.items()}
+            scores[group.name] = torch.stack(
+                [
+                    torch.cat([magnitudes[name][list(units[index])] for name, units in group.norms.items()]).mean()
+                    for index in range(group.size)
+                ]
+            )
+        return scores
+
+
+class ScalePenalty(TrainingHooks):
+    """Adds the subgradient of ``strength * sum |gamma|`` over all batch norms.
+
+    Parameters
+    ----------
+    strength : float
+    linear : bool
+        Whether 1-D batch norms count too.
+    """
+
+    def __init__(self, strength: float, *, linear: bool) -> None:
+        self._strength = strength
+        self._linear = linear
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """The strength, and which batch norms it acts on."""
+        return {"strength": self._strength, "linear": self._linear}
+
+    @torch.no_grad()
+    def before_step(self, model: nn.Module, lr: float) -> None:
+        """Add ``strength * sign(gamma)`` to the gradients."""
+        for scale in _scales(model, linear=self._linear):
+            if scale.grad is not None:
+                scale.grad.add_(scale.sign(), alpha=self._strength)
+
+
+def _scales(model: nn.Module, *, linear: bool) -> Iterator[nn.Parameter]:
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, *((nn.BatchNorm1d,) if linear else ()))
+    for module in model.modules():
+        if isinstance(module, kinds) and module.weight is not None:
+            yield module.weight

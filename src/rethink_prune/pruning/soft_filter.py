@@ -1,0 +1,167 @@
+"""Soft filter pruning (He et al. 2018, *Soft Filter Pruning for Accelerating Deep CNNs*, arXiv:1808.06866).
+
+The stage ``sparse`` trains the network from scratch; once before the first epoch and after every epoch, the filters with
+the smallest L2 norm of each layer are set to zero, ::
+
+    score(f) = sqrt(sum over c, i, j of W[f, c, i, j]^2)
+
+and go on training: they may grow again until the next epoch ends. After the last one, zeroed filters are removed, and with
+them their batch norm's gamma and beta (which the training leaves alone).
+
+``scope=inner`` trains and removes the channels that no addition ties. ``scope=all`` zeroes filters of *every*
+convolution, as the authors do; those whose channels run into a residual stream cannot be cut out one layer at a time, so
+they stay as filter masks (with gamma and beta), and only weights that are not masked count as parameters and MACs.
+
+Of ``N`` filters, ``int(N * ratio)`` go: the published rule, which rounds the other way than the other pruners'. How many
+go follows from the options, which ones from the trained network; scratch arms alone need no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rethink_prune.config import ChannelOptions
+from rethink_prune.pruning import surgery
+from rethink_prune.pruning.channels import ChannelGroup
+from rethink_prune.pruning.graph import trace
+from rethink_prune.pruning.hooks import TrainingHooks
+from rethink_prune.pruning.l1 import sums_over_filters
+from rethink_prune.pruning.masks import apply_masks
+from rethink_prune.pruning.pruner import Batches, ChannelTarget, Pruner
+from rethink_prune.pruning.selection import drop_lowest
+
+
+class SoftFilterOptions(ChannelOptions):
+    """Layers are ranked one by one: how many filters are zeroed must not depend on when."""
+
+    ranking: Literal["layer"] = "layer"
+
+
+class SoftFilterTarget(ChannelTarget):
+    """Groups of channels to remove; with ``scope=all`` also convolutions whose filters are masked.
+
+    Attributes
+    ----------
+    masked : tuple of str
+        Names of the groups that stand for one convolution each, whose filters are masked instead of removed.
+    """
+
+    masked: tuple[str, ...] = ()
+
+    def _find_groups(self, model: nn.Module) -> tuple[ChannelGroup, ...]:
+        inner = tuple(group for group in self.channels.groups("inner") if group.kind == "conv")
+        if self._options.scope == "inner":
+            return inner
+        removed = {layer for group in inner for layer in group.layers}
+        filters = [group for group in _filter_groups(self.shapes) if group.name not in removed]
+        self.masked = tuple(group.name for group in filters)
+        order = [name for name, _ in model.named_modules()]
+        return tuple(sorted((*inner, *filters), key=lambda group: order.index(group.layers[0])))
+
+    def _apply(self, model: nn.Module, drop: Mapping[str, Sequence[int]]) -> tuple[nn.Module, surgery.Architecture]:
+        cut = {name: units for name, units in drop.items() if name not in self.masked}
+        pruned, architecture = surgery.apply(model, self.channels.plan(cut))
+        masks: dict[str, torch.Tensor] = {}
+        for group in self.groups:
+            if group.name in self.masked and drop.get(group.name):
+                for module in (*group.layers, *group.norms):
+                    for kind, parameter in pruned.get_submodule(module).named_parameters(recurse=False):
+                        mask = torch.ones(parameter.shape, dtype=torch.bool)
+                        mask[list(drop[group.name])] = False
+                        masks[f"{module}.{kind}"] = mask
+        apply_masks(pruned, masks)
+        return pruned, surgery.Architecture(
+            architecture.modules, architecture.edits, architecture.selections, masks=masks
+        )
+
+
+class SoftFilter(Pruner):
+    """Zeroes filters while it trains, and removes those that are zero at the end."""
+
+    options_type = SoftFilterOptions
+    trains_sparse: ClassVar[bool] = True
+
+    def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> SoftFilterTarget:
+        """Apply the options to a network."""
+        return SoftFilterTarget(self, model, example, network)
+
+    def kept_count(self, size: int, ratio: float) -> int:
+        """Return how many filters remain when ``int(size * ratio)`` go: at least one."""
+        return max(1, size - int(size * ratio + 1e-9))
+
+    def sparse(self, target: SoftFilterTarget) -> TrainingHooks:
+        """Return the zeroing after each epoch."""
+        return ZeroFilters(target)
+
+    def scores(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        *,
+        data: Batches | None,
+        generator: torch.Generator,
+    ) -> dict[str, torch.Tensor]:
+        """Return the L2 norm of every unit's filters in float64; `data` and `generator` are not used."""
+        return filter_norms(model, groups)
+
+
+class ZeroFilters(TrainingHooks):
+    """Sets the smallest filters of each layer to zero, before the first epoch and after each.
+
+    Parameters
+    ----------
+    target : SoftFilterTarget
+        Which layers, and how many filters remain in each.
+    """
+
+    def __init__(self, target: SoftFilterTarget) -> None:
+        assert target.widths is not None
+        self._groups = target.groups
+        self._widths = target.widths
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """How many units remain per layer."""
+        return {"kept": dict(self._widths)}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Zero filters once before training."""
+        self.after_epoch(model)
+
+    @torch.no_grad()
+    def after_epoch(self, model: nn.Module) -> None:
+        """Zero the filters that are smallest now."""
+        drop = drop_lowest(filter_norms(model, self._groups), self._widths)
+        for group in self._groups:
+            for index in drop[group.name]:
+                for layer, positions in group.units[index].items():
+                    for parameter in model.get_submodule(layer).parameters(recurse=False):
+                        parameter[list(positions)] = 0.0
+
+
+def filter_norms(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:
+    """Return, for every unit of each group, the sum of its filters' L2 norms."""
+    return sums_over_filters(model, groups, lambda filters: filters.square().sum(1).sqrt())
+
+
+def _filter_groups(shapes: nn.Module) -> list[ChannelGroup]:
+    """Return every convolution as a group of its own, with the batch norm that reads it alone, if one does."""
+    modules = dict(shapes.named_modules())
+    groups = []
+    for node in trace(shapes).nodes:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        name = str(node.target)
+        if not isinstance(layer, nn.Conv2d) or any(group.name == name for group in groups):
+            continue
+        units = tuple({name: (index,)} for index in range(layer.out_channels))
+        readers = [user for user in node.users if user.op == "call_module"]
+        norms = [str(user.target) for user in readers if isinstance(modules[str(user.target)], _BatchNorm)]
+        alone = len(node.users) == 1 and bool(norms)
+        positions = tuple((index,) for index in range(layer.out_channels))
+        groups.append(ChannelGroup(name, "conv", (name,), units, {norms[0]: positions} if alone else {}))
+    return groups
