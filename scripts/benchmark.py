@@ -10,6 +10,10 @@ overhead  The whole loop against bare steps (forward, backward, update) on ready
           format and precision. Judged by what the loop adds: its time with the bare step taken out, as a share
           of that step, because the steps themselves vary by more than the loop costs.
 surgery   Seconds of channel analysis, of cutting, and of a whole ``prune`` call.
+pruners   Seconds of a whole ``prune`` call of each pruner, and what it adds to the peak resident memory of its
+          process: half of what it ranks goes, of a network with random weights, scales and images (1,000 of
+          32 x 32 for those that look at images). `sss` removes what its training has set to zero: here, every
+          other unit.
 memory    Peak resident memory of a process that loads CIFAR-10, trains, prunes and fine-tunes.
 
 Sides take turns in one process (A B A B ...) after a warm-up round, so that a machine that slows down slows
@@ -46,11 +50,12 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, VisionDataset
 
 from rethink_prune import build_model, prune
-from rethink_prune.config import PrunerOptions
+from rethink_prune.config import parse_pruner
 from rethink_prune.data import Split, TrainBatches
 from rethink_prune.errors import UserError
-from rethink_prune.pruning import Target, find_pruner, surgery
+from rethink_prune.pruning import PRUNERS, find_pruner, surgery
 from rethink_prune.pruning.channels import analyse
+from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.training import loop
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
@@ -61,7 +66,7 @@ from rethink_prune.training.schedule import OptimizerSpec, build_optimizer
 BATCH_SIZE = 64
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 # The paper's optimiser, at a rate at which no network diverges on random images.
-SPEC = OptimizerSpec("sgd", 0.01, 0.9, False, 1e-4, "constant", 1, (), 0.1)
+SPEC = OptimizerSpec("sgd", 0.01, 0.9, False, 1e-4, "constant", 1, (), ())
 # Least speed relative to the usual script, on a CPU.
 TRAIN_TARGETS = {
     ("resnet20", "fp32"): 1.1,
@@ -136,7 +141,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--networks", type=lambda text: text.split(","), metavar="A,B", help="other than those promised for"
     )
-    parser.add_argument("--rounds", type=positive, default=7, help="n (%(default)s; memory at most 3)")
+    parser.add_argument("--rounds", type=positive, default=7, help="n (%(default)s; memory and pruners at most 3)")
     parser.add_argument("--steps", type=positive, default=20, help="training steps a round (%(default)s)")
     parser.add_argument("--train-limit", type=positive, metavar="N", help="memory: train on so many images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every value there")
@@ -203,9 +208,16 @@ def framework_side(model: nn.Module, split: Split, device: torch.device, precisi
     def run() -> Progress:
         # A new folder each time, so that no round goes on from a checkpoint of the one before.
         with TemporaryDirectory() as folder:
-            checkpoints = Checkpoints(Path(folder))
             return train(
-                model, batches, {}, SPEC, runtime=runtime, seed=0, checkpoints=checkpoints, interrupts=Interrupts()
+                model,
+                batches,
+                {},
+                SPEC,
+                runtime=runtime,
+                hooks=TrainingHooks(),
+                seed=0,
+                checkpoints=Checkpoints(Path(folder)),
+                interrupts=Interrupts(),
             )
 
     return run
@@ -332,9 +344,10 @@ def measure_overhead(network: str, device: torch.device, options: argparse.Names
 
 def measure_surgery(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
     model, example = build_model(network), torch.zeros(1, 3, 32, 32)
-    pruner = find_pruner("l1")
-    target = Target(pruner, PrunerOptions(name="l1", ratio=0.5), model, example, network)
-    drop = target.drop(pruner.scores(model, target.groups, data=None, generator=torch.Generator()))
+    l1 = find_pruner("l1")
+    pruner = l1(parse_pruner({"name": "l1", "ratio": 0.5}, l1.options_type))
+    target: Any = pruner.target(model, example, network)
+    drop = target.choose(pruner.scores(model, target.groups, data=None, generator=torch.Generator())).drop
     sides: dict[str, Side] = {
         "analysis": lambda: analyse(model, example),
         "surgery": lambda: surgery.apply(model, target.channels.plan(drop)),
@@ -344,6 +357,51 @@ def measure_surgery(network: str, device: torch.device, options: argparse.Namesp
     lines = [Line("surgery", network, name, "s", values) for name, values in seconds.items()]
     both = [a + b for a, b in zip(seconds["analysis"], seconds["surgery"], strict=True)]
     return [*lines, Line("surgery", network, "analysis + surgery", "s", both, ("<=", 1.0))]
+
+
+# Prints seconds, and bytes added to the peak. A process of its own for each call: peaks only ever grow.
+PRUNE = """
+import sys, time
+from pathlib import Path
+import torch
+from torch import nn
+from rethink_prune import build_model, prune
+def peak():
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024
+pruner, network, device = sys.argv[1:]
+torch.manual_seed(0)
+model = build_model(network)
+for norm in (m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))):
+    nn.init.uniform_(norm.weight)
+    if pruner == "sss":
+        norm.weight.data[::2] = 0
+options = {} if pruner == "sss" else {"ratio": 0.5}
+batches = [(torch.rand(100, 3, 32, 32, device=device), torch.arange(100) % 10) for _ in range(10)]
+with torch.no_grad():
+    model.eval()(torch.zeros(1, 3, 32, 32))
+before, start = peak(), time.perf_counter()
+prune(model, pruner, example=torch.zeros(1, 3, 32, 32), data=batches, **options)
+print(time.perf_counter() - start, peak() - before)
+"""
+
+
+def measure_pruners(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
+    if not Path("/proc/self/status").exists():
+        sys.exit("pruners: the peak is read from /proc, which only Linux has")
+    lines = []
+    for pruner in PRUNERS:
+        seconds, peaks = [], []
+        for _ in range(min(options.rounds, 3)):
+            command = [sys.executable, "-c", PRUNE, pruner, network, str(device)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            values = done.stdout.split()
+            seconds.append(float(values[0]))
+            peaks.append(int(values[1]) / 1e9)
+        on_cpu = device.type == "cpu" and (network, pruner) == ("vgg16", "thinet")
+        lines.append(Line("pruners", network, pruner, "s", seconds, ("<=", 60.0) if on_cpu else None))
+        lines.append(Line("pruners", network, f"{pruner}, added to the peak", "GB", peaks))
+    return lines
 
 
 # torchvision refuses files whose checksum it does not know: here it only looks whether they are there. The peak
@@ -400,6 +458,7 @@ PARTS: dict[str, tuple[Callable[[str, torch.device, argparse.Namespace], list[Li
     "train": (measure_train, ["resnet20", "vgg16"]),
     "overhead": (measure_overhead, ["resnet20"]),
     "surgery": (measure_surgery, ["resnet110"]),
+    "pruners": (measure_pruners, ["vgg16", "resnet56", "densenet40"]),
     "memory": (measure_memory, ["resnet20"]),
 }
 

@@ -63,8 +63,20 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
         (["recipe.milestones=[0.9,0.5]"], "must ascend"),
         (["recipe.milestones=[0.5,120]"], "must be either all epochs or all fractions"),
         (
+            ["recipe.finetune.schedule=steps"],
+            "recipe.finetune.schedule=steps: must be multistep, step, cosine or constant",
+        ),
+        (
             ["recipe.finetune.schedule=step"],
-            "recipe.finetune.schedule=step: must be multistep, cosine or constant",
+            "recipe.finetune: schedule=step and step (epochs between two drops) go together",
+        ),
+        (
+            ["recipe.gamma=[0.1,0.1,0.1]"],
+            "recipe: a list of gamma needs schedule=multistep and as many milestones",
+        ),
+        (
+            ["pruner.ranking=global", "pruner.ratio=[0.1,0.2]"],
+            "pruner: ranking=global takes one ratio for all layers; for one per layer, pruner.ranking=layer",
         ),
         (["budget.cap=0.5"], "budget.cap=0.5: must be greater than or equal to 1"),
         (["seed=-1"], "seed=-1: must be greater than or equal to 0"),

@@ -72,14 +72,14 @@ class ModelConfig(Frozen):
     @model_validator(mode="after")
     def _options_leave_the_sizes(self) -> ModelConfig:
         for name in ("num_classes", "in_channels"):
-            if name in self.options:
+            if name in {**self.options, **self.args}:
                 raise ValueError(f"{name} comes from the data set")
         return self
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options for ``build_model``."""
-        return {**(self.model_extra or {}), **self.args}
+        """The further keys."""
+        return self.model_extra or {}
 
 
 class Phase(Frozen):

@@ -1,7 +1,8 @@
 """Parameters and multiply-accumulates of a network.
 
-Conventions: MACs are those of convolutions and linear layers for one image, one multiply-accumulate counting once, those
-with a masked weight not at all; training costs 6 FLOPs per MAC and image (two for the forward pass, four for the backward pass).
+Conventions: MACs are those of convolutions and linear layers for one image, one multiply-accumulate counting once,
+those with a masked weight not at all; training costs 6 FLOPs per MAC and image (two for the forward pass, four for the
+backward pass).
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ def count_cost(
     Cost(params=853018, macs=125485696)
     """
     macs = layer_macs(model, input_shape)
+    macs_of = weight_macs(model, macs)
     cost = Cost(sum(p.numel() for p in model.parameters()), macs[""])
     for name, mask in (masks or {}).items():
         zeros = mask.numel() - int(mask.sum())
-        layer, _, kind = name.rpartition(".")
         # Every weight of a layer is used equally often.
-        unused = macs.get(layer, 0) * zeros // mask.numel() if kind == "weight" else 0
+        unused = macs_of.get(name, 0) * zeros // mask.numel()
         cost = Cost(cost.params - zeros, cost.macs - unused)
     return cost
 
@@ -79,6 +80,17 @@ def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     # FlopCounterMode counts two FLOPs per multiply-accumulate.
     macs = {name.removeprefix(prefix): flops // 2 for name, flops in counts.items() if name.startswith(prefix)}
     return {**macs, "": counter.get_total_flops() // 2}
+
+
+def weight_macs(model: nn.Module, macs: Mapping[str, int]) -> dict[str, int]:
+    """Sort the MACs of each layer, from :func:`layer_macs`, by its weight's name: several layers may share one."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    counts: dict[str, int] = {}
+    for layer, module in model.named_modules():
+        name = names.get(id(getattr(module, "weight", None)))
+        if name is not None:
+            counts[name] = counts.get(name, 0) + macs.get(layer, 0)
+    return counts
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from rethink_prune.cost import Cost, count_cost, on_meta
 from rethink_prune.data import EvalBatches, ImageDataset, TrainBatches, describe_dataset, load_dataset
 from rethink_prune.errors import UserError
 from rethink_prune.imports import source_digest
-from rethink_prune.models import MODELS, build_model, model_factory
+from rethink_prune.models import asked_options, build_model, model_factory
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
 from rethink_prune.pruning import PRUNERS, Target, find_pruner
 from rethink_prune.pruning.hooks import TrainingHooks
@@ -141,6 +141,12 @@ class Setup:
             if split is not None
         }
 
+    @cached_property
+    def model_options(self) -> dict[str, Any]:
+        """What ``build_model`` is told about the network, beside its sizes."""
+        model = self.config.model
+        return {**asked_options(model.name, model.options), **model.args}
+
     def build(self) -> nn.Module:
         """Build the unpruned network with the initialisation of ``large``."""
         model, seed = self.config.model, derive_seed(self.config.seed, "large-init")
@@ -149,7 +155,7 @@ class Setup:
                 model.name,
                 num_classes=self.info.num_classes,
                 in_channels=self.info.channels,
-                **model.options,
+                **self.model_options,
             )
         init = model.init or family_initialiser(network)
         if init is not None:
@@ -217,7 +223,7 @@ class Setup:
         own = ":" in name
         return {
             "name": name,
-            "options": self.config.model.options,
+            "options": self.model_options,
             "init": self.init,
             "num_classes": self.info.num_classes,
             "in_channels": self.info.channels,
@@ -309,9 +315,11 @@ class Setup:
         name = self.config.budget.reference_model
         if name is None:
             return self.cost.macs
-        if name not in MODELS:
-            raise UserError(f"budget.reference_model={name}: no such network; one of {', '.join(MODELS)}")
-        reference = build_model(name, num_classes=self.info.num_classes, in_channels=self.info.channels)
+        try:
+            with torch.device("meta"):
+                reference = build_model(name, num_classes=self.info.num_classes, in_channels=self.info.channels)
+        except UserError as error:
+            raise UserError(str(error).replace("model.name", "budget.reference_model", 1)) from error
         return count_cost(reference, self.image_shape).macs
 
     def _planned_flops(self, cost: Cost, training: Training) -> int:

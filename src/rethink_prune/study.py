@@ -1,7 +1,7 @@
 """A study: one dataset, model, pruner, budget and seed, run through its arms.
 
-Read :func:`run_study` top to bottom: large -> (sparse) -> prune -> arms -> summary. Every stage comes from the store if its key is
-there, and is computed otherwise.
+Read :func:`run_study` top to bottom: large -> (sparse) -> prune -> arms -> summary. Every stage comes from the store if
+its key is there, and is computed otherwise.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rethink_prune.arms import ARMS
 from rethink_prune.budget import Training, phase_training
 from rethink_prune.config import Phase, StudyConfig, parse_config
 from rethink_prune.cost import Cost, count_cost, on_meta
+from rethink_prune.data import Epoch
 from rethink_prune.errors import Interrupted
 from rethink_prune.files import write_json
 from rethink_prune.pruning import find_pruner
@@ -181,8 +182,12 @@ class Study:
         setup = self.setup
         target = setup.target
         if not (isinstance(trained, Done) and setup.prunes):
-            known = (target.architecture(), target.cost) if target.known else (None, None)
-            return Pruned(asdict(target.report()), *known, trained if isinstance(trained, Failed) else None)
+            return Pruned(
+                asdict(target.report()),
+                target.architecture() if target.known else None,
+                target.cost if target.known else None,
+                trained if isinstance(trained, Failed) else None,
+            )
         done = self._stage(
             "prune",
             "prune",
@@ -372,7 +377,7 @@ class Study:
         result = setup.pruner.prune(
             model.eval(),
             setup.target,
-            data=setup.train_batches.epoch(0),
+            data=Epoch(setup.train_batches, 0),
             generator=derive_generator(setup.config.seed, "prune"),
         )
         save_weights(stage.model_file, result.model.state_dict())
@@ -455,7 +460,7 @@ def _architecture_key(architecture: Architecture) -> dict[str, Any]:
         "selections": {name: indexes.tolist() for name, indexes in architecture.selections.items()},
         "removed": architecture.removed,
         "masks": {
-            name: hashlib.sha256(mask.contiguous().numpy()).hexdigest() for name, mask in architecture.masks.items()
+            name: hashlib.sha256(mask.numpy().tobytes()).hexdigest() for name, mask in architecture.masks.items()
         },
     }
 

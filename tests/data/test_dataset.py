@@ -115,7 +115,7 @@ def test_fingerprint_covers_what_decides_results(tmp_path: Path) -> None:
         (
             "mnist",
             {},
-            "dataset.name=mnist: unknown; choose digits, cifar10, cifar100, folder or path.to.module:factory",
+            "dataset.name=mnist: unknown; choose digits, cifar10, cifar100, imagenet, folder or path.to.module:factory",
         ),
         ("digits", {"image_size": 0}, "dataset.image_size=0: must be at least 1"),
         ("digits", {"channels": 2}, "dataset.channels=2: digits come with 1 or 3 channels"),
@@ -150,7 +150,7 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path: Path, options: dict[st
 
 def test_configs_have_the_same_keys_and_describe_themselves() -> None:
     configs = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")}
-    assert set(configs) == {"digits", "cifar10", "cifar100", "folder"}
+    assert set(configs) == {"digits", "cifar10", "cifar100", "imagenet", "folder"}
     assert len({tuple(config) for config in configs.values()}) == 1
     for name, config in configs.items():
         assert config["name"] == name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -53,10 +54,11 @@ def pruned_equals_masked() -> Compare:
         scope: str = "all",
         share: float = 0.5,
         drop: Drop | None = None,
+        selecting: Literal["norm", "conv"] | None = None,
     ) -> tuple[Channels, nn.Module]:
         randomise(model)
         example = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        channels = analyse(model, example)
+        channels = analyse(model, example, selecting=selecting)
         chosen = random_drop(channels, scope, share) if drop is None else drop
         with torch.no_grad():
             before = model(example)

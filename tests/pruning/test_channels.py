@@ -13,7 +13,7 @@ from torch import nn
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.pruning.channels import ChannelGroup, Channels, analyse
-from rethink_prune.pruning.surgery import ChannelSelection, apply
+from rethink_prune.pruning.surgery import apply
 
 Compare = Callable[..., tuple[Channels, nn.Module]]
 
@@ -479,30 +479,95 @@ def test_interpolation_pooling_and_dropout_pass(pruned_equals_masked: Compare) -
     assert sizes_of(channels, "inner") == {"a": 4}
 
 
-# ---- channel selection -----------------------------------------------------------------------------------
+# ---- selections ------------------------------------------------------------------------------------------
 
 
-def selecting_net() -> Net:
+def preactivated() -> Net:
+    """Two pre-activation blocks, the first with a projection, and a head."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = m.stem(x)
+        x = m.skip(x) + m.b(F.relu(m.norm_b(m.a(F.relu(m.norm_a(x))))))
+        x = x + m.d(F.relu(m.norm_d(m.c(F.relu(m.norm_c(x))))))
+        return m.fc(F.relu(m.last(x)).mean((2, 3)))
+
     return Net(
-        lambda m, x: m.out(F.relu(m.select(m.norm(y := m.a(x))))) + m.side(y),
-        a=conv(3, 6),
-        norm=nn.BatchNorm2d(6),
-        select=ChannelSelection(torch.tensor([0, 2, 3, 5])),
-        out=conv(4, 5),
-        side=conv(6, 5),
+        forward,
+        stem=conv(3, 6),
+        skip=conv(6, 8),
+        norm_a=nn.BatchNorm2d(6),
+        a=conv(6, 5),
+        norm_b=nn.BatchNorm2d(5),
+        b=conv(5, 8),
+        norm_c=nn.BatchNorm2d(8),
+        c=conv(8, 4),
+        norm_d=nn.BatchNorm2d(4),
+        d=conv(4, 8),
+        last=nn.BatchNorm2d(8),
+        fc=nn.Linear(8, 5),
     )
 
 
+def selecting_groups(selecting: str | None) -> dict[str, int]:
+    groups = analyse(preactivated(), torch.randn(IMAGE), selecting=selecting).groups("inner")  # type: ignore[arg-type]
+    return {group.name: group.size for group in groups}
+
+
+def test_norms_select_from_streams_that_others_read() -> None:
+    selections = {"norm_a.selected": 6, "norm_c.selected": 8, "last.selected": 8}
+    assert selecting_groups("norm") == {**selections, "a": 5, "c": 4}
+
+
+def test_convolutions_that_start_a_branch_select_but_projections_see_all() -> None:
+    assert selecting_groups("conv") == {"a.selected": 6, "c.selected": 8, "a": 5, "c": 4}
+
+
+def test_nothing_selects_unless_asked() -> None:
+    assert selecting_groups(None) == {"stem": 6, "a": 5, "c": 4}
+
+
+def test_a_norm_that_reads_one_layer_alone_does_not_select() -> None:
+    net = Net(lambda m, x: m.out(m.norm(F.max_pool2d(m.a(x), 2))), a=conv(3, 6), norm=nn.BatchNorm2d(6), out=conv(6, 5))
+    groups = analyse(net, torch.randn(IMAGE), selecting="norm").groups("inner")
+    assert [(group.name, group.kind) for group in groups] == [("a", "conv")]
+
+
 def test_selection_leaves_its_stream_whole_and_has_channels_of_its_own(pruned_equals_masked: Compare) -> None:
-    channels, pruned = pruned_equals_masked(selecting_net(), IMAGE, drop={"select": [1, 3]})
-    (group,) = channels.groups("inner")
-    assert (group.name, group.kind, group.size) == ("select", "selection", 4)
-    # Its scores are those of the norm it reads.
-    assert group.norms == {"norm": ((0,), (2,), (3,), (5,))}
-    assert channels.frozen["a"] == "select: a channel selection reads it"
-    assert pruned.get_buffer("select.indexes").tolist() == [0, 3]
-    assert pruned.get_parameter("a.weight").shape[0] == 6
-    assert pruned.get_parameter("out.weight").shape == (5, 2, 3, 3)
+    drop = {"norm_c.selected": [0, 3, 7], "last.selected": [1], "a": [2]}
+    channels, pruned = pruned_equals_masked(preactivated(), IMAGE, drop=drop, selecting="norm")
+    group = next(group for group in channels.groups("inner") if group.name == "norm_c.selected")
+    assert (group.kind, group.layers) == ("selection", ("norm_c.selected",))
+    assert group.norms == {"norm_c": tuple((i,) for i in range(8))}
+    assert channels.frozen["stem"] == "norm_a: reads a selection of it"
+    assert channels.inputs(group) == {"c": tuple((i,) for i in range(8))}
+    assert pruned.get_buffer("norm_c.selected").tolist() == [1, 2, 4, 5, 6]
+    assert pruned.get_parameter("norm_c.weight").shape == (5,)
+    assert pruned.get_parameter("c.weight").shape[:2] == (4, 5)
+    assert pruned.get_parameter("b.weight").shape[:2] == (8, 4)
+    assert pruned.get_parameter("fc.weight").shape == (5, 7)
+
+
+def test_convolution_selection_prunes_only_what_it_reads(pruned_equals_masked: Compare) -> None:
+    _, pruned = pruned_equals_masked(preactivated(), IMAGE, drop={"c.selected": [0, 5], "c": [1]}, selecting="conv")
+    assert pruned.get_parameter("c.weight").shape[:2] == (3, 6)
+    assert pruned.get_parameter("norm_c.weight").shape == (8,)
+
+
+def test_a_selecting_network_can_be_pruned_again(pruned_equals_masked: Compare) -> None:
+    first = preactivated()
+    pruned, _ = apply(first, analyse(first, torch.randn(IMAGE), selecting="norm").plan({"norm_c.selected": [0, 3]}))
+    _, again = pruned_equals_masked(pruned, IMAGE, drop={"norm_c.selected": [0, 5]}, selecting="norm")
+    assert again.get_buffer("norm_c.selected").tolist() == [2, 4, 5, 6]
+
+
+def test_where_units_enter_the_layers_that_read_them() -> None:
+    net = Net(
+        lambda m, x: m.fc(F.avg_pool2d(m.b(m.a(x)), 3).flatten(1)), a=conv(3, 2), b=conv(2, 3), fc=nn.Linear(12, 5)
+    )
+    channels = analyse(net, torch.randn(IMAGE))
+    a, b = channels.groups("inner")
+    assert channels.inputs(a) == {"b": ((0,), (1,))}
+    assert channels.inputs(b) == {"fc": ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11))}
 
 
 # ---- what stays whole ------------------------------------------------------------------------------------

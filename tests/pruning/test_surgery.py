@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -18,7 +19,8 @@ from torchvision import models
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.pruning.channels import analyse
-from rethink_prune.pruning.surgery import Architecture, ChannelSelection, apply, mask, reshape
+from rethink_prune.pruning.graph import select_inputs
+from rethink_prune.pruning.surgery import Architecture, apply, mask, reshape
 
 IMAGE = (2, 3, 8, 8)
 
@@ -34,15 +36,15 @@ class Edited(nn.Module):
         self.a = nn.Conv2d(3, 8, 3, padding=1)
         self.register_buffer("scale", torch.tensor([2.0]), persistent=False)
         self.norm = nn.BatchNorm2d(8)
-        self.select = ChannelSelection(torch.tensor([0, 3, 4, 7]))
-        self.b = nn.Conv2d(4, 6, 3, padding=1)
+        self.b = nn.Conv2d(8, 6, 3, padding=1)
+        self.e = nn.Conv2d(8, 6, 3, padding=1)
         self.c = nn.Conv2d(3, 12, 3, padding=1)
         self.d = nn.Conv2d(3, 8, 3, padding=1)
         self.hidden = nn.Linear(12 * 16 + 6 * 16, 10)
         self.out = nn.Linear(10, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        selected = F.max_pool2d(self.b(self.select(self.norm(self.a(x)))), 2)
+        selected = F.max_pool2d(self.b(self.norm(y := self.a(x))) + self.e(y), 2)
         wide = F.max_pool2d(self.c(x) + F.pad(self.d(x), (0, 0, 0, 0, 0, 4)), 2)
         parts = wide.chunk(3, dim=1)
         wide = torch.cat([parts[0] * self.scale, parts[1], wide[:, 8:10], wide.narrow(1, 10, 2)], 1)
@@ -62,17 +64,17 @@ def build(name: str) -> nn.Module:
     return (models.mobilenet_v2() if name == "mobilenet_v2" else build_model(name)).eval()
 
 
-DROP = {"select": [1], "b": [0, 5], "c": [0, 1], "c#2": [0, 3], "hidden": [2, 3, 4]}
+DROP = {"norm.selected": [1, 2, 5, 6], "b": [0, 5], "c": [0, 1], "c#2": [0, 3], "hidden": [2, 3, 4]}
 
 
 def pruned_edited() -> tuple[Edited, nn.Module, Architecture]:
     model = build_edited()
-    return model, *apply(model, analyse(model, torch.randn(IMAGE)).plan(DROP))
+    return model, *apply(model, analyse(model, torch.randn(IMAGE), selecting="norm").plan(DROP))
 
 
 def test_all_kinds_of_edits_at_once() -> None:
     model, pruned, architecture = pruned_edited()
-    channels = analyse(model, torch.randn(IMAGE))
+    channels = analyse(model, torch.randn(IMAGE), selecting="norm")
     x = torch.randn(IMAGE)
     assert {edit["kind"] for edit in architecture.edits.values()} == {
         "pad",
@@ -156,7 +158,7 @@ def test_file_is_deterministic(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         pruned_edited()[2].save(tmp_path / name)
         texts.append((tmp_path / name / "architecture.json").read_bytes())
-        assert list(load_file(tmp_path / name / "architecture.safetensors")) == ["selections/select"]
+        assert list(load_file(tmp_path / name / "architecture.safetensors")) == ["selections/norm"]
     assert texts[0] == texts[1]
 
 
@@ -167,13 +169,13 @@ def test_file_is_deterministic(tmp_path: Path) -> None:
         ("{", "damaged or incomplete: JSONDecodeError"),
         ("[]", "not a file of the format"),
         ('{"format": "another"}', "not a file of the format"),
-        ('{"format": "rethink-prune architecture 1"}', "damaged or incomplete: KeyError"),
+        ('{"format": "rethink-prune architecture 2"}', "damaged or incomplete: KeyError"),
         (
-            '{"format": "rethink-prune architecture 1", "modules": [], "edits": {}, "selections": []}',
+            '{"format": "rethink-prune architecture 2", "modules": [], "edits": {}, "selections": []}',
             "damaged or incomplete: ValueError",
         ),
         (
-            '{"format": "rethink-prune architecture 1", "modules": {}, "edits": {}, "selections": ["a"]}',
+            '{"format": "rethink-prune architecture 2", "modules": {}, "edits": {}, "selections": ["a"], "masks": []}',
             "damaged or incomplete: FileNotFoundError",
         ),
     ],
@@ -196,7 +198,9 @@ def test_damaged_files_are_refused_with_their_path(tmp_path: Path, text: str | N
             "features.0.out_channels=65: must be between 1 and 64",
         ),
         ({"modules": {"features.0": {"out_channels": "4"}}}, "features.0.out_channels=4: must be between"),
-        ({"selections": {"select": torch.tensor([0])}}, "VGG: has no channel selection select"),
+        ({"selections": {"select": torch.tensor([0])}}, "VGG: has no select, which the architecture changes"),
+        ({"removed": ("layer1.0",)}, "VGG: has no layer1.0, which the architecture changes"),
+        ({"masks": {"features.0.wait": torch.tensor([True])}}, "VGG: has no features.0.wait, which"),
         (
             {"edits": {"view": {"kind": "size", "position": 1, "counts": [4]}}},
             "VGG: its graph has no view, which the architecture changes",
@@ -290,8 +294,29 @@ def test_plan_for_another_network_is_refused() -> None:
 
 
 def test_selection_compiles_to_an_index_select() -> None:
-    selection = ChannelSelection(torch.tensor([2, 0]))
+    norm = nn.BatchNorm2d(2).eval()
     x = torch.randn(2, 3, 4, 4)
-    assert torch.equal(selection(x), x[:, [2, 0]])
-    compiled = torch.compile(selection, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), x[:, [2, 0]])
+    expected = norm(x[:, [2, 0]])
+    select_inputs(norm, torch.tensor([2, 0]))
+    assert torch.equal(norm(x), expected)
+    assert torch.equal(torch.compile(norm, backend="eager", fullgraph=True)(x), expected)
+
+
+def test_selection_is_no_part_of_the_state_dict_but_of_copies() -> None:
+    norm = nn.BatchNorm2d(2)
+    keys = list(norm.state_dict())
+    select_inputs(norm, torch.tensor([2, 0]))
+    assert list(norm.state_dict()) == keys
+    clone = copy.deepcopy(norm)
+    select_inputs(clone, torch.tensor([0, 1]))
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(clone.eval()(x), nn.BatchNorm2d(2).eval()(x[:, :2]))
+    assert norm.get_buffer("selected").tolist() == [2, 0]
+
+
+def test_masks_survive_the_file(tmp_path: Path) -> None:
+    mask_of = {"features.0.weight": torch.rand(64, 3, 3, 3) < 0.5}
+    Architecture(masks=mask_of, removed=("a.b",)).save(tmp_path)
+    loaded = Architecture.load(tmp_path)
+    assert loaded.removed == ("a.b",)
+    assert torch.equal(loaded.masks["features.0.weight"], mask_of["features.0.weight"])

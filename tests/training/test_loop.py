@@ -12,6 +12,7 @@ from torch import nn
 
 from rethink_prune.data import EvalBatches, Split, TrainBatches
 from rethink_prune.errors import Interrupted
+from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.loop import Diverged, Progress, Row, Runtime, evaluate, train
@@ -31,7 +32,7 @@ def spec(**changes: object) -> OptimizerSpec:
         "schedule": "multistep",
         "epochs": 3,
         "milestones": (1, 2),
-        "gamma": 0.1,
+        "gammas": (0.1, 0.1),
     }
     return OptimizerSpec(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -60,6 +61,7 @@ def run(
     *,
     interrupts: Interrupts | None = None,
     seconds: float = 1e9,
+    hooks: TrainingHooks = TrainingHooks(),
     **changes: object,
 ) -> Progress:
     return train(
@@ -68,6 +70,7 @@ def run(
         {"test": EvalBatches(images(), batch_size=32, device=CPU, **STATISTICS)},
         spec(**changes),
         runtime=Runtime(CPU, "fp32", checkpoint_seconds=seconds),
+        hooks=hooks,
         seed=0,
         checkpoints=Checkpoints(folder),
         interrupts=interrupts or Interrupts(),

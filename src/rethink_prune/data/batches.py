@@ -199,6 +199,24 @@ class TrainBatches:
         return views.index_select(0, windows).view(images.shape)
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """The batches of one epoch, to be gone through any number of times.
+
+    Attributes
+    ----------
+    batches : TrainBatches
+    epoch : int
+        Which epoch's order and augmentation.
+    """
+
+    batches: TrainBatches
+    epoch: int
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self.batches.epoch(self.epoch)
+
+
 class EvalBatches:
     """Every image exactly once, in order, unchanged but for normalisation.
 

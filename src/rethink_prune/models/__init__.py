@@ -112,6 +112,24 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
     return model
 
 
+def asked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options without those that `name` lacks and that ask for nothing.
+
+    A configuration for one of our networks lists its options with their defaults; with the name of another network put
+    over it, these are left out, while a value that someone chose stays, for `build_model` to refuse.
+    """
+    own = inspect.signature(model_factory(name)).parameters
+    defaults: dict[str, list[Any]] = {}
+    for factory in MODELS.values():
+        for option, parameter in inspect.signature(factory).parameters.items():
+            defaults.setdefault(option, []).append(parameter.default)
+    return {
+        option: value
+        for option, value in options.items()
+        if (option in own and name in MODELS) or value not in defaults.get(option, [])
+    }
+
+
 def _check_kind(option: str, value: object, kind: type) -> None:
     """Refuse a value that is not of the kind of the option's default: the text "false", say, would count as true."""
     if type(value) is not kind and not (kind is float and type(value) is int):

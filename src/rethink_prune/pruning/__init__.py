@@ -15,15 +15,21 @@ from rethink_prune.pruning.l1 import L1
 from rethink_prune.pruning.magnitude import Magnitude
 from rethink_prune.pruning.pruner import Batches, Pruner, PruneReport, PruneResult, Target
 from rethink_prune.pruning.random import Random
+from rethink_prune.pruning.regression import Regression
 from rethink_prune.pruning.slimming import Slimming
 from rethink_prune.pruning.soft_filter import SoftFilter
+from rethink_prune.pruning.sss import SSS
+from rethink_prune.pruning.thinet import ThiNet
 from rethink_prune.seeds import derive_generator
 
 __all__ = ["PRUNERS", "PruneReport", "PruneResult", "Pruner", "Target", "find_pruner", "prune"]
 
 PRUNERS: Mapping[str, type[Pruner]] = {
     "l1": L1,
+    "thinet": ThiNet,
+    "regression": Regression,
     "slimming": Slimming,
+    "sss": SSS,
     "magnitude": Magnitude,
     "soft_filter": SoftFilter,
     "random": Random,

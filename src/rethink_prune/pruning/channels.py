@@ -442,7 +442,7 @@ def _follow(
 
 
 def _may_select(node: fx.Node, module: nn.Module, modules: Mapping[str, nn.Module], selecting: str | None) -> bool:
-    """Tell whether a module should select from what it reads: because others read it too, or several layers write it."""
+    """Tell whether a module should select from what it reads: others read it too, or several layers write it."""
     if selecting == "norm":
         return isinstance(module, _BatchNorm) and _is_shared(node, modules)
     if selecting == "conv" and isinstance(module, nn.Conv2d) and module.groups == 1:

@@ -25,17 +25,20 @@ from rethink_prune.pruning.channels import ChannelGroup
 from rethink_prune.pruning.pruner import Batches, Pruner
 
 
-def _resnet(blocks_per_stage: int, stage_ratios: Sequence[float], skipped_convs: Iterable[int]) -> Mapping[str, Any]:
-    """Say a published CIFAR-ResNet target in terms of layer names.
+def _resnet(blocks: Sequence[int], stage_ratios: Sequence[float], skipped_convs: Iterable[int]) -> Mapping[str, Any]:
+    """Say a published target of a ResNet with so many basic `blocks` per stage in terms of layer names.
 
-    The publications number the 3 x 3 convolutions from 1, the stem's; block ``b`` (from 0) holds ``2b + 2`` and
-    ``2b + 3``, and only the even ones are pruned.
+    The publications number the convolutions from 1, the stem's, without projections; block ``b`` (from 0) holds
+    ``2b + 2`` and ``2b + 3``, and only the even ones are pruned.
     """
-    blocks = [(conv - 2) // 2 for conv in skipped_convs]
+    layers = [f"layer{stage}.{block}.conv1" for stage, count in enumerate(blocks, 1) for block in range(count)]
     return {
         "ratio": {f"layer{stage}.*": ratio for stage, ratio in enumerate(stage_ratios, 1) if ratio},
-        "skip": [f"layer{block // blocks_per_stage + 1}.{block % blocks_per_stage}.conv1" for block in blocks],
+        "skip": [layers[(conv - 2) // 2] for conv in skipped_convs],
     }
+
+
+_RESNET34_SKIPS = (2, 8, 14, 16, 26, 28, 30, 32)
 
 
 def sums_over_filters(
@@ -73,12 +76,16 @@ class L1(Pruner):
     variants: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "vgg16": {"A": {"widths": [32, 64, 128, 128, *[256] * 9]}},
         "resnet56": {
-            "A": _resnet(9, (0.1, 0.1, 0.1), (16, 20, 38, 54)),
-            "B": _resnet(9, (0.6, 0.3, 0.1), (16, 18, 20, 34, 38, 54)),
+            "A": _resnet((9, 9, 9), (0.1, 0.1, 0.1), (16, 20, 38, 54)),
+            "B": _resnet((9, 9, 9), (0.6, 0.3, 0.1), (16, 18, 20, 34, 38, 54)),
         },
         "resnet110": {
-            "A": _resnet(18, (0.5, 0.0, 0.0), (36,)),
-            "B": _resnet(18, (0.5, 0.4, 0.3), (36, 38, 74)),
+            "A": _resnet((18, 18, 18), (0.5, 0.0, 0.0), (36,)),
+            "B": _resnet((18, 18, 18), (0.5, 0.4, 0.3), (36, 38, 74)),
+        },
+        "torchvision.models:resnet34": {
+            "A": _resnet((3, 4, 6, 3), (0.3, 0.3, 0.3, 0.0), _RESNET34_SKIPS),
+            "B": _resnet((3, 4, 6, 3), (0.5, 0.6, 0.4, 0.0), _RESNET34_SKIPS),
         },
     }
 

@@ -1,13 +1,13 @@
 """Magnitude pruning of single weights (Han et al. 2015, *Learning both Weights and Connections*, arXiv:1506.02626).
 
-Removes the weights of smallest absolute value and keeps the network's shape. All weights of all convolutions, the first
-one and projections included, are ranked together: of ``n`` values ``|w|`` in ascending order, that at index
+Removes the weights of smallest absolute value and keeps the network's shape. All weights of all convolutions, the
+first one and projections included, are ranked together: of ``n`` values ``|w|`` in ascending order, that at index
 ``int(n * ratio)`` is the threshold, and what is not above it goes. ``ranking=layer`` removes the same share from every
 layer instead; with ``linear=true`` linear layers take part. Biases and batch norms never do.
 
-A mask holds removed weights at zero through momentum and weight decay (see `masks`). Only the others count as parameters
-and MACs, so Scratch-B's length follows from the masked count. Scratch arms draw masked convolutions at a density-scaled
-fan-out. A layer that the threshold would empty keeps its largest weight, and the report says so.
+A mask holds removed weights at zero through momentum and weight decay (see `masks`). Only the others count as
+parameters and MACs, so Scratch-B's length follows from the masked count. Scratch arms draw masked convolutions at a
+density-scaled fan-out. A layer that the threshold would empty keeps its largest weight, and the report says so.
 
 The masks follow from the trained weights, so all arms wait for the stage ``prune``.
 """
@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from rethink_prune.config import PerLayerRatio, Positive, TargetOptions, check_ratio
-from rethink_prune.cost import Cost, layer_macs
+from rethink_prune.cost import Cost, layer_macs, weight_macs
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import surgery
 from rethink_prune.pruning.masks import apply_masks
@@ -67,8 +67,11 @@ class MagnitudeTarget(Target):
     ) -> None:
         super().__init__(model, example)
         kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *((nn.Linear,) if options.linear else ()))
+        parameters = dict(model.named_parameters())  # one that layers share is there once
         self.layers = {
-            name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, kinds)
+            name: module.weight.numel()
+            for name, module in model.named_modules()
+            if isinstance(module, kinds) and f"{name}.weight" in parameters
         }
         if not self.layers:
             raise UserError(
@@ -76,11 +79,11 @@ class MagnitudeTarget(Target):
                 + ("" if options.linear else "; pruner.linear=true prunes linear layers")
             )
         self._options = options
-        # Finds patterns that match nothing before any training.
-        ratio = options.ratio if options.ratio is not None else 0.5
-        widths_for_ratio(ratio, self.layers, skip=options.skip)
         if options.ranking == "global" and isinstance(options.ratio, list | dict):
             raise UserError("pruner.ratio: one for each layer needs pruner.ranking=layer")
+        # Finds patterns that match nothing, or everything, before any training.
+        ratio = options.ratio if options.ratio is not None else 0.5
+        self.check_removal(widths_for_ratio(ratio, self.layers, skip=options.skip))
 
     @property
     def known(self) -> bool:
@@ -97,9 +100,15 @@ class MagnitudeTarget(Target):
         layers = tuple(LayerWidth(name, kept.get(f"{name}.weight", size), size) for name, size in self.layers.items())
         return PruneReport(layers)
 
+    def check_removal(self, counts: Mapping[str, int]) -> None:
+        """Raise `UserError` if these counts are those of the unpruned network."""
+        if counts == self.layers:
+            raise UserError(f"pruner.{self._options.target}: removes no weight (with pruner.skip as it is)")
+
     def counts(self, magnitudes: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], list[str]]:
         """Return how many weights each layer keeps, and the layers that keep one only for being emptied otherwise."""
-        options, emptied = self._options, []
+        options = self._options
+        emptied: list[str] = []
 
         def counts_at(ratio: float) -> dict[str, int]:
             nonlocal emptied
@@ -113,11 +122,11 @@ class MagnitudeTarget(Target):
                 return widths_for_ratio(options.ratio, self.layers, skip=options.skip), []
             assert isinstance(options.ratio, float)
             return counts_at(options.ratio), emptied
-        macs = layer_macs(self.shapes, self.input_shape)
+        macs = weight_macs(self.shapes, layer_macs(self.shapes, self.input_shape))
 
         def cost_of(counts: Mapping[str, int]) -> Cost:
             gone = {name: size - counts[name] for name, size in self.layers.items()}
-            macs_gone = sum(macs.get(name, 0) * gone[name] // self.layers[name] for name in gone)
+            macs_gone = sum(macs[f"{name}.weight"] * gone[name] // self.layers[name] for name in gone)
             return Cost(self.full_cost.params - sum(gone.values()), self.full_cost.macs - macs_gone)
 
         quantity = "macs" if options.target_macs is not None else "params"
@@ -144,8 +153,7 @@ class Magnitude(Pruner):
             if not torch.isfinite(values).all():
                 raise UserError(f"pruner: {name} has weights that are not finite")
         counts, emptied = target.counts(magnitudes)
-        if all(counts[name] == size for name, size in target.layers.items()):
-            raise UserError(f"pruner.{self.options.target}: removes no weight")
+        target.check_removal(counts)
         masks = {}
         for name, values in magnitudes.items():
             if counts[name] < len(values):

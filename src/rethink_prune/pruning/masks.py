@@ -61,13 +61,13 @@ def draw_masked(model: nn.Module, masks: Masks) -> None:
     Parameters
     ----------
     model : nn.Module
-        Freshly initialised; changed in place. Draws from torch's global generator, in the order of `masks`.
+        Freshly initialised; changed in place. Draws from torch's global generator, in the order of the names.
     masks : mapping of str to torch.Tensor
         Each with at least one True.
     """
-    for name, mask in masks.items():
+    for name in sorted(masks):
         parameter = model.get_parameter(name)
-        if parameter.ndim == 4:
-            fan_out = int(mask.sum()) / parameter.shape[1]
+        if parameter.ndim > 2:
+            fan_out = int(masks[name].sum()) / parameter.shape[1]
             nn.init.normal_(parameter, 0.0, math.sqrt(2.0 / fan_out))
     apply_masks(model, masks)

@@ -168,8 +168,8 @@ class Pruner:
     def check_images(self, target: Target, images: int) -> None:
         """Raise `UserError` if so many training images are too few for this pruner."""
 
-    def sparse(self, target: Target) -> TrainingHooks:
-        """Return how the network is trained in the stage ``sparse``."""
+    def sparse(self, target: Any) -> TrainingHooks:
+        """Return how the network is trained in the stage ``sparse``; `target` is what :meth:`target` returned."""
         raise NotImplementedError
 
     def scores(

@@ -82,7 +82,8 @@ class WorkingCopy(fx.Interpreter):
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        network = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
+        network = copy.deepcopy(model).to(device)
+        network.to(memory_format=torch.channels_last)  # a third faster on a CPU
         super().__init__(network, graph=trace(network))
         self.device = device
         self._modules = dict(network.named_modules())
@@ -208,28 +209,40 @@ class WorkingCopy(fx.Interpreter):
         return None
 
 
-def first_images(data: Batches, count: int) -> Iterator[torch.Tensor]:
-    """Give the first `count` images, batch by batch."""
-    for images, _ in data:
-        yield images[:count]
-        count -= len(images)
-        if count <= 0:
-            return
+class FirstImages:
+    """The first images of batches, to be gone through many times.
 
-
-def device_of(data: Batches | None) -> torch.device:
-    """Return the device of the images.
+    Parameters
+    ----------
+    data : iterable of (images, labels)
+    count : int
+        How many to read.
 
     Raises
     ------
     UserError
         If there are none, or if they can be read only once.
     """
-    if data is None or iter(data) is data:
-        raise UserError("data: must be batches of (images, labels) that can be read many times, e.g. a list of them")
-    for images, _ in data:
-        return images.device
-    raise UserError("data: holds no batches")
+
+    def __init__(self, data: Batches | None, count: int) -> None:
+        if data is None or iter(data) is data:
+            raise UserError(
+                "data: must be batches of (images, labels) that can be read many times, e.g. a list of them"
+            )
+        self._data, self._count = data, count
+        first = next(iter(self), None)
+        if first is None:
+            raise UserError("data: holds no images")
+        self.device = first.device
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        remaining = self._count
+        for images, _ in self._data:
+            if len(images):
+                yield images[:remaining]
+            remaining -= len(images)
+            if remaining <= 0:
+                return
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Network slimming (Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*, arXiv:1708.06519).
+"""Network slimming (Liu et al. 2017, arXiv:1708.06519).
 
 The stage ``sparse`` trains the network from scratch with an L1 penalty on the scales ``gamma`` of its batch norms, as a
 subgradient that is added before each step::
@@ -10,12 +10,12 @@ for every 2-D batch norm, whether its channels can be pruned or not, and for 1-D
 index ``int(n * ratio)`` is the threshold, and what is not above it goes.
 
 Where a batch norm reads a stream that others read as well (pre-activation residual blocks, dense blocks), the stream
-stays whole, and the batch norm selects the channels it normalises. A channel is removed as if gamma and beta were zero, so
-nothing is left of a beta. A unit of several channels (a group of a grouped convolution) scores their mean ``|gamma|``. A
-layer that the threshold would empty keeps its best channel, and the report says so.
+stays whole, and the batch norm selects the channels it normalises. A channel is removed as if gamma and beta were zero,
+so nothing is left of a beta. A unit of several channels (a group of a grouped convolution) scores their mean
+``|gamma|``. A layer that the threshold would empty keeps its best channel, and the report says so.
 
-The widths follow from the trained scales, so scratch arms wait for the stage ``prune``; `variant` has no published entry,
-because the authors report ratios, not widths.
+The widths follow from the trained scales, so scratch arms wait for the stage ``prune``; `variant` has no published
+entry, because the authors report ratios, not widths.
 """
 
 from __future__ import annotations
@@ -56,18 +56,21 @@ class Slimming(Pruner):
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
         """Apply the options to a network; refuse one without scales to rank."""
+        where = f"pruner.name={self.options.name}: ranks channels by the scales of batch norms, and"
         if not any(True for _ in _scales(model, linear=self.options.linear)):
-            raise UserError(
-                f"pruner.name={self.options.name}: ranks channels by the scales of batch norms, and "
-                f"{network or type(model).__name__} has none"
-            )
-        return ChannelTarget(self, model, example, network)
+            raise UserError(f"{where} {network or type(model).__name__} has none")
+        target = ChannelTarget(self, model, example, network)
+        for norm in (norm for group in target.groups for norm in group.norms):
+            if getattr(model.get_submodule(norm), "weight", None) is None:
+                raise UserError(f"{where} {norm} has none (affine=False)")
+        return target
 
     def may_touch(self, group: ChannelGroup) -> bool:
-        """Tell whether the group passes a batch norm; linear layers only if the options say so."""
-        return bool(group.norms) and (group.kind != "linear" or self.options.linear)
+        """Tell whether each unit passes a batch norm; linear layers only if the options say so."""
+        scaled = all(any(positions) for positions in zip(*group.norms.values(), strict=True))
+        return bool(group.norms) and scaled and (group.kind != "linear" or self.options.linear)
 
-    def sparse(self, target: ChannelTarget) -> TrainingHooks:
+    def sparse(self, target: Any) -> TrainingHooks:
         """Return the L1 subgradient."""
         return ScalePenalty(self.options.sparse.strength, linear=self.options.linear)
 
@@ -82,10 +85,7 @@ class Slimming(Pruner):
         """Return each unit's mean ``|gamma|`` in float64; `data` and `generator` are not used."""
         scores = {}
         for group in groups:
-            scales = {name: model.get_submodule(name).weight for name in group.norms}
-            if any(scale is None for scale in scales.values()):
-                raise UserError(f"pruner: the batch norm of {group.name} has no scales (affine=False); skip the layer")
-            magnitudes = {name: scale.detach().double().abs() for name, scale in scales.items()}
+            magnitudes = {name: model.get_parameter(f"{name}.weight").detach().double().abs() for name in group.norms}
             scores[group.name] = torch.stack(
                 [
                     torch.cat([magnitudes[name][list(units[index])] for name, units in group.norms.items()]).mean()

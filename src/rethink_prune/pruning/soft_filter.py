@@ -1,19 +1,20 @@
 """Soft filter pruning (He et al. 2018, *Soft Filter Pruning for Accelerating Deep CNNs*, arXiv:1808.06866).
 
-The stage ``sparse`` trains the network from scratch; once before the first epoch and after every epoch, the filters with
-the smallest L2 norm of each layer are set to zero, ::
+The stage ``sparse`` trains the network from scratch; once before the first epoch and after every epoch, the filters
+with the smallest L2 norm of each layer are set to zero, ::
 
     score(f) = sqrt(sum over c, i, j of W[f, c, i, j]^2)
 
-and go on training: they may grow again until the next epoch ends. After the last one, zeroed filters are removed, and with
-them their batch norm's gamma and beta (which the training leaves alone).
+and go on training: they may grow again until the next epoch ends. After the last one, zeroed filters are removed, and
+with them their batch norm's gamma and beta (which the training leaves alone).
 
-``scope=inner`` trains and removes the channels that no addition ties. ``scope=all`` zeroes filters of *every*
-convolution, as the authors do; those whose channels run into a residual stream cannot be cut out one layer at a time, so
-they stay as filter masks (with gamma and beta), and only weights that are not masked count as parameters and MACs.
+``scope=inner`` zeroes and removes the channels that no addition ties. ``scope=all`` zeroes filters of *every*
+convolution, as the authors do, apart from those that have to stay whole (the network's output); those whose channels
+run into a residual stream cannot be cut out one layer at a time, so they stay as filter masks (with gamma and beta),
+and only weights that are not masked count as parameters and MACs.
 
-Of ``N`` filters, ``int(N * ratio)`` go: the published rule, which rounds the other way than the other pruners'. How many
-go follows from the options, which ones from the trained network; scratch arms alone need no training.
+Of ``N`` filters, ``int(N * ratio)`` go: the published rule, which rounds the other way than the other pruners'. How
+many go follows from the options, which ones from the trained network; scratch arms alone need no training.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.config import ChannelOptions
+from rethink_prune.cost import on_meta
 from rethink_prune.pruning import surgery
 from rethink_prune.pruning.channels import ChannelGroup
 from rethink_prune.pruning.graph import trace
@@ -58,7 +60,8 @@ class SoftFilterTarget(ChannelTarget):
         if self._options.scope == "inner":
             return inner
         removed = {layer for group in inner for layer in group.layers}
-        filters = [group for group in _filter_groups(self.shapes) if group.name not in removed]
+        whole = removed | set(self.channels.frozen)
+        filters = [group for group in _filter_groups(self.shapes) if group.name not in whole]
         self.masked = tuple(group.name for group in filters)
         order = [name for name, _ in model.named_modules()]
         return tuple(sorted((*inner, *filters), key=lambda group: order.index(group.layers[0])))
@@ -94,7 +97,7 @@ class SoftFilter(Pruner):
         """Return how many filters remain when ``int(size * ratio)`` go: at least one."""
         return max(1, size - int(size * ratio + 1e-9))
 
-    def sparse(self, target: SoftFilterTarget) -> TrainingHooks:
+    def sparse(self, target: Any) -> TrainingHooks:
         """Return the zeroing after each epoch."""
         return ZeroFilters(target)
 
@@ -150,18 +153,21 @@ def filter_norms(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, 
 
 
 def _filter_groups(shapes: nn.Module) -> list[ChannelGroup]:
-    """Return every convolution as a group of its own, with the batch norm that reads it alone, if one does."""
-    modules = dict(shapes.named_modules())
-    groups = []
-    for node in trace(shapes).nodes:
-        layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        name = str(node.target)
-        if not isinstance(layer, nn.Conv2d) or any(group.name == name for group in groups):
-            continue
-        units = tuple({name: (index,)} for index in range(layer.out_channels))
-        readers = [user for user in node.users if user.op == "call_module"]
-        norms = [str(user.target) for user in readers if isinstance(modules[str(user.target)], _BatchNorm)]
-        alone = len(node.users) == 1 and bool(norms)
-        positions = tuple((index,) for index in range(layer.out_channels))
-        groups.append(ChannelGroup(name, "conv", (name,), units, {norms[0]: positions} if alone else {}))
+    """Return every convolution as a group of its own, with the batch norm that reads it, and it alone, if one does."""
+    network = on_meta(shapes)
+    modules = dict(network.named_modules())
+    calls: dict[str, list[fx.Node]] = {}
+    for node in trace(network).nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    groups: list[ChannelGroup] = []
+    for name, nodes in calls.items():
+        layer = modules[name]
+        if isinstance(layer, nn.Conv2d):
+            units = tuple({name: (index,)} for index in range(layer.out_channels))
+            positions = tuple((index,) for index in range(layer.out_channels))
+            readers = [user for node in nodes for user in node.users]
+            norm = str(readers[0].target) if readers else ""
+            alone = isinstance(modules.get(norm), _BatchNorm) and set(readers) == set(calls[norm])
+            groups.append(ChannelGroup(name, "conv", (name,), units, {norm: positions} if alone else {}))
     return groups

@@ -256,6 +256,8 @@ def remove_branches(model: nn.Module, ends: Sequence[str]) -> nn.Module:
     called = _names(graph)
     # The last one first: what remains of it may be the sum that an earlier one ends in.
     for addition in [node for node in reversed(graph.nodes) if node in additions]:
+        if not addition.users:
+            continue  # it ran inside a branch that is gone by now
         end, other = additions[addition]
         (branch,) = (operand for operand in addition.all_input_nodes if operand is not other)
         remaining = other

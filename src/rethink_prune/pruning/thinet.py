@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 import torch
+from pydantic import field_validator
 from torch import nn
 
 from rethink_prune.config import ChannelOptions, Count
@@ -34,11 +35,10 @@ from rethink_prune.errors import UserError
 from rethink_prune.pruning.channels import ChannelGroup
 from rethink_prune.pruning.pruner import Batches, ChannelTarget, Choice, Pruner, PruneResult
 from rethink_prune.pruning.samples import (
+    FirstImages,
     Reader,
     WorkingCopy,
-    device_of,
     draw_places,
-    first_images,
     read_patches,
 )
 
@@ -58,6 +58,11 @@ class ThiNetOptions(ChannelOptions):
     ranking: Literal["layer"] = "layer"
     images: Count = 1000
     entries_per_image: Count = 10
+
+    @field_validator("variant", mode="before")
+    @classmethod
+    def _variant_may_look_like_a_number(cls, variant: object) -> object:
+        return str(variant) if isinstance(variant, int) else variant
 
 
 class ThiNet(Pruner):
@@ -81,9 +86,7 @@ class ThiNet(Pruner):
             if target.widths[group.name] < group.size:
                 self._check_entries(group, images)
 
-    def prune(
-        self, model: nn.Module, target: Any, *, data: Batches | None, generator: torch.Generator
-    ) -> PruneResult:
+    def prune(self, model: nn.Module, target: Any, *, data: Batches | None, generator: torch.Generator) -> PruneResult:
         """Go through the layers, then cut; `model` itself is untouched.
 
         Raises
@@ -98,16 +101,17 @@ class ThiNet(Pruner):
         self, model: nn.Module, target: ChannelTarget, *, data: Batches | None, generator: torch.Generator
     ) -> tuple[nn.Module, dict[str, list[int]]]:
         """Return a copy of `model` at full width with scaled weights, and the units to drop of each group."""
-        current = WorkingCopy(model, device_of(data))
-        assert data is not None and target.widths is not None
+        assert target.widths is not None, "they follow from the options with ranking=layer"
+        images = FirstImages(data, self.options.images)
+        current = WorkingCopy(model, images.device)
         drop: dict[str, list[int]] = {}
         for group in target.groups:
             removed = group.size - target.widths[group.name]
             if not removed:
                 continue
             readers = current.readers(target.channels, group)
-            grams = [self._sample(current, group, reader, data, generator) for reader in readers]
-            drop[group.name] = sorted(choose_greedily(np.sum(grams, axis=0), removed))
+            grams = self._sample(current, group, readers, images, generator)
+            drop[group.name] = sorted(choose_greedily(sum(grams, np.zeros((group.size, group.size))), removed))
             for reader, gram in zip(readers, grams, strict=True):
                 scales = torch.from_numpy(least_squares_scales(gram, drop[group.name])).to(current.device)
                 weight = current.weight(reader.layer)
@@ -117,36 +121,46 @@ class ThiNet(Pruner):
         return current.rewritten(model), drop
 
     def _sample(
-        self, current: WorkingCopy, group: ChannelGroup, reader: Reader, data: Batches, generator: torch.Generator
-    ) -> Matrix:
-        """Return the Gram matrix of the units' contributions to random entries of a reader's output."""
-        layer, weight = current.layer(reader.layer), current.weight(reader.layer)
-        gram = torch.zeros(group.size, group.size, dtype=torch.float64, device=current.device)
+        self,
+        current: WorkingCopy,
+        group: ChannelGroup,
+        readers: Sequence[Reader],
+        images: FirstImages,
+        generator: torch.Generator,
+    ) -> list[Matrix]:
+        """Return for each reader the Gram matrix of the units' contributions to random entries of its output."""
+        weights = [current.weight(reader.layer)[:, reader.columns] for reader in readers]
+        grams = [torch.zeros(group.size, group.size, dtype=torch.float64, device=current.device) for _ in readers]
+        nodes = [node for reader in readers for node in reader.nodes]
         seen = 0
-        for images in first_images(data, self.options.images):
-            seen += len(images)
-            for inputs, *_ in current.read(reader.nodes, images).values():
-                places = draw_places(layer, inputs, self.options.entries_per_image, generator)
-                for piece in places.pieces(weight[0].numel()):
-                    filters = torch.randint(len(weight), (len(piece),), generator=generator)
-                    parts = (read_patches(layer, inputs, piece) * weight[filters.to(current.device)]).sum(2)
-                    x = parts.new_zeros(len(piece), group.size)
-                    x.index_add_(1, reader.units, parts[:, reader.columns])
-                    gram.addmm_(x.T, x)
+        for batch in images:
+            seen += len(batch)
+            read = current.read(nodes, batch)
+            for reader, weight, gram in zip(readers, weights, grams, strict=True):
+                layer = current.layer(reader.layer)
+                for inputs, *_ in (read[node] for node in reader.nodes):
+                    places = draw_places(layer, inputs, self.options.entries_per_image, generator)
+                    for piece in places.pieces(layer.weight[0].numel()):
+                        filters = torch.randint(len(weight), (len(piece),), generator=generator)
+                        read_there = read_patches(layer, inputs, piece)[:, reader.columns]
+                        parts = (read_there * weight[filters.to(current.device)]).sum(2)
+                        x = parts.new_zeros(len(piece), group.size).index_add_(1, reader.units, parts)
+                        gram.addmm_(x.T, x)
         self._check_entries(group, seen)
-        if not gram.isfinite().all():
-            raise UserError(f"{reader.layer}: its weights or what it reads are not finite, so thinet cannot compare channels")
-        return gram.cpu().numpy()
+        for reader, gram in zip(readers, grams, strict=True):
+            if not gram.isfinite().all():
+                raise UserError(f"{reader.layer}: its weights or what it reads are not finite; thinet needs numbers")
+        return [gram.cpu().numpy() for gram in grams]
 
     def _check_entries(self, group: ChannelGroup, available: int) -> None:
         options = self.options
         images = min(options.images, available)
         if images * options.entries_per_image < group.size:
-            short = available < options.images
+            more_images = "pruner.images" if available >= options.images else "the number of training images"
             raise UserError(
-                f"pruner.{'entries_per_image' if short else 'images'}: {images} images with "
-                f"{options.entries_per_image} entries each are too few for the {group.size} channels of {group.name}; "
-                f"raise pruner.{'entries_per_image' if short else 'images or pruner.entries_per_image'}"
+                f"pruner.entries_per_image={options.entries_per_image}: with {images} images (pruner.images="
+                f"{options.images}) too few for the {group.size} channels of {group.name}; "
+                f"raise it or {more_images}"
             )
 
 

@@ -61,8 +61,8 @@ def build_scheduler(optimizer: Optimizer, spec: OptimizerSpec) -> LRScheduler:
     """Return the schedule, to be stepped once after every epoch."""
     match spec.schedule:
         case "multistep":
-            if len(set(spec.gammas)) <= 1:
-                return MultiStepLR(optimizer, list(spec.milestones), *set(spec.gammas))
+            if len(set(spec.gammas)) == 1:
+                return MultiStepLR(optimizer, list(spec.milestones), spec.gammas[0])
             changes = list(zip(spec.milestones, spec.gammas, strict=True))
             return LambdaLR(optimizer, lambda epoch: math.prod(gamma for m, gamma in changes if m <= epoch))
         case "cosine":
