@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 import subprocess
 import sys
@@ -301,7 +300,7 @@ class Setup:
         size = " x ".join(map(str, self.image_shape))
         try:
             with torch.no_grad():
-                output = copy.deepcopy(model).eval()(torch.zeros(1, *self.image_shape))
+                output = model.eval()(torch.zeros(1, *self.image_shape))
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(

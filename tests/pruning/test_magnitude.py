@@ -274,7 +274,8 @@ def test_cost_counts_the_weights_that_remain_where_they_are_used(
 @pytest.mark.parametrize(("target", "value"), [("macs", 0.3), ("macs", 4e6), ("params", 0.1), ("params", 150_000)])
 def test_cost_target_is_met_within_one_percent(ranking: str, target: str, value: float) -> None:
     model = built("resnet20")
-    result = thin(model, ranking=ranking, **{f"target_{target}": value})
+    options: dict[str, Any] = {f"target_{target}": value}
+    result = thin(model, ranking=ranking, **options)
     reached = getattr(count_cost(result.model, (3, SIZE, SIZE), masks=result.architecture.masks), target)
     full = getattr(count_cost(model, (3, SIZE, SIZE)), target)
     wanted = value * full if value < 1 else value

@@ -68,7 +68,7 @@ def train_masked(model: nn.Module, hooks: TrainingHooks, folder: Path, **changes
         model,
         TrainBatches(images, batch_size=16, pad=1, flip=True, device=CPU, seed=0, **statistics),
         {"test": EvalBatches(images, batch_size=48, device=CPU, **statistics)},
-        OptimizerSpec(**{**values, "milestones": (2,), "gammas": (0.1,), **changes}),  # type: ignore[arg-type]
+        OptimizerSpec(**{**values, "milestones": (2,), "gammas": (0.1,), **changes}),
         runtime=Runtime(CPU, "fp32"),
         hooks=hooks,
         seed=0,

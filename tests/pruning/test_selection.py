@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -11,7 +13,9 @@ from rethink_prune.pruning.selection import (
     Limits,
     drop_lowest,
     explicit_widths,
+    global_threshold,
     kept_count,
+    widths_for_global_ratio,
     widths_for_ratio,
     widths_for_target,
 )
@@ -74,7 +78,7 @@ def test_explicit_widths() -> None:
         explicit_widths([4, 5, 33], SIZES)
 
 
-def cost_of(widths: dict[str, int]) -> Cost:
+def cost_of(widths: Mapping[str, int]) -> Cost:
     total = sum(widths.values())
     return Cost(params=total, macs=total * total)
 
@@ -97,3 +101,79 @@ def test_ties_keep_the_lower_index() -> None:
     scores = {"a": torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0])}
     assert drop_lowest(scores, {"a": 3}) == {"a": [2, 4]}
     assert drop_lowest(scores, {"a": 1}) == {"a": [0, 2, 3, 4]}
+
+
+# ---- one threshold for all layers ------------------------------------------------------------------------
+
+# In ascending order: b1 a2 b0 a0 b3 a1 b2 a3.
+SCORES = {"a": torch.tensor([0.4, 0.6, 0.2, 0.8]), "b": torch.tensor([0.3, 0.1, 0.7, 0.5])}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "index"), [(0.01, 0), (0.124, 0), (0.125, 1), (0.5, 4), (0.99, 7), (1.0, 7)], ids=str
+)
+def test_threshold_is_the_value_at_the_truncated_index(ratio: float, index: int) -> None:
+    assert global_threshold(SCORES.values(), ratio) == torch.tensor((index + 1) / 10)
+
+
+def test_threshold_ranks_values_of_any_shape() -> None:
+    values = [torch.arange(6.0).view(1, 2, 3).neg(), torch.tensor(2.0), torch.tensor([[5.0], [-7.0]])]
+    assert global_threshold(values, 0.5) == -2, "the fifth of -7 -5 -4 -3 -2 -1 0 2 5"
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.7])
+def test_what_is_not_above_the_threshold_goes(ratio: float) -> None:
+    widths, emptied = widths_for_global_ratio(ratio, SCORES)
+    gone = int(8 * ratio) + 1
+    assert sum(widths.values()) == 8 - gone
+    order = ["b", "a", "b", "a", "b", "a", "b", "a"]
+    assert widths == {layer: 4 - order[:gone].count(layer) for layer in "ab"}
+    assert emptied == []
+
+
+def test_no_ratio_keeps_everything() -> None:
+    assert widths_for_global_ratio(0.0, SCORES, limits=Limits(round_to=3)) == ({"a": 4, "b": 4}, [])
+
+
+def test_the_whole_as_ratio_keeps_the_best_of_each_layer() -> None:
+    assert widths_for_global_ratio(1.0, SCORES) == ({"a": 1, "b": 1}, ["a", "b"])
+
+
+def test_equal_scores_fall_together() -> None:
+    tied = {"a": torch.tensor([1.0, 1.0, 1.0, 2.0]), "b": torch.tensor([1.0, 3.0])}
+    assert widths_for_global_ratio(0.2, tied) == ({"a": 1, "b": 1}, [])
+    assert widths_for_global_ratio(0.2, {"a": torch.ones(3), "b": torch.tensor([2.0])}) == ({"a": 1, "b": 1}, ["a"])
+
+
+def test_skipped_layers_neither_count_nor_shrink() -> None:
+    scores = {"low": torch.full((100,), 0.01), **SCORES}
+    assert widths_for_global_ratio(0.5, scores, skip=["low"]) == ({"low": 100, "a": 2, "b": 1}, [])
+    assert widths_for_global_ratio(0.5, scores) == ({"low": 1, "a": 4, "b": 4}, ["low"])
+    assert widths_for_global_ratio(0.5, SCORES, skip=["[ab]"]) == ({"a": 4, "b": 4}, [])
+    with pytest.raises(UserError, match=r"pruner\.skip: c matches no prunable layer; there are: a, b"):
+        widths_for_global_ratio(0.5, SCORES, skip=["c"])
+
+
+def test_limits_hold_for_ranked_layers_only() -> None:
+    scores = {"odd": torch.ones(5), **SCORES}
+    limits = Limits(min_channels=2, round_to=2)
+    assert widths_for_global_ratio(0.7, scores, skip=["odd"], limits=limits) == ({"odd": 5, "a": 2, "b": 2}, [])
+    # Emptied is what the threshold leaves nothing of, whatever the limits then keep.
+    scores = {"a": torch.tensor([0.1, 0.2, 0.3]), "b": torch.tensor([1.0, 2.0, 3.0])}
+    assert widths_for_global_ratio(0.5, scores, limits=Limits(min_channels=2)) == ({"a": 2, "b": 2}, ["a"])
+
+
+def test_order_of_layers_is_kept() -> None:
+    scores = {"z": torch.tensor([1.0, 2.0]), "a": torch.tensor([3.0, 4.0]), "m": torch.tensor([5.0, 6.0])}
+    assert list(widths_for_global_ratio(0.3, scores, skip=["a"])[0]) == ["z", "a", "m"]
+
+
+def test_target_is_met_by_one_threshold_over_all_layers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = {f"conv{i}": torch.rand(1000, generator=generator) * (i + 1) for i in range(3)}
+    full = cost_of({layer: 1000 for layer in scores})
+    widths = widths_for_target(0.5, "params", lambda r: widths_for_global_ratio(r, scores)[0], cost_of, full)
+    assert cost_of(widths).params == pytest.approx(1500, rel=0.01)
+    threshold = global_threshold(scores.values(), 0.5)
+    assert list(widths.values()) == pytest.approx([int((s > threshold).sum()) for s in scores.values()], abs=15)
+    assert widths["conv0"] < widths["conv1"] < widths["conv2"], "the smaller the scores, the more goes"

@@ -22,7 +22,7 @@ from rethink_prune.pruning.surgery import Architecture, reshape
 SIZE = 16
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
 # Networks of the publication: each batch norm follows one convolution, or selects channels of a stream.
-PUBLISHED = {"vgg11": {"head": "linear"}, "preresnet20": {}, "densenet40": {}}
+PUBLISHED: dict[str, dict[str, Any]] = {"vgg11": {"head": "linear"}, "preresnet20": {}, "densenet40": {}}
 
 
 class Net(nn.Module):
@@ -181,7 +181,7 @@ def test_only_batch_norms_of_shared_streams_select() -> None:
     for name, selecting in [
         ("vgg11", set()),
         ("preresnet20", {"bn"} | {f"layer{s}.{b}.bn1" for s in (1, 2, 3) for b in (0, 1)}),
-        ("densenet40", {n for n in norms_of(built("densenet40"))}),
+        ("densenet40", set(norms_of(built("densenet40")))),
     ]:
         layers = slim(built(name, **PUBLISHED[name]), ratio=0.1).report.layers
         assert {layer.layer[: -len(".selected")] for layer in layers if layer.layer.endswith(".selected")} == selecting
@@ -348,7 +348,7 @@ def test_two_batch_norms_in_a_row_score_the_mean_of_their_scales() -> None:
 
 def test_two_batch_norms_of_one_convolution_select_apart_and_its_channels_stay() -> None:
     net = Net(
-        lambda m, x: m.out(F.relu(m.left((y := m.a(x)))) + m.b(F.relu(m.right(y)))),
+        lambda m, x: m.out(F.relu(m.left(y := m.a(x))) + m.b(F.relu(m.right(y)))),
         a=conv(3, 6),
         left=nn.BatchNorm2d(6),
         right=nn.BatchNorm2d(6),

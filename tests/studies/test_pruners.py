@@ -19,7 +19,7 @@ Run = Callable[..., dict[str, Any]]
 DIGITS = (3, 8, 8)
 # sss has no ratio: at this strength, some factors reach zero in the few steps there are.
 OPTIONS = {
-    "sss": ["pruner.sparse.strength=1"],
+    "sss": ["pruner.sparse.strength=10"],
     "thinet": ["pruner.images=100"],
     "regression": ["pruner.images=100"],
 }

@@ -22,6 +22,9 @@ CPU = torch.device("cpu")
 STATISTICS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 
+NO_HOOKS = TrainingHooks()
+
+
 def spec(**changes: object) -> OptimizerSpec:
     values: dict[str, object] = {
         "optimizer": "sgd",
@@ -61,7 +64,7 @@ def run(
     *,
     interrupts: Interrupts | None = None,
     seconds: float = 1e9,
-    hooks: TrainingHooks = TrainingHooks(),
+    hooks: TrainingHooks = NO_HOOKS,
     **changes: object,
 ) -> Progress:
     return train(

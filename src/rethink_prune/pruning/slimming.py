@@ -36,7 +36,7 @@ from rethink_prune.pruning.pruner import Batches, ChannelTarget, Pruner
 class SlimmingTraining(Frozen):
     """Options of the stage ``sparse``: the factor of the L1 penalty."""
 
-    strength: Positive = 1e-4
+    strength: Positive = 1e-2
 
 
 class SlimmingOptions(ChannelOptions):

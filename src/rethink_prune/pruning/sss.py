@@ -57,7 +57,7 @@ _KEEP_ZERO = ("Identity", "Dropout", "Dropout2d", "ReLU", "dropout", "stochastic
 class SparseOptions(Frozen):
     """How the factors are trained: the weight of their L1 norm in the loss, and Nesterov's momentum."""
 
-    strength: Positive = 1e-2
+    strength: Positive = 0.2
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 
