@@ -1,4 +1,4 @@
-"""How tests run studies: in their own process, or through the command line in another."""
+"""What tests share: running studies, in their own process or through the command line, and networks to compare."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.__main__ import conf_dir
 from rethink_prune.config import StudyConfig
@@ -42,3 +45,21 @@ def command(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.Comp
         timeout=timeout,
         check=False,
     )
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every tensor values that no channel shares: float64, evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = (1 / max(1, parameter[0].numel())) ** 0.5 if parameter.ndim > 1 else 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * scale)
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                if module.affine:
+                    module.weight.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+                if module.running_mean is not None and module.running_var is not None:
+                    module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 2)
+                    module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    return model

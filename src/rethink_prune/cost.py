@@ -73,8 +73,9 @@ def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     Modules without any do not appear.
     """
     shapes = on_meta(model).eval()
+    dtype = next((p.dtype for p in shapes.parameters() if p.is_floating_point()), None)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shapes(torch.empty(1, *input_shape, device="meta"))
+        shapes(torch.empty(1, *input_shape, dtype=dtype, device="meta"))
     counts = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
     prefix = f"{type(shapes).__name__}."
     # FlopCounterMode counts two FLOPs per multiply-accumulate.
@@ -102,10 +103,10 @@ def on_meta(model: nn.Module) -> nn.Module:
         If the network holds something that refuses to be copied.
     """
     meta: dict[int, object] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty_like(tensor, device="meta")
-        meta[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     try:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            empty = torch.empty_like(tensor, device="meta")
+            meta[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
         return copy.deepcopy(model, meta)
     except Exception as error:
         raise UserError(f"{type(model).__name__}: cannot be copied: {error}") from error

@@ -8,31 +8,13 @@ from typing import Literal
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from harness import randomise
 from rethink_prune.pruning.channels import Channels, analyse
 from rethink_prune.pruning.surgery import apply, mask
 
 Drop = Mapping[str, Sequence[int]]
 Compare = Callable[..., tuple[Channels, nn.Module]]
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every tensor values that no channel shares: float64, evaluation mode."""
-    generator = torch.Generator().manual_seed(seed)
-    model.double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = (1 / max(1, parameter[0].numel())) ** 0.5 if parameter.ndim > 1 else 0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * scale)
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                if module.affine:
-                    module.weight.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
-                if module.running_mean is not None and module.running_var is not None:
-                    module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 2)
-                    module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
-    return model
 
 
 def random_drop(channels: Channels, scope: str, share: float, seed: int = 0) -> dict[str, list[int]]:

@@ -214,10 +214,24 @@ def test_options_that_cannot_be_are_refused_before_there_is_a_trained_network(
             pruner.target(toy([1.0] * 4, [1.0] * 4), TOY_EXAMPLE)
 
 
-def test_a_share_too_small_for_one_weight_is_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1))
+def test_a_share_that_only_the_last_weight_of_a_layer_fills_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 3))
+    with torch.no_grad():
+        model.get_parameter("0.weight").fill_(0.01)
+        model.get_parameter("1.weight").fill_(1.0)
     with pytest.raises(UserError, match=r"pruner\.ratio: removes no weight"):
-        thin(model, torch.zeros(1, 1, 2, 2), ratio=0.3)
+        thin(model, torch.zeros(1, 1, 4, 4), ratio=0.05)
+
+
+def test_layers_without_sizes_yet_are_refused() -> None:
+    with pytest.raises(UserError, match="Sequential: cannot be copied: .*uninitialized"):
+        thin(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(5, 3)), ratio=0.5)
+
+
+def test_computed_weights_are_left_dense() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 5, 3))
+    assert [layer.layer for layer in thin(model, ratio=0.5).report.layers] == ["1"]
 
 
 # ---- what it costs ---------------------------------------------------------------------------------------
@@ -268,6 +282,13 @@ def test_cost_counts_the_weights_that_remain_where_they_are_used(
     result = thin(build(), **options)
     cost = count_cost(result.model, (3, SIZE, SIZE), masks=result.architecture.masks)
     assert (cost.macs, cost.params) == hand_count(result.model, EXAMPLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_cost_does_not_depend_on_the_number_format(dtype: torch.dtype) -> None:
+    single, other = (thin(model, ranking="layer", ratio=0.5) for model in (grouped(), grouped().to(dtype)))
+    costs = [count_cost(x.model, (3, SIZE, SIZE), masks=x.architecture.masks) for x in (single, other)]
+    assert costs[0] == costs[1]
 
 
 @pytest.mark.parametrize("ranking", ["global", "layer"])

@@ -203,6 +203,25 @@ def test_a_branch_makes_up_for_the_error_of_its_shortcut(monkeypatch: pytest.Mon
     assert compensated < 0.9 * sum_error()
 
 
+def test_a_value_per_image_that_is_added_is_no_shortcut() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.shift = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(3, 4, 1)
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.second(self.first(x).relu()) + self.shift(x.mean((2, 3), keepdim=True))
+            return self.fc(y.relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, data = Shifted().double(), batches(size=8, dtype=torch.float64)
+    pruner = regression(widths={"first": 7})
+    result = pruner.prune(model, pruner.target(model, torch.zeros(1, 3, 8, 8)), data=data, generator=generator())
+    with torch.no_grad():
+        assert (result.model(data[0][0]) - model(data[0][0])).norm() < 0.2 * model(data[0][0]).norm()
+
+
 def test_channels_that_a_norm_hardly_scales_do_not_make_up_for_a_shortcut() -> None:
     model = Residual().double().eval()
     with torch.no_grad():

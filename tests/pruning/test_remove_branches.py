@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-from pruning.conftest import randomise
+from harness import randomise
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.pruning.channels import analyse

@@ -140,7 +140,7 @@ def test_smallest_filters_of_each_layer_are_zeroed_and_nothing_else(scope: str) 
     model = built()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     layers = convolutions(model) if scope == "all" else INNER
-    expected = {name: [] for name in convolutions(model)} | smallest_filters(model, 0.3, layers)
+    expected: dict[str, list[int]] = {name: [] for name in convolutions(model)} | smallest_filters(model, 0.3, layers)
     pruner, target = targeted(model, ratio=0.3, scope=scope)
     pruner.sparse(target).prepare(model)
     assert zero_filters(model) == expected
@@ -219,7 +219,7 @@ def test_group_of_a_grouped_convolution_is_zeroed_with_what_it_reads() -> None:
 @pytest.mark.parametrize("scope", ["inner", "all"])
 def test_what_the_last_epoch_zeroed_is_what_goes(scope: str) -> None:
     model = built()
-    pruner, target = targeted(model, ratio=0.3, scope=scope)
+    _, target = targeted(model, ratio=0.3, scope=scope)
     ZeroFilters(target).after_epoch(model)
     zeroed = zero_filters(model)
     result = soft(model, ratio=0.3, scope=scope)
@@ -273,22 +273,16 @@ def test_scope_all_removes_inner_channels_and_masks_the_rest() -> None:
 
 def test_masked_filters_cost_nothing() -> None:
     result = soft(built(), ratio=0.3, scope="all")
-    macs = 0
-
-    def count(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        nonlocal macs
-        macs += int(module.get_parameter("weight").count_nonzero()) * (output[0, 0].numel() if output.ndim == 4 else 1)
-
-    for module in result.model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(count)
-    result.model(images()[:1])
+    sides = {"conv1": SIZE, "layer1": SIZE, "layer2": SIZE // 2, "layer3": SIZE // 4}
+    macs = sum(
+        int(layer.weight.count_nonzero()) * sides[name.partition(".")[0]] ** 2
+        for name, layer in convolutions(result.model).items()
+    )
     params = sum(p.numel() for p in result.model.parameters())
     params -= sum(int((~mask).sum()) for mask in result.architecture.masks.values())
-    dense = count_cost(result.model, SHAPE)
     cost = count_cost(result.model, SHAPE, masks=result.architecture.masks)
-    assert (cost.macs, cost.params) == (macs, params)
-    assert cost.macs < 0.75 * dense.macs
+    assert (cost.macs, cost.params) == (macs + 64 * 10, params)
+    assert cost.macs < count_cost(result.model, SHAPE).macs
 
 
 @pytest.mark.parametrize("scope", ["inner", "all"])
@@ -347,6 +341,22 @@ def test_classes_of_a_network_that_ends_in_a_convolution_are_not_masked() -> Non
     assert result.architecture.masks == {}
 
 
+def test_computed_and_shared_weights_are_masked_where_they_can_be() -> None:
+    net = Net(
+        lambda m, x: m.fc(F.relu((y := m.a(x)) + m.c(m.b(y)) + m.d(y)).mean((2, 3))),
+        a=conv(3, 4, bias=False),
+        b=conv(4, 4, bias=False),
+        c=conv(4, 4, bias=False),
+        d=nn.utils.parametrizations.weight_norm(conv(4, 4, bias=False)),
+        fc=nn.Linear(4, 5),
+    )
+    net.get_submodule("c").weight = net.get_parameter("b.weight")  # type: ignore[assignment]
+    result = soft(net, ratio=0.5, scope="all")
+    assert {layer.layer for layer in result.report.layers} >= set(zero_filters(net)) & {"b"}
+    assert not any(name.startswith(("c.", "d.")) for name in result.architecture.masks)
+    assert reshape(net, result.architecture)(EXAMPLE).shape == (1, 5)
+
+
 def test_bias_of_a_masked_filter_is_masked() -> None:
     result = soft(residual(bn_a=nn.BatchNorm2d(4), bn_b=nn.BatchNorm2d(4)), ratio=0.5, scope="all")
     names = {f"{module}.{kind}" for module in ("a", "b", "bn_a", "bn_b") for kind in ("weight", "bias")}
@@ -365,18 +375,30 @@ def test_batch_norm_of_two_convolutions_keeps_its_scales() -> None:
     assert masks["b.bias"].tolist() == [True, True, False, False]
 
 
-def test_convolution_read_by_two_batch_norms_is_masked_alone() -> None:
+def test_channels_that_two_batch_norms_read_go_from_both() -> None:
     net = Net(
-        lambda m, x: m.fc(F.relu(m.left(y := m.a(x)) + m.right(y)).mean((2, 3))),
-        a=conv(3, 4, bias=False),
-        left=nn.BatchNorm2d(4),
-        right=nn.BatchNorm2d(4),
-        fc=nn.Linear(4, 5),
+        lambda m, x: m.out(F.relu(m.bn_left(y := m.conv(x)) + m.bn_right(y))),
+        conv=conv(3, 4, bias=False),
+        bn_left=nn.BatchNorm2d(4),
+        bn_right=nn.BatchNorm2d(4),
+        out=conv(4, 5),
     )
-    net.eval()
+    net.double().eval()
+    with torch.no_grad():
+        for name in ("bn_left.bias", "bn_right.bias"):
+            net.get_parameter(name).uniform_(0.5, 1)
+    gone = smallest_filters(net, 0.5, ["conv"])["conv"]
     result = soft(net, ratio=0.5, scope="all")
-    # No addition with another convolution ties its channels, so they are masked only if they cannot be removed.
-    assert result.report.layers[0].kept == 2
+    with torch.no_grad():
+        after = result.model(images())
+        for name in ("bn_left", "bn_right"):
+            for kind in ("weight", "bias"):
+                net.get_parameter(f"{name}.{kind}")[gone] = 0.0
+        assert (after - net(images())).abs().max() < 1e-10
+    assert set(result.architecture.masks) == {
+        "conv.weight",
+        *(f"{norm}.{kind}" for norm in ("bn_left", "bn_right") for kind in ("weight", "bias")),
+    }
 
 
 def test_the_network_itself_and_its_mode_are_untouched() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from rethink_prune.data import EvalBatches, Split, TrainBatches
 from rethink_prune.errors import Interrupted
+from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
@@ -191,6 +192,67 @@ def test_the_loop_equals_the_plain_textbook_loop(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_hooks_act_where_they_say(tmp_path: Path) -> None:
+    class Recording(TrainingHooks):
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def before_step(self, model: nn.Module, lr: float) -> None:
+            assert all(p.grad is not None for p in model.parameters())
+            self.calls.append(f"before {lr:g}")
+
+        def after_step(self, model: nn.Module, lr: float) -> None:
+            assert all(p.grad is not None for p in model.parameters())
+            self.calls.append(f"after {lr:g}")
+
+        def after_epoch(self, model: nn.Module) -> None:
+            with torch.no_grad():
+                model.get_parameter("5.weight").zero_()
+                model.get_parameter("5.bias").copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+            self.calls.append("epoch")
+
+    hooks = Recording()
+    progress = run(network(), tmp_path, hooks=hooks, epochs=2)
+    epoch = ["before {0}", "after {0}"] * 4 + ["epoch"]
+    assert hooks.calls == [call.format(lr) for lr in ("0.05", "0.005") for call in epoch]
+    # What the hook leaves is what is evaluated: one class, a quarter of 48 images (12 of 50 are of class 2).
+    assert [row["test_top1"] for row in progress.rows] == [24.0, 24.0]
+
+
+def test_parameters_that_hooks_keep_to_themselves_are_not_optimised(tmp_path: Path) -> None:
+    class OnlyTheHead(TrainingHooks):
+        def optimized(self, model: nn.Module) -> list[nn.Parameter]:
+            return list(model.get_submodule("5").parameters())
+
+    model = network()
+    run(model, tmp_path, hooks=OnlyTheHead())
+    assert torch.equal(model.get_parameter("0.weight"), network().get_parameter("0.weight"))
+    assert not torch.equal(model.get_parameter("5.weight"), network().get_parameter("5.weight"))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6])
+def test_factors_go_on_from_a_checkpoint_to_the_same_bits(steps: int, tmp_path: Path) -> None:
+    units = {"0": [(channel,) for channel in range(8)]}
+
+    def prepared() -> tuple[nn.Module, ScalingFactors]:
+        model, hooks = network(), ScalingFactors(units, strength=0.5, momentum=0.9)
+        hooks.prepare(model)
+        return model, hooks
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    straight, hooks = prepared()
+    run(straight, tmp_path / "a", hooks=hooks)
+    assert not torch.equal(straight.get_parameter("0.factor"), torch.ones(8))
+    stopped, hooks = prepared()
+    with pytest.raises(Interrupted):
+        run(stopped, tmp_path / "b", hooks=hooks, interrupts=StopAfter(steps))
+    resumed, hooks = prepared()
+    run(resumed, tmp_path / "b", hooks=hooks)
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -209,6 +271,19 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx(expected)
+
+
+def test_a_gamma_for_each_milestone() -> None:
+    # Soft filter pruning: a short warm-up, then unequal drops.
+    chosen = spec(lr=0.01, epochs=6, milestones=(1, 3, 5), gammas=(10, 0.2, 0.5))
+    optimizer = build_optimizer([nn.Parameter(torch.zeros(1))], chosen, fused=False)
+    scheduler = build_scheduler(optimizer, chosen)
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.01, 0.1, 0.1, 0.02, 0.02, 0.01])
 
 
 def test_adamw_is_torchs() -> None:

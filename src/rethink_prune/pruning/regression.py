@@ -180,7 +180,7 @@ class Regression(Pruner):
                         x = read_patches(layer, inputs, piece)
                         y = read_patches(layer, before[node][0], piece).flatten(1) @ full.T
                         y -= x.flatten(1) @ others.flatten(1).T  # channels outside the group remain
-                        if shortcut is not None:
+                        if shortcut is not None and _same_shape(*now[shortcut.addition]):
                             values = (read[shortcut.addition][shortcut.operand] for read in (before, now))
                             then, today = (read_outputs(layer, value, piece) for value in values)
                             y += (then - today) * _gain(current, shortcut, y.shape[1])
@@ -361,6 +361,11 @@ def _select(
         aligned = (flat.T * each.xy).sum(1)
         correlation += aligned.new_zeros(group.size).index_add_(0, units, aligned).cpu().numpy()
     return select_by_lasso(gram, correlation, width)
+
+
+def _same_shape(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Tell whether an addition broadcasts neither operand; a value per image, say, is no shortcut."""
+    return first.shape == second.shape
 
 
 def _gain(current: WorkingCopy, shortcut: Shortcut, channels: int) -> torch.Tensor:

@@ -153,9 +153,10 @@ def filter_norms(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, 
 
 
 def _filter_groups(shapes: nn.Module) -> list[ChannelGroup]:
-    """Return every convolution as a group of its own, with the batch norm that reads it, and it alone, if one does."""
+    """Return every convolution as a group of its own, with the batch norms that read it and nothing else."""
     network = on_meta(shapes)
     modules = dict(network.named_modules())
+    parameters = dict(network.named_parameters())  # one that layers share is there once
     calls: dict[str, list[fx.Node]] = {}
     for node in trace(network).nodes:
         if node.op == "call_module":
@@ -163,11 +164,14 @@ def _filter_groups(shapes: nn.Module) -> list[ChannelGroup]:
     groups: list[ChannelGroup] = []
     for name, nodes in calls.items():
         layer = modules[name]
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and f"{name}.weight" in parameters:
             units = tuple({name: (index,)} for index in range(layer.out_channels))
             positions = tuple((index,) for index in range(layer.out_channels))
-            readers = [user for node in nodes for user in node.users]
-            norm = str(readers[0].target) if readers else ""
-            alone = isinstance(modules.get(norm), _BatchNorm) and set(readers) == set(calls[norm])
-            groups.append(ChannelGroup(name, "conv", (name,), units, {norm: positions} if alone else {}))
+            readers = {user for node in nodes for user in node.users}
+            norms = [
+                norm
+                for norm, reading in calls.items()
+                if isinstance(modules[norm], _BatchNorm) and readers >= {*reading}
+            ]
+            groups.append(ChannelGroup(name, "conv", (name,), units, dict.fromkeys(norms, positions)))
     return groups

@@ -1,0 +1,151 @@
+"""What holds for every pruner on every family of networks: exact removal, and rebuilding from data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from harness import randomise
+from rethink_prune import build_model, count_cost, prune
+from rethink_prune.config import parse_pruner
+from rethink_prune.errors import UserError
+from rethink_prune.models.densenet import DenseNet
+from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
+from rethink_prune.models.preresnet import PreResNet
+from rethink_prune.models.resnet import ResNet
+from rethink_prune.models.resnext import ResNeXt
+from rethink_prune.models.vgg import VGG
+from rethink_prune.pruning import PRUNERS, find_pruner
+from rethink_prune.pruning.pruner import ChannelTarget
+from rethink_prune.pruning.surgery import Architecture, mask, reshape
+from rethink_prune.seeds import derive_generator
+
+IMAGE = (2, 3, 16, 16)
+# Every family, as small as it comes.
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "vgg": lambda: VGG((8, "M", 16, 16, "M", 24), hidden_features=16),
+    "vgg, linear head": lambda: VGG((8, "M", 16, 16, "M", 24), head="linear", conv_bias=True),
+    "resnet": lambda: ResNet(8),
+    "preresnet": lambda: PreResNet(11),
+    "densenet": lambda: DenseNet(10, growth_rate=4),
+    "densenet, bottleneck": lambda: DenseNet(16, growth_rate=4, bottleneck=True, compression=0.5),
+    "resnext": lambda: ResNeXt(11, cardinality=4, base_width=4),
+}
+SCORING = ["l1", "slimming", "soft_filter", "random"]
+
+
+def build(network: str) -> nn.Module:
+    return randomise(NETWORKS[network]())
+
+
+def images(count: int = 100) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randn(count, *IMAGE[1:], generator=generator, dtype=torch.float64)
+    return [(pixels, torch.zeros(count, dtype=torch.int64))]
+
+
+def zero_some_structures(model: nn.Module) -> None:
+    """Leave what the training of sss does: batch norms of which every fourth scale and shift are zero."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias):
+                tensor.data[::4] = 0.0
+
+
+def options_for(pruner: str) -> dict[str, Any]:
+    return {
+        "sss": {"structures": ["channels"]},
+        "thinet": {"ratio": 0.5, "entries_per_image": 20},
+        "regression": {"ratio": 0.5, "positions_per_image": 20},
+    }.get(pruner, {"ratio": 0.5})
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("pruner", SCORING)
+def test_pruned_equals_masked(pruner: str, network: str) -> None:
+    model, x = build(network), images()[0][0][:4]
+    found = find_pruner(pruner)
+    chosen = found(parse_pruner({"name": pruner, "ratio": 0.5}, found.options_type))
+    target: Any = chosen.target(model, x, network)
+    scores = chosen.scores(model, target.groups, data=None, generator=derive_generator(0, "prune"))
+    choice = target.choose(scores)
+    result = target.cut(model, choice)
+    with torch.no_grad():
+        before, masked, pruned = model(x), mask(model, target.channels, choice.drop)(x), result.model(x)
+    assert (masked - pruned).abs().max() < 1e-10
+    assert (masked - before).abs().max() > 1e-6, "masking changed nothing, so the comparison shows nothing"
+    assert sum(layer.kept for layer in result.report.layers) < sum(layer.full for layer in result.report.layers)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_rebuilt_from_its_files_it_is_the_same_network(pruner: str, network: str, tmp_path: Path) -> None:
+    if pruner == "sss" and network.startswith(("densenet", "resnext")):
+        pytest.skip("no channels of this network pass one module before all their readers")
+    model, x = build(network), images()[0][0]
+    if pruner == "sss":
+        zero_some_structures(model)
+    result = prune(model, pruner, example=x[:1], data=images(), **options_for(pruner))
+    result.architecture.save(tmp_path)
+
+    architecture = Architecture.load(tmp_path)
+    rebuilt = reshape(NETWORKS[network](), architecture).double().eval()
+    rebuilt.load_state_dict(result.model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(rebuilt(x), result.model.eval()(x))
+
+    # A scratch network has the same shapes, every weight drawn anew, and trains.
+    scratch = reshape(NETWORKS[network](), architecture)
+    before = {name: parameter.detach().clone() for name, parameter in scratch.named_parameters()}
+    INITIALISERS[family_initialiser(NETWORKS[network]()) or ""](scratch)
+    assert {name: p.shape for name, p in scratch.named_parameters()} == {
+        name: p.shape for name, p in result.model.named_parameters()
+    }
+    for name, parameter in scratch.named_parameters():
+        if parameter.ndim > 1:
+            assert not torch.equal(parameter, before[name]), name
+    scratch.train()(x.float()).sum().backward()
+    assert all(parameter.grad is not None for parameter in scratch.parameters())
+
+
+@pytest.mark.parametrize("pruner", sorted(set(PRUNERS) - {"sss"}))
+def test_torchvision_networks_by_import_path(pruner: str) -> None:
+    model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    data = [(pixels.float(), labels) for pixels, labels in images(600)]
+    result = prune(model, pruner, example=torch.randn(1, 3, 32, 32), data=data, **options_for(pruner))
+    assert result.model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    assert sum(layer.kept for layer in result.report.layers) < sum(layer.full for layer in result.report.layers)
+    if pruner != "magnitude":
+        assert "fc" in result.report.frozen, "what stays whole is listed"
+
+
+@pytest.mark.parametrize("pruner", [name for name in PRUNERS if PRUNERS[name].needs_data])
+def test_pruners_that_look_at_images_say_so(pruner: str) -> None:
+    with pytest.raises(UserError, match=f"pruner.name={pruner}: needs training images"):
+        prune(build_model("resnet20"), pruner, example=torch.randn(1, 3, 32, 32), ratio=0.5)
+
+
+@pytest.mark.parametrize("target", [{"target_macs": 0.6}, {"target_params": 0.6}])
+@pytest.mark.parametrize("pruner", sorted(set(PRUNERS) - {"sss"}))
+def test_targets_for_the_whole_network_are_met(pruner: str, target: dict[str, float]) -> None:
+    model = ResNet(20)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
+    found = find_pruner(pruner)
+    chosen = found(parse_pruner({"name": pruner, **target}, found.options_type))
+    whole = chosen.target(model, torch.randn(1, 3, 16, 16), "resnet20")
+    data = [(pixels.float(), labels) for pixels, labels in images()]
+    result = chosen.prune(model, whole, data=data, generator=derive_generator(0, "prune"))
+    cost = count_cost(result.model, (3, 16, 16), masks=result.architecture.masks)
+    (name,) = target
+    quantity = name.removeprefix("target_")
+    assert getattr(cost, quantity) == pytest.approx(0.6 * getattr(whole.full_cost, quantity), rel=0.01)
+    if isinstance(whole, ChannelTarget) and whole.known:
+        assert cost == whole.cost, "what was planned is what came out"
