@@ -80,6 +80,8 @@ def run_study(
         If something does not fit, before any training; or at the end, if an arm failed.
     """
     setup = Setup(config)
+    for warning in setup.target.report().warnings:
+        log.warning(warning)
     plan = setup.plan()
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "plan.json", plan)

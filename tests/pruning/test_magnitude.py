@@ -224,7 +224,7 @@ def test_a_share_that_only_the_last_weight_of_a_layer_fills_is_refused() -> None
 
 
 def test_layers_without_sizes_yet_are_refused() -> None:
-    with pytest.raises(UserError, match="Sequential: cannot be copied: .*uninitialized"):
+    with pytest.raises(UserError, match=r"Sequential: cannot be copied: .*uninitialized"):
         thin(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(5, 3)), ratio=0.5)
 
 

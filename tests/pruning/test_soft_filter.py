@@ -341,20 +341,26 @@ def test_classes_of_a_network_that_ends_in_a_convolution_are_not_masked() -> Non
     assert result.architecture.masks == {}
 
 
-def test_computed_and_shared_weights_are_masked_where_they_can_be() -> None:
+def test_weight_that_two_convolutions_share_is_masked_once() -> None:
     net = Net(
-        lambda m, x: m.fc(F.relu((y := m.a(x)) + m.c(m.b(y)) + m.d(y)).mean((2, 3))),
+        lambda m, x: m.fc(F.relu((y := m.a(x)) + m.c(m.b(y))).mean((2, 3))),
         a=conv(3, 4, bias=False),
         b=conv(4, 4, bias=False),
         c=conv(4, 4, bias=False),
-        d=nn.utils.parametrizations.weight_norm(conv(4, 4, bias=False)),
         fc=nn.Linear(4, 5),
     )
-    net.get_submodule("c").weight = net.get_parameter("b.weight")  # type: ignore[assignment]
-    result = soft(net, ratio=0.5, scope="all")
-    assert {layer.layer for layer in result.report.layers} >= set(zero_filters(net)) & {"b"}
-    assert not any(name.startswith(("c.", "d.")) for name in result.architecture.masks)
-    assert reshape(net, result.architecture)(EXAMPLE).shape == (1, 5)
+    net.get_submodule("c").weight = net.get_parameter("b.weight")
+    masks = soft(net, ratio=0.5, scope="all").architecture.masks
+    assert set(masks) == {"a.weight", "b.weight"}
+    assert masks["b.weight"].flatten(1).all(1).sum() == 2
+    rebuilt = reshape(net, Architecture(masks=masks))
+    assert rebuilt.get_parameter("b.weight") is rebuilt.get_parameter("c.weight")
+
+
+def test_convolution_with_a_computed_weight_is_left_whole() -> None:
+    computed = nn.utils.parametrizations.weight_norm(conv(3, 4))
+    net = Net(lambda m, x: m.out(F.relu(m.a(m.computed(x)))), computed=computed, a=conv(4, 4), out=conv(4, 5))
+    assert [layer.layer for layer in soft(net, ratio=0.5, scope="all").report.layers] == ["a"]
 
 
 def test_bias_of_a_masked_filter_is_masked() -> None:

@@ -98,7 +98,8 @@ def prune(
     Raises
     ------
     UserError
-        If an option is wrong or does not fit the network, or if the pruner needs data and there is none.
+        If an option is wrong or does not fit the network, a weight is not finite, or the pruner needs data and there
+        is none.
 
     Examples
     --------
@@ -112,5 +113,8 @@ def prune(
     chosen = found(parse_pruner({"name": pruner, **options}, found.options_type))
     if chosen.needs_data and data is None:
         raise UserError(f"pruner.name={pruner}: needs training images: prune(..., data=batches of (images, labels))")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f"model: {name} is not finite")
     target = chosen.target(model, example, network or getattr(model, "network_name", None))
     return chosen.prune(model, target, data=data, generator=derive_generator(seed, "prune"))

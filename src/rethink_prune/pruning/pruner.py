@@ -25,6 +25,7 @@ from rethink_prune.pruning.selection import (
     drop_lowest,
     explicit_widths,
     kept_count,
+    layers_out_of_reach,
     widths_for_global_ratio,
     widths_for_ratio,
     widths_for_target,
@@ -269,6 +270,7 @@ class ChannelTarget(Target):
                 f"with scope={options.scope} ({frozen or 'no convolutions'})"
             )
         self._sizes = {group.name: group.size for group in self.groups}
+        self._notes: list[str] = []
         self.widths: Mapping[str, int] | None = self._known_widths() if options.widths_follow else None
         if self.widths is not None:
             self._check_removal(self.widths)
@@ -313,14 +315,14 @@ class ChannelTarget(Target):
         layers = tuple(
             LayerWidth(name, size - len(choice.drop.get(name, ())), size) for name, size in self._sizes.items()
         )
-        warnings = (*self.channels.warnings, *choice.warnings)
+        warnings = (*self.channels.warnings, *self._notes, *choice.warnings)
         return PruneResult(pruned, architecture, PruneReport(layers, dict(self.channels.frozen), warnings))
 
     def report(self) -> PruneReport:
         """Return what goes, if it is known, and what cannot go."""
         widths = self.widths or self._sizes
         layers = tuple(LayerWidth(name, widths[name], size) for name, size in self._sizes.items())
-        return PruneReport(layers, dict(self.channels.frozen), self.channels.warnings)
+        return PruneReport(layers, dict(self.channels.frozen), (*self.channels.warnings, *self._notes))
 
     def _check_removal(self, widths: Mapping[str, int]) -> None:
         if all(widths[name] == size for name, size in self._sizes.items()):
@@ -340,6 +342,10 @@ class ChannelTarget(Target):
         if options.widths is not None:
             return explicit_widths(options.widths, self._sizes)
         if options.ratio is not None:
+            self._notes += [
+                f"{name}: pruner.ratio would leave none of its {self._sizes[name]} channels; one stays"
+                for name in layers_out_of_reach(options.ratio, self._sizes, skip=options.skip)
+            ]
             return self._widths_for_ratio(options.ratio, options.skip, self._limits)
         return self._widths_for_cost(lambda ratio: self._widths_for_ratio(ratio, options.skip, self._limits))
 

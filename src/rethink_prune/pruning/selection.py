@@ -83,6 +83,17 @@ def widths_for_ratio(
     }
 
 
+def layers_out_of_reach(ratio: PerLayer, sizes: Mapping[str, int], *, skip: Sequence[str] = ()) -> list[str]:
+    """Return the layers of which a ratio would leave less than one channel, so that they keep more than it says."""
+    ratios = _per_layer("ratio", ratio, sizes)
+    left_whole = _matches("skip", skip, sizes)
+    return [
+        layer
+        for layer, size in sizes.items()
+        if layer not in left_whole and layer in ratios and size * (1 - ratios[layer]) + 1e-9 < 1
+    ]
+
+
 def widths_for_global_ratio(
     ratio: float, scores: Mapping[str, torch.Tensor], *, skip: Sequence[str] = (), limits: Limits = Limits()
 ) -> tuple[dict[str, int], list[str]]:

@@ -14,13 +14,14 @@ run into a residual stream cannot be cut out one layer at a time, so they stay a
 and only weights that are not masked count as parameters and MACs.
 
 Of ``N`` filters, ``int(N * ratio)`` go: the published rule, which rounds the other way than the other pruners'. How
-many go follows from the options, which ones from the trained network; scratch arms alone need no training.
+many go follows from the options, which ones from the trained network; scratch arms alone need no training. With
+``ranking=global``, all filters are ranked together, and both follow from the network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -35,13 +36,6 @@ from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.pruning.l1 import sums_over_filters
 from rethink_prune.pruning.masks import apply_masks
 from rethink_prune.pruning.pruner import Batches, ChannelTarget, Pruner
-from rethink_prune.pruning.selection import drop_lowest
-
-
-class SoftFilterOptions(ChannelOptions):
-    """Layers are ranked one by one: how many filters are zeroed must not depend on when."""
-
-    ranking: Literal["layer"] = "layer"
 
 
 class SoftFilterTarget(ChannelTarget):
@@ -86,7 +80,6 @@ class SoftFilterTarget(ChannelTarget):
 class SoftFilter(Pruner):
     """Zeroes filters while it trains, and removes those that are zero at the end."""
 
-    options_type = SoftFilterOptions
     trains_sparse: ClassVar[bool] = True
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> SoftFilterTarget:
@@ -99,7 +92,7 @@ class SoftFilter(Pruner):
 
     def sparse(self, target: Any) -> TrainingHooks:
         """Return the zeroing after each epoch."""
-        return ZeroFilters(target)
+        return ZeroFilters(target, self.options)
 
     def scores(
         self,
@@ -119,18 +112,19 @@ class ZeroFilters(TrainingHooks):
     Parameters
     ----------
     target : SoftFilterTarget
-        Which layers, and how many filters remain in each.
+        Which layers, and how many filters go.
+    options : ChannelOptions
+        What the target was made of.
     """
 
-    def __init__(self, target: SoftFilterTarget) -> None:
-        assert target.widths is not None
-        self._groups = target.groups
-        self._widths = target.widths
+    def __init__(self, target: SoftFilterTarget, options: ChannelOptions) -> None:
+        self._target = target
+        self._options = options
 
     @property
     def key(self) -> Mapping[str, Any]:
-        """How many units remain per layer."""
-        return {"kept": dict(self._widths)}
+        """All options: what is removed in the end is what is zeroed all along."""
+        return self._options.model_dump(mode="json")
 
     def prepare(self, model: nn.Module) -> None:
         """Zero filters once before training."""
@@ -139,8 +133,8 @@ class ZeroFilters(TrainingHooks):
     @torch.no_grad()
     def after_epoch(self, model: nn.Module) -> None:
         """Zero the filters that are smallest now."""
-        drop = drop_lowest(filter_norms(model, self._groups), self._widths)
-        for group in self._groups:
+        drop = self._target.choose(filter_norms(model, self._target.groups)).drop
+        for group in self._target.groups:
             for index in drop[group.name]:
                 for layer, positions in group.units[index].items():
                     for parameter in model.get_submodule(layer).parameters(recurse=False):
