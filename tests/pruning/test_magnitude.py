@@ -180,7 +180,7 @@ def test_weights_that_are_zero_all_go_even_if_they_are_more_than_the_share() -> 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value: float) -> None:
-    with pytest.raises(UserError, match=r"^pruner: 2 has weights that are not finite$"):
+    with pytest.raises(UserError, match=r"2.* not finite$"):
         thin(toy([1.0] * 4, [1.0, value, 1.0, 1.0]), TOY_EXAMPLE, ratio=0.5)
 
 
@@ -225,7 +225,7 @@ def test_a_share_that_only_the_last_weight_of_a_layer_fills_is_refused() -> None
 
 def test_layers_without_sizes_yet_are_refused() -> None:
     with pytest.raises(UserError, match=r"Sequential: cannot be copied: .*uninitialized"):
-        thin(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(5, 3)), ratio=0.5)
+        count_cost(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(5, 3)), (3, SIZE, SIZE))
 
 
 def test_computed_weights_are_left_dense() -> None:

@@ -16,7 +16,7 @@ from rethink_prune.errors import UserError
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import find_pruner
 from rethink_prune.pruning.pruner import PruneResult
-from rethink_prune.pruning.soft_filter import SoftFilter, SoftFilterTarget, ZeroFilters
+from rethink_prune.pruning.soft_filter import SoftFilter, SoftFilterTarget
 from rethink_prune.pruning.surgery import Architecture, reshape
 
 SIZE = 16
@@ -122,9 +122,21 @@ def test_at_least_one_filter_remains() -> None:
     assert targeted(VGG([3, 4], head="linear"), ratio=0.99)[1].widths == {"features.0": 1, "features.3": 1}
 
 
-def test_all_layers_cannot_be_ranked_together() -> None:
-    with pytest.raises(UserError, match=r"pruner\.ranking=global: must be layer"):
-        soft(build_model("resnet20"), ratio=0.5, ranking="global")
+def test_filters_ranked_together_go_by_one_threshold() -> None:
+    model = built()
+    pruner, target = targeted(model, ratio=0.4, ranking="global", scope="all")
+    assert not target.known, "how many go of each layer follows from the weights"
+    norms = {name: layer.weight.detach().flatten(1).norm(dim=1) for name, layer in convolutions(model).items()}
+    ordered = torch.cat(list(norms.values())).sort().values
+    threshold = ordered[int(len(ordered) * 0.4)]
+    expected = {name: (values <= threshold).nonzero().flatten().tolist() for name, values in norms.items()}
+    for name, values in norms.items():
+        if len(expected[name]) == len(values):
+            expected[name].remove(int(values.argmax()))
+    result = soft(model, ratio=0.4, ranking="global", scope="all")
+    pruner.sparse(target).prepare(model)
+    assert zero_filters(model) == expected
+    assert {x.layer: x.full - x.kept for x in result.report.layers} == {n: len(gone) for n, gone in expected.items()}
 
 
 def test_options_that_leave_all_filters_are_refused() -> None:
@@ -189,9 +201,24 @@ def test_filters_grow_again_until_the_epoch_ends() -> None:
     assert {name: len(filters) for name, filters in first.items()} == {n: len(f) for n, f in second.items()}
 
 
-def test_hooks_tell_how_many_remain() -> None:
-    pruner, target = targeted(VGG([8, 12], head="linear"), ratio=0.25)
-    assert pruner.sparse(target).key == {"kept": {"features.0": 6, "features.3": 9}}
+def test_what_decides_the_training_is_part_of_its_key() -> None:
+    def key(**options: Any) -> Mapping[str, Any]:
+        pruner, target = targeted(VGG([8, 12], head="linear"), **options)
+        return pruner.sparse(target).key
+
+    assert key(ratio=0.25) == key(ratio=0.25)
+    for options in ({"ratio": 0.5}, {"ratio": 0.25, "skip": ["features.0"]}, {"ratio": 0.25, "ranking": "global"}):
+        assert key(**options) != key(ratio=0.25)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_network_that_has_diverged_is_left_for_its_loss_to_tell(value: float) -> None:
+    model = built()
+    pruner, target = targeted(model, ratio=0.3)
+    with torch.no_grad():
+        model.get_parameter("layer1.0.conv1.weight")[0] = value
+    pruner.sparse(target).after_epoch(model)
+    assert not any(zero_filters(model).values())
 
 
 def test_group_of_a_grouped_convolution_is_zeroed_with_what_it_reads() -> None:
@@ -219,8 +246,8 @@ def test_group_of_a_grouped_convolution_is_zeroed_with_what_it_reads() -> None:
 @pytest.mark.parametrize("scope", ["inner", "all"])
 def test_what_the_last_epoch_zeroed_is_what_goes(scope: str) -> None:
     model = built()
-    _, target = targeted(model, ratio=0.3, scope=scope)
-    ZeroFilters(target).after_epoch(model)
+    pruner, target = targeted(model, ratio=0.3, scope=scope)
+    pruner.sparse(target).after_epoch(model)
     zeroed = zero_filters(model)
     result = soft(model, ratio=0.3, scope=scope)
     assert {layer.layer: layer.full - layer.kept for layer in result.report.layers} == {

@@ -114,7 +114,7 @@ def prune(
     if chosen.needs_data and data is None:
         raise UserError(f"pruner.name={pruner}: needs training images: prune(..., data=batches of (images, labels))")
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not nn.parameter.is_lazy(parameter) and not bool(torch.isfinite(parameter).all()):
             raise UserError(f"model: {name} is not finite")
     target = chosen.target(model, example, network or getattr(model, "network_name", None))
     return chosen.prune(model, target, data=data, generator=derive_generator(seed, "prune"))

@@ -272,8 +272,8 @@ class ChannelTarget(Target):
         self._sizes = {group.name: group.size for group in self.groups}
         self._notes: list[str] = []
         self.widths: Mapping[str, int] | None = self._known_widths() if options.widths_follow else None
-        if self.widths is not None:
-            self._check_removal(self.widths)
+        # Where scores decide, any ratio shows what skip and the limits leave to remove.
+        self._check_removal(self.widths or self._widths_for_ratio(1 - 1e-6, options.skip, self._limits))
 
     def _find_groups(self, model: nn.Module) -> tuple[ChannelGroup, ...]:
         groups = self.channels.groups(self._options.scope)
@@ -351,18 +351,17 @@ class ChannelTarget(Target):
 
     def _ranked_widths(self, scores: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], list[str]]:
         """Return the widths that one threshold for all channels leaves, and the groups it would empty."""
-        options, emptied = self._options, dict[str, None]()
-
-        def widths_at(ratio: float) -> dict[str, int]:
-            widths, empty = widths_for_global_ratio(ratio, scores, skip=options.skip, limits=self._limits)
-            emptied.clear()
-            emptied.update(dict.fromkeys(empty))
-            return widths
-
+        options = self._options
         if options.ratio is not None:
             assert isinstance(options.ratio, float)
-            return widths_at(options.ratio), list(emptied)
-        return self._widths_for_cost(widths_at), []
+            return widths_for_global_ratio(options.ratio, scores, skip=options.skip, limits=self._limits)
+
+        def widths_at(ratio: float) -> dict[str, int]:
+            return widths_for_global_ratio(ratio, scores, skip=options.skip, limits=self._limits)[0]
+
+        widths = self._widths_for_cost(widths_at)
+        threshold = max(scores[name][units].max() for name, units in drop_lowest(scores, widths).items() if units)
+        return widths, [name for name in widths if widths[name] < self._sizes[name] and scores[name].max() <= threshold]
 
     def _widths_for_ratio(self, ratio: Any, skip: Sequence[str], limits: Limits) -> dict[str, int]:
         return widths_for_ratio(ratio, self._sizes, skip=skip, limits=limits, kept=self._pruner.kept_count)

@@ -132,8 +132,11 @@ class ZeroFilters(TrainingHooks):
 
     @torch.no_grad()
     def after_epoch(self, model: nn.Module) -> None:
-        """Zero the filters that are smallest now."""
-        drop = self._target.choose(filter_norms(model, self._target.groups)).drop
+        """Zero the filters that are smallest now; none of a network that has diverged, whose loss will tell."""
+        norms = filter_norms(model, self._target.groups)
+        if not all(torch.isfinite(values).all() for values in norms.values()):
+            return
+        drop = self._target.choose(norms).drop
         for group in self._target.groups:
             for index in drop[group.name]:
                 for layer, positions in group.units[index].items():
