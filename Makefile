@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	@echo "Running the tests; they need no data and no GPU."
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

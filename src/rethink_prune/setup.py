@@ -177,21 +177,9 @@ class Setup:
 
     def plan(self) -> dict[str, Any]:
         """Return the content of ``plan.json``: what will be trained, for how long, at what cost."""
-        config, known = self.config, self.target.known
+        known = self.target.known
         pruned = self.target.cost if known else None
-        budget = self.budget(pruned.macs if pruned else self.cost.macs)
-        arms = {}
-        for name in config.arms:
-            arm = ARMS[name]
-            fixed = known or arm.length != "scratch_b"
-            training = budget.training(arm.length) if fixed else None
-            cost = self.cost if arm.network == "large" else pruned
-            arms[name] = {
-                "epochs": training.epochs if training else None,
-                "milestones": list(training.milestones) if training else None,
-                "train_flops": self._planned_flops(cost, training) if cost and training else None,
-            }
-        large = phase_training(config.recipe)
+        large = phase_training(self.config.recipe)
 
         def base(trained: bool) -> dict[str, Any]:
             return {
@@ -211,9 +199,24 @@ class Setup:
                 "known": known,
                 "layers": [asdict(layer) for layer in self.target.report().layers] if known else None,
             },
-            "arms": arms,
-            "budget": budget.summary() if known else {"rule": config.budget.name},
+            "arms": self.plan_arms(pruned),
+            "budget": self.budget(pruned.macs).summary() if pruned else {"rule": self.config.budget.name},
         }
+
+    def plan_arms(self, pruned: Cost | None) -> dict[str, dict[str, Any]]:
+        """Return what every arm will train; None for what follows from a pruned network that is not known yet."""
+        budget = self.budget(pruned.macs if pruned else self.cost.macs)
+        arms = {}
+        for name in self.config.arms:
+            arm = ARMS[name]
+            training = budget.training(arm.length) if pruned or arm.length != "scratch_b" else None
+            cost = self.cost if arm.network == "large" else pruned
+            arms[name] = {
+                "epochs": training.epochs if training else None,
+                "milestones": list(training.milestones) if training else None,
+                "train_flops": self._planned_flops(cost, training) if cost and training else None,
+            }
+        return arms
 
     @cached_property
     def network_key(self) -> dict[str, Any]:

@@ -147,7 +147,10 @@ class Study:
         self.setup = setup
         self.run_dir = run_dir
         self.interrupts = interrupts
-        self._plan = plan
+        self._planned = {
+            **{name: plan[name]["train_flops"] for name in ("large", "sparse") if name in plan},
+            **{name: arm["train_flops"] for name, arm in plan["arms"].items()},
+        }
         self._pace = _Pace()
 
     def large(self) -> Done | Failed:
@@ -202,6 +205,7 @@ class Study:
         architecture = Architecture.load(done.stage.folder)
         shapes = reshape(on_meta(setup.build()), architecture)
         cost = count_cost(shapes, setup.image_shape, masks=architecture.masks)
+        self._planned |= {name: arm["train_flops"] for name, arm in setup.plan_arms(cost).items()}
         return Pruned(done.result["report"], architecture, cost, done)
 
     def arm(self, name: str, pruned: Pruned) -> Done | Failed:
@@ -317,7 +321,8 @@ class Study:
                 events.write(rows)
                 self._pace.report(title, rows, cost)
 
-            self._pace.starts(title, self._remaining_flops(title))
+            order = list(self._planned)
+            self._pace.starts(title, [self._planned[name] for name in order[order.index(title) :]])
             model = build()
             hooks.prepare(model)
             progress = train(
@@ -405,33 +410,28 @@ class Study:
         # A pruned network's logits can overflow before it is retrained, and JSON has no infinity.
         return {"top1": result.top1, "loss": result.loss if math.isfinite(result.loss) else None}
 
-    def _remaining_flops(self, title: str) -> int:
-        """Return the training FLOPs planned from this stage on."""
-        plan = self._plan
-        entries = {**{name: plan[name] for name in ("large", "sparse") if name in plan}, **plan["arms"]}
-        order = list(entries)
-        return sum(entries[name]["train_flops"] or 0 for name in order[order.index(title) :])
-
 
 @dataclass
 class _Pace:
     """Says once per stage, after its first epoch, how long the rest of the study will take."""
 
-    planned: dict[str, int] = field(default_factory=dict)
+    planned: dict[str, list[int | None]] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
 
-    def starts(self, title: str, remaining_flops: int) -> None:
-        self.planned[title] = remaining_flops
+    def starts(self, title: str, flops: list[int | None]) -> None:
+        """Note the training FLOPs of this stage and those after it; None for what is not known yet."""
+        self.planned[title] = flops
 
     def report(self, title: str, rows: list[Row], cost: Cost) -> None:
         if title in self.told:
             return
         self.told.add(title)
         done = sum(cost.train_flops(int(row["images"])) for row in rows)
-        seconds = rows[-1]["seconds"] / done * (self.planned[title] - done)
+        planned = self.planned[title]
+        seconds = rows[-1]["seconds"] / done * (sum(flops or 0 for flops in planned) - done)
         per_epoch = rows[-1]["seconds"] / len(rows)
-        rest = _duration(seconds)
-        log.info("%s: epoch %d took %.1f s; the study will take about %s more", title, len(rows), per_epoch, rest)
+        rest = f"about {_duration(seconds)} more" + (", and what follows pruning" if None in planned else "")
+        log.info("%s: epoch %d took %.1f s; the study will take %s", title, len(rows), per_epoch, rest)
 
 
 def _training_result(rows: list[Row], cost: Cost, seconds: float) -> dict[str, Any]:

@@ -63,6 +63,15 @@ def test_sparse_training_starts_where_large_does_and_is_compared_with_it(small_s
         torch.testing.assert_close(sparse[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_the_pace_knows_what_it_does_not_know(small_study: Run, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        small_study("pruner=slimming", "arms=[finetune,scratch_b]")
+    told = [record.getMessage() for record in caplog.records if "the study will take" in record.getMessage()]
+    assert [line.split(":")[0] for line in told] == ["large", "sparse", "finetune", "scratch_b"]
+    assert [line.endswith("and what follows pruning") for line in told] == [True, True, False, False]
+    assert not any("-" in line.split("about")[1] for line in told), "a time that is left cannot be negative"
+
+
 def test_a_sweep_over_ratios_trains_sparse_once_if_the_ratio_does_not_decide_it(
     small_study: Run, tmp_path: Path
 ) -> None:

@@ -47,9 +47,9 @@ def find_summaries(places: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def runs_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table with one row per run: top-1 of the last epoch, per arm."""
+    """Return a Markdown table with one row per run: top-1 of the last epoch, per arm, and right after pruning."""
     arms = list(dict.fromkeys(arm for summary in summaries for arm in summary.get("arms", {})))
-    columns = ["model", "dataset", "pruner", "recipe", "budget", "seed", "MACs kept", "unpruned", *arms]
+    columns = ["model", "dataset", "pruner", "recipe", "budget", "seed", "MACs kept", "unpruned", "pruned", *arms]
     rows = [
         [*_description(summary), *(_top1(summary.get("arms", {}).get(arm)) for arm in arms)] for summary in summaries
     ]
@@ -79,6 +79,7 @@ def _description(summary: Mapping[str, Any]) -> list[str]:
         str(study["seed"]),
         kept,
         _top1(large),
+        f"{pruned['top1']:.2f}" if pruned and "top1" in pruned else "",
     ]
 
 
