@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from rethink_prune import build_model, count_cost, prune
+from rethink_prune.budget import scratch_b_epochs
+from rethink_prune.config import ChannelOptions
 from rethink_prune.errors import UserError
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import find_pruner
@@ -441,3 +443,22 @@ def test_the_network_itself_and_its_mode_are_untouched() -> None:
     assert model.training
     assert result.model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("network", "epochs"),
+    [
+        # At ratios 0.1, 0.2, 0.3; re-counted from the reference code's FLOPs, which include batch norms.
+        ("resnet20", (435, 491, 550)),
+        ("resnet32", (435, 491, 551)),
+        ("resnet56", (436, 491, 551)),
+        ("resnet110", (436, 491, 551)),
+    ],
+)
+def test_longer_scratch_b_is_within_an_epoch_of_the_published_one(network: str, epochs: tuple[int, ...]) -> None:
+    model = build_model(network)
+    for ratio, published in zip((0.1, 0.2, 0.3), epochs, strict=True):
+        pruner = SoftFilter(ChannelOptions(name="soft_filter", ratio=ratio))
+        target = pruner.target(model, torch.zeros(1, 3, 32, 32))
+        ours = scratch_b_epochs(400, target.full_cost.macs, target.cost.macs)
+        assert abs(ours - published) <= 1
