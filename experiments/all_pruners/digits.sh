@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
 # Every pruner on the default study, five seeds, for the accuracy right after pruning: digits.sh [OVERRIDE...]
+# Once with the default weight decay, and once with so much that the norms of filters forget how they were drawn.
 set -euo pipefail
 cd "$(dirname "$0")"
 study=(arms=[finetune] seed=0,1,2,3,4)
-python -m rethink_prune -m "${study[@]}" pruner=l1,random,thinet,regression,soft_filter,slimming,magnitude \
-    pruner.ratio=0.3 hydra.sweep.dir=digits_runs/ratio "$@"
-# Has no ratio; its random counterpart is told the MACs.
-python -m rethink_prune -m "${study[@]}" pruner=sss hydra.sweep.dir=digits_runs/strength "$@"
-python -m rethink_prune.report digits_runs --json digits.json
+for decay in 1e-4 5e-3; do
+    runs=digits_runs/$decay
+    python -m rethink_prune -m "${study[@]}" recipe.weight_decay=$decay pruner.ratio=0.3 \
+        pruner=l1,random,thinet,regression,soft_filter,slimming,magnitude hydra.sweep.dir="$runs/ratio" "$@"
+    python -m rethink_prune -m "${study[@]}" recipe.weight_decay=$decay pruner=sss \
+        hydra.sweep.dir="$runs/strength" "$@"
+    python -m rethink_prune.report "$runs" --json "digits_$decay.json"
+    python table.py "digits_$decay.json"
+done

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from harness import configure
 from rethink_prune import count_cost, load_model
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS
 from rethink_prune.pruning.surgery import Architecture
+from rethink_prune.study import run_study
+from rethink_prune.training.interrupts import Interrupts
 
 Run = Callable[..., dict[str, Any]]
 
@@ -52,6 +55,24 @@ def test_every_arm_of_a_study(pruner: str, options: list[str], small_study: Run)
         assert (cost.params, cost.macs) == (pruned["params"], pruned["macs"])
         for name, mask in masks.items():
             assert not model.get_parameter(name)[~mask].any(), f"{name}: a masked weight moved"
+
+
+def test_default_strengths_remove_something_and_the_network_still_learns(tmp_path: Path) -> None:
+    """The default study itself, but for the size of the images: only full trainings show what a strength does."""
+    for pruner in (name for name, found in PRUNERS.items() if found.trains_sparse):
+        config = configure(
+            f"pruner={pruner}",
+            "arms=[finetune]",
+            "dataset.image_size=8",
+            "precision=fp32",
+            "device=cpu",
+            f"store.root={tmp_path / 'store'}",
+        )
+        with Interrupts() as interrupts:
+            summary = run_study(config, tmp_path / pruner, interrupts)
+        assert 0.2 < summary["pruned"]["macs"] / summary["large"]["macs"] < 0.8
+        for entry in (summary["sparse"], summary["pruned"], summary["arms"]["finetune"]):
+            assert entry["top1"] > 93, "the unpruned network reaches 99"
 
 
 def test_sparse_training_starts_where_large_does_and_is_compared_with_it(small_study: Run) -> None:
