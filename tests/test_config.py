@@ -62,6 +62,7 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
         (["recipe.lr=nan"], "recipe.lr=nan: must be"),
         (["recipe.milestones=[0.9,0.5]"], "must ascend"),
         (["recipe.milestones=[0.5,120]"], "must be either all epochs or all fractions"),
+        (["recipe.milestones=[6,12,20]"], "recipe: milestones 12, 20: come after the 12 epochs"),
         (
             ["recipe.finetune.schedule=steps"],
             "recipe.finetune.schedule=steps: must be multistep, step, cosine or constant",
@@ -78,6 +79,11 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
             ["pruner.ranking=global", "pruner.ratio=[0.1,0.2]"],
             "pruner: ranking=global takes one ratio for all layers; for one per layer, pruner.ranking=layer",
         ),
+        (
+            ["pruner.ratio=null", "pruner.widths={layer1.*: 5}", "pruner.skip=[layer2.*]", "pruner.round_to=8"],
+            "pruner: skip and round_to: of no use with widths, which gives every width itself",
+        ),
+        (["~pruner"], "pruner: missing"),
         (["budget.cap=0.5"], "budget.cap=0.5: must be greater than or equal to 1"),
         (["seed=-1"], "seed=-1: must be greater than or equal to 0"),
         (["device=gpu"], "device=gpu: must"),

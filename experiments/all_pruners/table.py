@@ -1,4 +1,6 @@
-"""Print one row per pruner over the seeds of a sweep: table.py RESULTS.json
+"""Print one row per pruner over the seeds of a sweep.
+
+    python table.py RESULTS.json
 
 RESULTS.json is what ``python -m rethink_prune.report ... --json`` wrote. Mean (standard deviation) of the top-1 of the
 last epoch, in percent.
@@ -32,12 +34,13 @@ def row(title: str, runs: list[dict[str, Any]], arms: list[str]) -> list[str]:
 
 
 def main() -> None:
+    """Print the table of the file named on the command line."""
     studies: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in json.loads(Path(sys.argv[1]).read_text()):
         target = " ".join(f"{name}={value:.3g}" for name, value in run["study"]["target"].items())
         studies[f"{run['study']['pruner']}, {target}"].append(run)
     arms = [arm for arm in ARMS if all(arm in run["arms"] for runs in studies.values() for run in runs)]
-    columns = ["pruner", "n", "MACs kept %", "unpruned", "right after pruning", *(ARMS[arm] for arm in arms)]
+    columns = ["pruner", "n", "MACs kept, %", "unpruned", "right after pruning", *(ARMS[arm] for arm in arms)]
     print(markdown(columns, [row(title, runs, arms) for title, runs in studies.items()]))
 
 

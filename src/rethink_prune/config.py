@@ -104,6 +104,16 @@ class Phase(Frozen):
         return tuple(int(m) if m >= 1 else m for m in milestones)
 
     @model_validator(mode="after")
+    def _milestones_are_reached(self) -> Phase:
+        late = [m for m in self.milestones if m >= self.epochs and m >= 1]
+        if late:
+            raise ValueError(
+                f"milestones {', '.join(map(str, late))}: come after the {self.epochs} epochs; "
+                "give earlier ones, or fractions of the epochs"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _schedule_is_complete(self) -> Phase:
         if (self.schedule == "step") != (self.step is not None):
             raise ValueError("schedule=step and step (epochs between two drops) go together")
@@ -225,6 +235,15 @@ class ChannelOptions(TargetOptions):
         return widths
 
     @model_validator(mode="after")
+    def _bounds_are_for_what_follows_from_a_share(self) -> ChannelOptions:
+        said = next((name for name in ("variant", "widths") if getattr(self, name) is not None), None)
+        bounds = ("skip", "min_channels", "round_to")
+        ignored = [name for name in bounds if getattr(self, name) != type(self).model_fields[name].default]
+        if said and ignored:
+            raise ValueError(f"{' and '.join(ignored)}: of no use with {said}, which gives every width itself")
+        return self
+
+    @model_validator(mode="after")
     def _global_ranking_has_one_ratio(self) -> ChannelOptions:
         if self.ranking == "global" and isinstance(self.ratio, list | dict):
             raise ValueError("ranking=global takes one ratio for all layers; for one per layer, pruner.ranking=layer")
@@ -301,6 +320,7 @@ def parse_config(
     tree = dict(tree)
     problems: list[str] = []
     pruner = tree.get("pruner")
+    unreadable = False
     if isinstance(pruner, Mapping) and isinstance(pruner.get("name"), str):
         try:
             # Parsed apart, because its class depends on its name; a parsed part goes through unchanged below.
@@ -308,6 +328,7 @@ def parse_config(
         except UserError as error:
             problems.append(str(error))
             tree.pop("pruner")
+            unreadable = True
     named = tree.get("arms")
     unknown = [arm for arm in named if arm not in arms] if isinstance(named, list) else []
     if unknown:
@@ -320,7 +341,7 @@ def parse_config(
         problems += [
             _line(detail, (), StudyConfig)
             for detail in error.errors()
-            if not (detail["loc"] == ("pruner",) and "pruner" not in tree)
+            if not (detail["loc"] == ("pruner",) and unreadable)
         ]
     if problems:
         raise UserError("\n".join(problems))

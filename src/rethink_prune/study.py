@@ -205,7 +205,11 @@ class Study:
         architecture = Architecture.load(done.stage.folder)
         shapes = reshape(on_meta(setup.build()), architecture)
         cost = count_cost(shapes, setup.image_shape, masks=architecture.masks)
-        self._planned |= {name: arm["train_flops"] for name, arm in setup.plan_arms(cost).items()}
+        arms = setup.plan_arms(cost)
+        self._planned |= {name: arm["train_flops"] for name, arm in arms.items()}
+        if not setup.target.known:
+            lengths = ", ".join(f"{name} {arm['epochs']} epochs" for name, arm in arms.items())
+            log.info("pruned: %s parameters, %.4g MACs; %s", f"{cost.params:,}", cost.macs, lengths)
         return Pruned(done.result["report"], architecture, cost, done)
 
     def arm(self, name: str, pruned: Pruned) -> Done | Failed:

@@ -291,3 +291,36 @@ def test_wrong_options(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(UserError, match=name):
         regression(ratio=0.5, **options)
+
+
+@pytest.mark.parametrize("positions", [20, 37, 60])
+def test_few_positions_are_not_fitted_to_the_last(positions: int) -> None:
+    """With about as many positions as features, a free fit is far worse on other data than no fit at all."""
+    torch.manual_seed(0)
+    x, true = torch.randn(positions + 500, 36, dtype=torch.float64), torch.randn(36, 8, dtype=torch.float64)
+    y = x @ true + 2 * torch.randn(len(x), 8, dtype=torch.float64)
+    old = (true + 0.3 * torch.randn(36, 8, dtype=torch.float64)).numpy()
+    sample, other = module.Sample.empty(36, 8, x.device), Products.zeros(36, 8, x.device)
+    sample.add(x[:positions], y[:positions], torch.arange(positions) % 5 == 4)
+    other.add(x[positions:], y[positions:])
+
+    def error(ridge: float) -> float:
+        whole = sample.whole
+        fitted = ridge_towards(old, whole.xx.numpy().copy(), whole.xy.numpy(), ridge)
+        return other.error(torch.from_numpy(fitted.T.copy()))
+
+    chosen = module._best_ridge(old, sample.fit, sample.held_out)
+    assert error(chosen) < 1.1 * other.error(torch.from_numpy(old.T.copy()))
+    if positions == 37:
+        assert error(1e-6) > 2 * error(chosen)
+
+
+def test_a_layer_whose_products_do_not_fit_is_refused_before_any_training() -> None:
+    with torch.device("meta"):
+        model = torchvision.models.vgg11(num_classes=10)
+    pruner = regression(ratio=0.5)
+    target = pruner.target(model, torch.zeros(1, 3, 224, 224))
+    with pytest.raises(
+        UserError, match=r"classifier\.0 reads 25,088 numbers for .* features\.18, .*skip=\[features\.18\]"
+    ):
+        pruner.check_images(target, 10**6)

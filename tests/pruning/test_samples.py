@@ -150,13 +150,25 @@ def test_layers_with_one_weight_are_one_reader_with_several_calls() -> None:
 
 def test_only_the_first_images_are_read() -> None:
     data = [(torch.full((4, 1), float(batch)), torch.zeros(4)) for batch in range(3)]
-    images = FirstImages(data, 6)
+    images = FirstImages(data, 6, (1,))
     assert [batch[:, 0].tolist() for batch in images] == [[0.0] * 4, [1.0] * 2]
     assert sum(map(len, images)) == 6
-    assert sum(map(len, FirstImages(data, 100))) == 12
+    assert sum(map(len, FirstImages(data, 100, (1,)))) == 12
 
 
-@pytest.mark.parametrize("data", [None, [], iter([(torch.zeros(1), torch.zeros(1))])])
-def test_data_that_cannot_be_sampled_are_refused(data: object) -> None:
-    with pytest.raises(UserError, match="data: "):
-        FirstImages(data, 10)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "that can be read many times"),
+        (iter([(torch.zeros(2, 3, 8, 8), torch.zeros(2))]), "that can be read many times"),
+        ([], "holds no images"),
+        ([torch.zeros(2, 3, 8, 8)], "a batch must be a pair of images and labels, not a Tensor"),
+        (
+            [(torch.zeros(2, 1, 8, 8), torch.zeros(2))],
+            "its images are 1 x 8 x 8, but the network was analysed for 3 x 8 x",
+        ),
+    ],
+)
+def test_data_that_cannot_be_sampled_are_refused(data: object, message: str) -> None:
+    with pytest.raises(UserError, match=f"data: .*{message}"):
+        FirstImages(data, 10, (3, 8, 8))  # type: ignore[arg-type]

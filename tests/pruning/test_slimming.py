@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune import build_model, count_cost, prune
+from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import find_pruner
 from rethink_prune.pruning.hooks import TrainingHooks
@@ -311,6 +312,20 @@ def test_hidden_layer_of_the_head_takes_part_only_if_asked() -> None:
 # ---- odd networks ----------------------------------------------------------------------------------------
 
 
+def test_scales_that_are_all_equal_are_refused() -> None:
+    with pytest.raises(UserError, match=r"all 2752 channels score 1, so none is worth less than another; give it a"):
+        slim(build_model("vgg11"), ratio=0.5)
+
+
+def test_target_out_of_reach_is_refused_before_any_training() -> None:
+    found = find_pruner("slimming")
+    pruner = found(parse_pruner({"name": "slimming", "target_macs": 0.0001}, found.options_type))
+    with pytest.raises(
+        UserError, match=r"pruner\.target_macs=0\.0001: out of reach; the least that can remain is \d+ of"
+    ):
+        pruner.target(build_model("resnet20"), EXAMPLE)
+
+
 def test_network_without_batch_norm_is_refused() -> None:
     net = Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(3, 4), b=conv(4, 5))
     with pytest.raises(UserError, match=r"^pruner\.name=slimming: .* Net has none$"):
@@ -413,3 +428,24 @@ def test_scope_all_ranks_the_streams_of_a_residual_network_too() -> None:
     expected = masked_output(model, kept_by(result, model), images())
     assert (after - expected).abs().max() < 1e-10
     assert result.model.get_parameter("fc.weight").shape[1] < 64
+
+
+def test_layers_that_are_not_for_slimming_are_listed() -> None:
+    net = Net(
+        lambda m, x: m.fc(m.c(F.relu(m.b(F.relu(m.norm(m.a(x)))))).mean((2, 3))),
+        a=conv(3, 4),
+        norm=nn.BatchNorm2d(4),
+        b=conv(4, 4),
+        c=conv(4, 4),
+        fc=nn.Linear(4, 5),
+    )
+    report = slim(with_scales(net).float(), ratio=0.5).report
+    assert [layer.layer for layer in report.layers] == ["a"]
+    left = "not for slimming, which leaves it alone"
+    assert report.frozen == {"fc": "network output", "b": left, "c": left}
+
+
+@pytest.mark.parametrize("target", ["target_macs", "target_params"])
+def test_a_target_that_removes_nothing_is_refused(target: str) -> None:
+    with pytest.raises(UserError, match=f"pruner.{target}=0.9999: removes nothing"):
+        slim(with_scales(build_model("resnet20")).float(), **{target: 0.9999})

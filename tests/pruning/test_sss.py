@@ -412,3 +412,16 @@ def test_channels_that_reach_several_norms_stay_whole() -> None:
     target = make(build_model("preresnet20"), structures=["channels"])[1]
     assert "layer1.0.conv1" in {structure.name for structure in target.structures}
     assert target.report().frozen["conv1"].startswith("no single convolution or batch norm")
+
+
+def test_additions_of_numbers_are_no_blocks() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            size = x.shape[2] + x.shape[3]
+            return self.fc(self.second(self.first(x).relu()).mean((2, 3)) * size)
+
+    assert {structure.kind for structure in make(Sized())[1].structures} == {"channels"}

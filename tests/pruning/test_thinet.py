@@ -73,12 +73,13 @@ def test_the_greedy_error_is_bounded_by_the_exhaustive_best_and_the_scales_only_
     assert ((x @ scales - x.sum(1)) ** 2).sum() <= error(chosen)
 
 
-def test_of_many_best_scales_the_smallest_are_taken() -> None:
+def test_of_many_best_scales_those_nearest_to_one_are_taken() -> None:
     x = np.random.default_rng(0).normal(size=(20, 3))
-    x = np.hstack([x, x[:, :1], np.zeros((20, 1))])  # a duplicate and a dead channel are kept
-    scales = least_squares_scales(x.T @ x, [1])
-    np.testing.assert_allclose(scales[[0, 2, 3, 4]], np.linalg.lstsq(x[:, [0, 2, 3, 4]], x.sum(1), rcond=None)[0])
-    assert scales[4] == pytest.approx(0, abs=1e-12)
+    x = np.hstack([x, x[:, :1], np.zeros((20, 1))])  # a duplicate and a channel the sample saw nothing of are kept
+    scales, kept = least_squares_scales(x.T @ x, [1]), [0, 2, 3, 4]
+    np.testing.assert_allclose(scales[kept], 1 + np.linalg.lstsq(x[:, kept], x[:, 1], rcond=None)[0])
+    assert scales[4] == pytest.approx(1)
+    assert (least_squares_scales(np.zeros((3, 3)), [0]) == [0, 1, 1]).all()
 
 
 def randomised_norms(model: nn.Module) -> nn.Module:
@@ -226,3 +227,15 @@ def test_weights_that_are_not_finite_are_refused_by_layer() -> None:
 def test_ranking_all_channels_together_is_refused() -> None:
     with pytest.raises(UserError, match="ranking"):
         thinet(ratio=0.5, ranking="global")
+
+
+def test_a_network_of_three_dimensions_is_pruned() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(3, 6, 3), nn.ReLU(), nn.Conv3d(6, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    data = [(torch.randn(40, 3, 5, 5, 5), torch.zeros(40))]
+    pruner = thinet(ratio=0.5)
+    result = pruner.prune(
+        model, pruner.target(model, torch.zeros(1, 3, 5, 5, 5)), data=data, generator=torch.Generator().manual_seed(0)
+    )
+    assert result.model(data[0][0]).shape == (40, 2)
+    assert result.report.layers[0].kept == 3

@@ -44,6 +44,10 @@ def find_pruner(name: str) -> type[Pruner]:
     UserError
         If there is no such pruner.
     """
+    if not isinstance(name, str):
+        raise UserError(
+            f"pruner: {name!r} is no name; give one of {', '.join(PRUNERS)}, or path.to.module:Class as text"
+        )
     if name in PRUNERS:
         return PRUNERS[name]
     if ":" not in name:

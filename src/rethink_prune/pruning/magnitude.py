@@ -15,6 +15,7 @@ The masks follow from the trained weights, so all arms wait for the stage ``prun
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -34,7 +35,7 @@ from rethink_prune.pruning.pruner import (
     PruneResult,
     Target,
 )
-from rethink_prune.pruning.selection import widths_for_global_ratio, widths_for_ratio, widths_for_target
+from rethink_prune.pruning.selection import check_reach, widths_for_global_ratio, widths_for_ratio, widths_for_target
 
 
 class MagnitudeOptions(TargetOptions):
@@ -84,6 +85,10 @@ class MagnitudeTarget(Target):
         # Finds patterns that match nothing, or everything, before any training.
         ratio = options.ratio if options.ratio is not None else 0.5
         self.check_removal(widths_for_ratio(ratio, self.layers, skip=options.skip))
+        for quantity, value in (("macs", options.target_macs), ("params", options.target_params)):
+            if value is not None:
+                narrowest = widths_for_ratio(1 - 1e-12, self.layers, skip=options.skip)
+                check_reach(value, quantity, self._cost_of(narrowest), self.full_cost)
 
     @property
     def known(self) -> bool:
@@ -108,31 +113,31 @@ class MagnitudeTarget(Target):
     def counts(self, magnitudes: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], list[str]]:
         """Return how many weights each layer keeps, and the layers that keep one only for being emptied otherwise."""
         options = self._options
-        emptied: list[str] = []
 
         def counts_at(ratio: float) -> dict[str, int]:
-            nonlocal emptied
             if options.ranking == "layer":
                 return widths_for_ratio(ratio, self.layers, skip=options.skip)
-            counts, emptied = widths_for_global_ratio(ratio, magnitudes, skip=options.skip)
-            return counts
+            return widths_for_global_ratio(ratio, magnitudes, skip=options.skip)[0]
 
         if options.ratio is not None:
             if options.ranking == "layer":
                 return widths_for_ratio(options.ratio, self.layers, skip=options.skip), []
             assert isinstance(options.ratio, float)
-            return counts_at(options.ratio), emptied
-        macs = weight_macs(self.shapes, layer_macs(self.shapes, self.input_shape))
-
-        def cost_of(counts: Mapping[str, int]) -> Cost:
-            gone = {name: size - counts[name] for name, size in self.layers.items()}
-            macs_gone = sum(macs[f"{name}.weight"] * gone[name] // self.layers[name] for name in gone)
-            return Cost(self.full_cost.params - sum(gone.values()), self.full_cost.macs - macs_gone)
-
+            return widths_for_global_ratio(options.ratio, magnitudes, skip=options.skip)
         quantity = "macs" if options.target_macs is not None else "params"
-        return widths_for_target(
-            getattr(options, f"target_{quantity}"), quantity, counts_at, cost_of, self.full_cost
-        ), emptied
+        counts = widths_for_target(
+            getattr(options, f"target_{quantity}"), quantity, counts_at, self._cost_of, self.full_cost
+        )
+        return counts, [name for name, count in counts.items() if count == 1 < self.layers[name]]
+
+    @cached_property
+    def _weight_macs(self) -> dict[str, int]:
+        return weight_macs(self.shapes, layer_macs(self.shapes, self.input_shape))
+
+    def _cost_of(self, counts: Mapping[str, int]) -> Cost:
+        gone = {name: size - counts[name] for name, size in self.layers.items()}
+        macs_gone = sum(self._weight_macs[f"{name}.weight"] * gone[name] // self.layers[name] for name in gone)
+        return Cost(self.full_cost.params - sum(gone.values()), self.full_cost.macs - macs_gone)
 
 
 class Magnitude(Pruner):
@@ -156,10 +161,10 @@ class Magnitude(Pruner):
         target.check_removal(counts)
         masks = {}
         for name, values in magnitudes.items():
-            if counts[name] < len(values):
-                mask = torch.zeros(len(values), dtype=torch.bool)
-                mask[torch.sort(values, descending=True, stable=True).indices[: counts[name]]] = True
-                masks[f"{name}.weight"] = mask.view(model.get_parameter(f"{name}.weight").shape)
+            # Layers that lose nothing have a mask as well: scratch arms draw all convolutions by one rule.
+            mask = torch.zeros(len(values), dtype=torch.bool)
+            mask[torch.sort(values, descending=True, stable=True).indices[: counts[name]].cpu()] = True
+            masks[f"{name}.weight"] = mask.view(model.get_parameter(f"{name}.weight").shape)
         pruned = surgery.reshape(model, surgery.Architecture())
         apply_masks(pruned, masks)
         report = target.report(masks)

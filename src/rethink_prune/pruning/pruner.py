@@ -22,10 +22,12 @@ from rethink_prune.pruning.channels import ChannelGroup, Channels, analyse
 from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.pruning.selection import (
     Limits,
+    check_reach,
     drop_lowest,
     explicit_widths,
     kept_count,
     layers_out_of_reach,
+    missed_target,
     widths_for_global_ratio,
     widths_for_ratio,
     widths_for_target,
@@ -272,12 +274,24 @@ class ChannelTarget(Target):
         self._sizes = {group.name: group.size for group in self.groups}
         self._notes: list[str] = []
         self.widths: Mapping[str, int] | None = self._known_widths() if options.widths_follow else None
-        # Where scores decide, any ratio shows what skip and the limits leave to remove.
-        self._check_removal(self.widths or self._widths_for_ratio(1 - 1e-6, options.skip, self._limits))
+        # Where scores decide, the largest ratio shows what skip and the limits leave to remove.
+        narrowest = self.widths or self._widths_for_ratio(1 - 1e-6, options.skip, self._limits)
+        self._check_removal(narrowest)
+        if options.target_macs is not None or options.target_params is not None:
+            quantity, target = self._cost_target()
+            check_reach(target, quantity, self._cost_at(narrowest), self.full_cost)
 
     def _find_groups(self, model: nn.Module) -> tuple[ChannelGroup, ...]:
         groups = self.channels.groups(self._options.scope)
         return tuple(group for group in groups if self._pruner.may_touch(group))
+
+    @property
+    def _left_whole(self) -> dict[str, str]:
+        """The layers that cannot go, and those in scope that this pruner does not touch, with the reason."""
+        touched = {group.name for group in self.groups}
+        others = (group for group in self.channels.groups(self._options.scope) if group.name not in touched)
+        name = self._options.name
+        return {**self.channels.frozen, **{group.name: f"not for {name}, which leaves it alone" for group in others}}
 
     def _apply(self, model: nn.Module, drop: Mapping[str, Sequence[int]]) -> tuple[nn.Module, surgery.Architecture]:
         return surgery.apply(model, self.channels.plan(drop))
@@ -304,10 +318,11 @@ class ChannelTarget(Target):
             return Choice(drop_lowest(scores, self.widths))
         widths, emptied = self._ranked_widths(scores)
         self._check_removal(widths)
-        return Choice(
-            drop_lowest(scores, widths),
-            tuple(f"{name}: the threshold would have emptied it; its best {widths[name]} stay" for name in emptied),
-        )
+        warnings = [f"{name}: the threshold would have emptied it; its best {widths[name]} stay" for name in emptied]
+        if self._options.ratio is None:
+            quantity, target = self._cost_target()
+            warnings += missed_target(target, quantity, self._cost_at(widths), self.full_cost)
+        return Choice(drop_lowest(scores, widths), tuple(warnings))
 
     def cut(self, model: nn.Module, choice: Choice) -> PruneResult:
         """Return a copy of `model` without the units that were chosen."""
@@ -316,13 +331,13 @@ class ChannelTarget(Target):
             LayerWidth(name, size - len(choice.drop.get(name, ())), size) for name, size in self._sizes.items()
         )
         warnings = (*self.channels.warnings, *self._notes, *choice.warnings)
-        return PruneResult(pruned, architecture, PruneReport(layers, dict(self.channels.frozen), warnings))
+        return PruneResult(pruned, architecture, PruneReport(layers, self._left_whole, warnings))
 
     def report(self) -> PruneReport:
         """Return what goes, if it is known, and what cannot go."""
         widths = self.widths or self._sizes
         layers = tuple(LayerWidth(name, widths[name], size) for name, size in self._sizes.items())
-        return PruneReport(layers, dict(self.channels.frozen), (*self.channels.warnings, *self._notes))
+        return PruneReport(layers, self._left_whole, (*self.channels.warnings, *self._notes))
 
     def _check_removal(self, widths: Mapping[str, int]) -> None:
         if all(widths[name] == size for name, size in self._sizes.items()):
@@ -352,6 +367,12 @@ class ChannelTarget(Target):
     def _ranked_widths(self, scores: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], list[str]]:
         """Return the widths that one threshold for all channels leaves, and the groups it would empty."""
         options = self._options
+        values = torch.cat(list(scores.values()))
+        if bool((values == values[0]).all()):
+            raise UserError(
+                f"pruner.name={options.name}: all {len(values)} channels score {values[0]:g}, so none is worth less "
+                "than another; give it a trained network, or pruner.ranking=layer"
+            )
         if options.ratio is not None:
             assert isinstance(options.ratio, float)
             return widths_for_global_ratio(options.ratio, scores, skip=options.skip, limits=self._limits)
@@ -359,22 +380,28 @@ class ChannelTarget(Target):
         def widths_at(ratio: float) -> dict[str, int]:
             return widths_for_global_ratio(ratio, scores, skip=options.skip, limits=self._limits)[0]
 
-        widths = self._widths_for_cost(widths_at)
+        # The network is trained by now: what comes nearest is better than nothing.
+        widths = self._widths_for_cost(widths_at, strict=False)
+        self._check_removal(widths)
         threshold = max(scores[name][units].max() for name, units in drop_lowest(scores, widths).items() if units)
         return widths, [name for name in widths if widths[name] < self._sizes[name] and scores[name].max() <= threshold]
 
     def _widths_for_ratio(self, ratio: Any, skip: Sequence[str], limits: Limits) -> dict[str, int]:
         return widths_for_ratio(ratio, self._sizes, skip=skip, limits=limits, kept=self._pruner.kept_count)
 
-    def _widths_for_cost(self, widths_at: Any) -> dict[str, int]:
+    def _cost_target(self) -> tuple[str, float]:
         quantity = "macs" if self._options.target_macs is not None else "params"
-        target = getattr(self._options, f"target_{quantity}")
+        return quantity, getattr(self._options, f"target_{quantity}")
+
+    def _widths_for_cost(self, widths_at: Any, *, strict: bool = True) -> dict[str, int]:
+        quantity, target = self._cost_target()
         return widths_for_target(
             target,
             quantity,
             widths_at,
             self._cost_at,
             self.full_cost,
+            strict=strict,
         )
 
     def _cost_at(self, widths: Mapping[str, int]) -> Cost:
@@ -400,9 +427,10 @@ def find_variant(pruner: Pruner, network: str) -> Mapping[str, Any]:
     options = pruner.options
     variant = pruner.variants.get(network, {}).get(options.variant)
     if variant is None:
+        if not pruner.variants:
+            raise UserError(f"pruner.variant={options.variant}: {options.name} has no published targets")
         known = "; ".join(f"{name}: {', '.join(variants)}" for name, variants in pruner.variants.items())
         raise UserError(
-            f"pruner.variant={options.variant}: {options.name} has no such variant of {network}; "
-            f"there are {known or 'none'}"
+            f"pruner.variant={options.variant}: {options.name} has no such variant of {network}; there are {known}"
         )
     return variant

@@ -13,6 +13,9 @@ in the unpruned network:
 
        min over W': |y - x_S W'^T|^2 + rho * |W' - W_S|^2,    rho = ridge * mean of the diagonal of x_S^T x_S
 
+   The ridge is the one, of powers of ten, with the least error on every fifth image, which the fit leaves out at first:
+   a sample of hardly more positions than a filter has weights would otherwise be fitted, and nothing else.
+
 ``x`` is sampled through the part that is already pruned, ``y`` in the unpruned network: errors do not pile up. Where
 the layer's output is added to a shortcut, ``y`` also makes up for the shortcut's error, as seen through the batch norm
 in between. The first convolution of a branch selects channels of the stream, which stays whole for the shortcut.
@@ -66,6 +69,12 @@ _SMALL_SCALE = 0.01
 # A channel that others replace but for this share of the largest channel's energy counts as their linear combination.
 _DEPENDENT = 1e-10
 
+# Every fifth image is held out to choose the ridge, from largest to smallest: from weights as they were to free ones.
+_HELD_OUT = 5
+_RIDGES = (1e3, 1e1, 1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
+# The products of their pairs take 2 GiB.
+_MOST_FEATURES = 16_384
+
 # For each block of ResNet-50: channels selected from the stream, outputs of the first and of the second convolution.
 _RESNET50_2X = {
     "layer1": [(35, 64, 55), (101, 51, 39), (97, 50, 37)],
@@ -78,13 +87,16 @@ _RESNET50_2X = {
 
 
 class RegressionOptions(ChannelOptions):
-    """Options of :class:`Regression`: how much to sample, and the ridge (in units of the mean squared input)."""
+    """Options of :class:`Regression`: how much to sample, and the ridge in units of the mean squared input.
+
+    Without `ridge`, held-out images decide it.
+    """
 
     ranking: Literal["layer"] = "layer"
     images: Count = 1000
     positions_per_image: Count = 10
     # A smaller ridge would leave the equations singular to within rounding.
-    ridge: Annotated[float, Field(ge=1e-10, allow_inf_nan=False)] = 1e-6
+    ridge: Annotated[float, Field(ge=1e-10, allow_inf_nan=False)] | None = None
 
 
 class Regression(Pruner):
@@ -116,6 +128,9 @@ class Regression(Pruner):
         for group in target.groups:
             if target.widths[group.name] < group.size:
                 readers = target.channels.inputs(group)
+                for name, units in readers.items():
+                    kernel = target.shapes.get_parameter(f"{name}.weight")[0, 0].numel()
+                    _check_features(name, group, sum(map(len, units)) * kernel)
                 per_image = sum(min(positions.get(name, 0), self.options.positions_per_image) for name in readers)
                 self._check_positions(group, images * per_image, images)
 
@@ -135,7 +150,7 @@ class Regression(Pruner):
     ) -> tuple[nn.Module, dict[str, list[int]]]:
         """Return a copy of `model` at full width with reconstructed weights, and the units to drop of each group."""
         assert target.widths is not None, "they follow from the options with ranking=layer"
-        images = FirstImages(data, self.options.images)
+        images = FirstImages(data, self.options.images, target.input_shape)
         original, current = WorkingCopy(model, images.device), WorkingCopy(model, images.device)
         drop: dict[str, list[int]] = {}
         for group in target.groups:
@@ -143,12 +158,14 @@ class Regression(Pruner):
                 continue
             readers = current.readers(target.channels, group)
             weights = [current.weight(reader.layer)[:, reader.columns] for reader in readers]
-            products = [Products.zeros(weight[0].numel(), len(weight), images.device) for weight in weights]
-            seen = self._sample(original, current, readers, products, images, generator)
-            self._check_positions(group, sum(each.count for each in products), seen)
-            kept = _select(group, target.widths[group.name], readers, weights, products)
+            for reader, weight in zip(readers, weights, strict=True):
+                _check_features(reader.layer, group, weight[0].numel())
+            samples = [Sample.empty(weight[0].numel(), len(weight), images.device) for weight in weights]
+            seen = self._sample(original, current, readers, samples, images, generator)
+            self._check_positions(group, sum(each.fit.count + each.held_out.count for each in samples), seen)
+            kept = _select(group, target.widths[group.name], readers, weights, samples)
             drop[group.name] = sorted(set(range(group.size)) - set(kept))
-            for reader, weight, each in zip(readers, weights, products, strict=True):
+            for reader, weight, each in zip(readers, weights, samples, strict=True):
                 self._reconstruct_reader(current, reader, weight, each, kept)
             current.remove(group, drop[group.name], readers)
         return current.rewritten(model), drop
@@ -158,18 +175,17 @@ class Regression(Pruner):
         original: WorkingCopy,
         current: WorkingCopy,
         readers: Sequence[Reader],
-        products: Sequence[Products],
+        samples: Sequence[Sample],
         images: FirstImages,
         generator: torch.Generator,
     ) -> int:
-        """Add a sample to the products of each reader; return how many images there were."""
+        """Fill the sample of each reader; return how many images there were."""
         shortcuts = {node: current.shortcut(node) for reader in readers for node in reader.nodes}
         nodes = set(shortcuts) | {shortcut.addition for shortcut in shortcuts.values() if shortcut is not None}
         seen = 0
         for batch in images:
-            seen += len(batch)
             now, before = current.read(nodes, batch), original.read(nodes, batch)
-            for reader, each in zip(readers, products, strict=True):
+            for reader, each in zip(readers, samples, strict=True):
                 layer, full = current.layer(reader.layer), original.weight(reader.layer).flatten(1)
                 others = current.weight(reader.layer)
                 others[:, reader.columns] = 0
@@ -184,34 +200,39 @@ class Regression(Pruner):
                             values = (read[shortcut.addition][shortcut.operand] for read in (before, now))
                             then, today = (read_outputs(layer, value, piece) for value in values)
                             y += (then - today) * _gain(current, shortcut, y.shape[1])
-                        each.add(x[:, reader.columns].flatten(1), y)
-                if not each.finite:
+                        held_out = (piece.image + seen) % _HELD_OUT == _HELD_OUT - 1
+                        each.add(x[:, reader.columns].flatten(1), y, held_out)
+                if not (each.fit.finite and each.held_out.finite):
                     raise UserError(
                         f"{reader.layer}: its weights or what it reads are not finite; regression needs numbers"
                     )
+            seen += len(batch)
         return seen
 
     def _reconstruct_reader(
-        self, current: WorkingCopy, reader: Reader, weight: torch.Tensor, products: Products, kept: Sequence[int]
+        self, current: WorkingCopy, reader: Reader, weight: torch.Tensor, sample: Sample, kept: Sequence[int]
     ) -> None:
         """Fit the weights of a layer for the units that are kept, and write them into the working copy."""
         stays = torch.isin(reader.units, torch.tensor(kept, device=current.device))
         features = stays.repeat_interleave(weight.shape[2])
-        xx, xy = products.xx[features][:, features].cpu().numpy(), products.xy[features].cpu().numpy()
         removal = weight * stays[:, None]
         old = removal.flatten(1)[:, features].T.cpu().numpy()
-        fitted = ridge_towards(old, xx, xy, self.options.ridge)
+        ridge = self.options.ridge or _best_ridge(old, sample.fit.of(features), sample.held_out.of(features))
+        products = sample.whole
+        part = products.of(features)
+        fitted = ridge_towards(old, part.xx.cpu().numpy(), part.xy.cpu().numpy(), ridge)
         new = torch.zeros_like(removal)
         new[:, stays] = torch.from_numpy(fitted.T.copy()).to(new).reshape(len(new), -1, new.shape[2])
         whole = current.weight(reader.layer)
         whole[:, reader.columns] = new
         current.rewrite(reader.layer, whole)
         log.info(
-            "%s: keeps %d input channels; error %.4f after removal, %.4f after reconstruction",
+            "%s: keeps %d input channels; error %.4f after removal, %.4f after reconstruction (ridge %.0e)",
             reader.layer,
             int(stays.sum()),
             products.error(removal),
             products.error(new),
+            ridge,
         )
 
     def _check_positions(self, group: ChannelGroup, positions: int, images: int) -> None:
@@ -260,6 +281,14 @@ class Products:
         self.yy += float(y.square().sum())
         self.count += len(x)
 
+    def of(self, features: torch.Tensor) -> Products:
+        """Return the products of some features alone: `features` is a mask."""
+        return Products(self.xx[features][:, features], self.xy[features], self.yy, self.count)
+
+    def __add__(self, other: Products) -> Products:
+        """Return the products of both samples together."""
+        return Products(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, self.count + other.count)
+
     @property
     def finite(self) -> bool:
         """Whether neither NaN nor infinity was among the values."""
@@ -270,6 +299,29 @@ class Products:
         flat = weight.flatten(1)
         residual = self.yy + float(((flat @ self.xx) * flat).sum() - 2 * (flat.T * self.xy).sum())
         return residual / self.yy if self.yy else 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The positions of most images, to fit weights to, and those of the others, to choose the ridge by."""
+
+    fit: Products
+    held_out: Products
+
+    @classmethod
+    def empty(cls, features: int, outputs: int, device: torch.device) -> Sample:
+        """Return a sample without positions."""
+        return cls(*(Products.zeros(features, outputs, device) for _ in range(2)))
+
+    @property
+    def whole(self) -> Products:
+        """The products of all positions."""
+        return self.fit + self.held_out
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, held_out: torch.Tensor) -> None:
+        """Add positions, as to `Products`; the mask `held_out` tells which are not for the fit."""
+        self.fit.add(x[~held_out], y[~held_out])
+        self.held_out.add(x[held_out], y[held_out])
 
 
 def select_by_lasso(gram: Matrix, correlation: Matrix, count: int) -> list[int]:
@@ -343,16 +395,35 @@ def ridge_towards(old: Matrix, xx: Matrix, xy: Matrix, ridge: float) -> Matrix:
     return scipy.linalg.solve(xx, right, assume_a="pos", overwrite_a=True, overwrite_b=True)
 
 
+def _best_ridge(old: Matrix, fit: Products, held_out: Products) -> float:
+    """Return the ridge whose fit has the least error on what was held out; the largest of equals."""
+    errors = {}
+    for ridge in _RIDGES:
+        fitted = ridge_towards(old, fit.xx.cpu().numpy().copy(), fit.xy.cpu().numpy(), ridge)
+        errors[ridge] = held_out.error(torch.from_numpy(fitted.T.copy()).to(held_out.xx.device))
+    return min(errors, key=errors.__getitem__)
+
+
+def _check_features(layer: str, group: ChannelGroup, features: int) -> None:
+    """Refuse a layer of which the products would not fit into memory: a linear one behind a flatten, as a rule."""
+    if features > _MOST_FEATURES:
+        raise UserError(
+            f"pruner.name=regression: {layer} reads {features:,} numbers for the channels of {group.name}, and the "
+            f"products of their pairs take {8 * features**2 / 2**30:.1f} GiB, several times; leave them whole: "
+            f"pruner.skip=[{group.name}]"
+        )
+
+
 def _select(
     group: ChannelGroup,
     width: int,
     readers: Sequence[Reader],
     weights: Sequence[torch.Tensor],
-    products: Sequence[Products],
+    samples: Sequence[Sample],
 ) -> list[int]:
     """Return the units to keep, by the sum of the errors of all readers."""
     gram, correlation = np.zeros((group.size, group.size)), np.zeros(group.size)
-    for reader, weight, each in zip(readers, weights, products, strict=True):
+    for reader, weight, each in zip(readers, weights, (sample.whole for sample in samples), strict=True):
         flat, units = weight.flatten(1), reader.units.repeat_interleave(weight.shape[2])
         # Entry (a, b): inner product of what features a and b contribute to all outputs. Units sum their features.
         of_features = (flat.T @ flat).mul_(each.xx)

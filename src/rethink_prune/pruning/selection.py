@@ -18,6 +18,7 @@ from rethink_prune.errors import UserError
 PerLayer = float | Sequence[float] | Mapping[str, float]
 
 TARGET_TOLERANCE = 0.01
+_SHARES = "; values below 1 are shares"
 
 
 def kept_count(size: int, ratio: float) -> int:
@@ -151,12 +152,32 @@ def explicit_widths(widths: Sequence[int] | Mapping[str, int], sizes: Mapping[st
     return {layer: int(wanted.get(layer, size)) for layer, size in sizes.items()}
 
 
+def check_reach(target: float, quantity: str, narrowest: Cost, full: Cost) -> None:
+    """Raise `UserError` if even the narrowest network there can be costs more than `target` allows.
+
+    Parameters
+    ----------
+    target, quantity
+        As for `widths_for_target`.
+    narrowest, full : Cost
+        Of the network with as little as possible left, and of the unpruned one.
+    """
+    least, total = getattr(narrowest, quantity), getattr(full, quantity)
+    if least > (1 + TARGET_TOLERANCE) * _amount(target, total):
+        raise UserError(
+            f"pruner.target_{quantity}={target:g}: out of reach; the least that can remain is {least} of {total}"
+            f"{_SHARES}"
+        )
+
+
 def widths_for_target(
     target: float,
     quantity: str,
     widths_at: Callable[[float], dict[str, int]],
     cost_of: Callable[[Mapping[str, int]], Cost],
     full: Cost,
+    *,
+    strict: bool = True,
 ) -> dict[str, int]:
     """Find the one ratio for all layers at which the network costs `target`.
 
@@ -176,14 +197,16 @@ def widths_for_target(
         Gives the network's cost for widths.
     full : Cost
         Cost of the unpruned network.
+    strict : bool
+        Whether to refuse what is not within 1 % of the target.
 
     Raises
     ------
     UserError
-        If no ratio comes within 1 % of the target; names the nearest cost that can be reached.
+        If it is refused; names the nearest cost that can be reached.
     """
     total = getattr(full, quantity)
-    wanted = target * total if target < 1 else target
+    wanted = _amount(target, total)
     seen: dict[tuple[int, ...], tuple[float, dict[str, int]]] = {}
 
     def costs_more(widths: dict[str, int]) -> bool:
@@ -210,12 +233,25 @@ def widths_for_target(
             else:
                 last = count
     reached, widths = min(seen.values(), key=lambda entry: abs(entry[0] - wanted))
-    if abs(reached - wanted) > TARGET_TOLERANCE * wanted:
+    if strict and abs(reached - wanted) > TARGET_TOLERANCE * wanted:
         raise UserError(
             f"pruner.target_{quantity}={target:g}: cannot be reached within {TARGET_TOLERANCE:.0%} by one ratio for "
-            f"all layers; the nearest is {reached:.0f} (of {total} unpruned)"
+            f"all layers; the nearest is {reached:.0f} (of {total} unpruned){_SHARES}"
         )
     return widths
+
+
+def _amount(target: float, total: int) -> float:
+    return target * total if target < 1 else target
+
+
+def missed_target(target: float, quantity: str, reached: Cost, full: Cost) -> list[str]:
+    """Return what to say about a cost that is not within 1 % of its target: a line, or nothing."""
+    total, found = getattr(full, quantity), getattr(reached, quantity)
+    wanted = _amount(target, total)
+    if abs(found - wanted) <= TARGET_TOLERANCE * wanted:
+        return []
+    return [f"pruner.target_{quantity}={target:g}: the nearest these scores allow is {found} of {total}"]
 
 
 def drop_lowest(scores: Mapping[str, torch.Tensor], widths: Mapping[str, int]) -> dict[str, list[int]]:

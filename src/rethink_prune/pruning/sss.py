@@ -57,7 +57,7 @@ _KEEP_ZERO = ("Identity", "Dropout", "Dropout2d", "ReLU", "dropout", "stochastic
 class SparseOptions(Frozen):
     """How the factors are trained: the weight of their L1 norm in the loss, and Nesterov's momentum."""
 
-    strength: Positive = 0.2
+    strength: Positive = 0.3
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 
@@ -334,6 +334,8 @@ def find_blocks(model: nn.Module, example: torch.Tensor) -> tuple[tuple[Structur
         )
         if not surgery.is_addition(node):
             continue
+        if not all(isinstance(values[operand], torch.Tensor) for operand in (node, *node.all_input_nodes)):
+            continue  # an addition of numbers, such as sizes
         common = frozenset.intersection(*(convolutions[operand] for operand in node.all_input_nodes))
         own = {operand: len(convolutions[operand] - common) for operand in node.all_input_nodes}
         shortcut, branch = sorted(own, key=own.__getitem__)

@@ -8,8 +8,8 @@ it reads::
 
 The channels ``T`` to remove are found greedily: starting from none, the channel joins that keeps
 ``sum over i of (sum over c in T of x[i, c])^2`` smallest. Then each channel that stays is scaled by the least-squares
-solution of ``min over w: |y - x w|^2``, which is folded into the next layer's weights. All of this needs only the Gram
-matrix ``x^T x``.
+solution of ``min over w: |y - x w|^2`` (of many, the one nearest to 1), which is folded into the next layer's weights.
+All of this needs only the Gram matrix ``x^T x``.
 
 Where several layers read the channels, their errors add up, and each is scaled by itself. Later layers are sampled
 through the part that is already pruned. The paper fine-tunes for an epoch or two after every layer; here all training
@@ -102,7 +102,7 @@ class ThiNet(Pruner):
     ) -> tuple[nn.Module, dict[str, list[int]]]:
         """Return a copy of `model` at full width with scaled weights, and the units to drop of each group."""
         assert target.widths is not None, "they follow from the options with ranking=layer"
-        images = FirstImages(data, self.options.images)
+        images = FirstImages(data, self.options.images, target.input_shape)
         current = WorkingCopy(model, images.device)
         drop: dict[str, list[int]] = {}
         for group in target.groups:
@@ -200,10 +200,10 @@ def least_squares_scales(gram: Matrix, dropped: Sequence[int]) -> Matrix:
 
     Notes
     -----
-    Solves the normal equations of ``min over w: |x 1 - x_kept w|^2``; where many solutions are equally good, the one of
-    smallest norm.
+    Solves the normal equations of ``min over w: |x 1 - x_kept w|^2``; where many solutions are equally good, the one
+    nearest to 1, so a channel of which the sample saw nothing keeps its weights.
     """
-    kept = np.setdiff1d(np.arange(len(gram)), dropped)
+    stays = ~np.isin(np.arange(len(gram)), dropped)
     scales = np.zeros(len(gram))
-    scales[kept] = scipy.linalg.lstsq(gram[np.ix_(kept, kept)], gram[kept].sum(1))[0]
+    scales[stays] = 1 + scipy.linalg.lstsq(gram[stays][:, stays], gram[stays][:, ~stays].sum(1))[0]
     return scales
