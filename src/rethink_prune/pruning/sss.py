@@ -57,7 +57,7 @@ _KEEP_ZERO = ("Identity", "Dropout", "Dropout2d", "ReLU", "dropout", "stochastic
 class SparseOptions(Frozen):
     """How the factors are trained: the weight of their L1 norm in the loss, and Nesterov's momentum."""
 
-    strength: Positive = 0.3
+    strength: Positive = 0.25
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 

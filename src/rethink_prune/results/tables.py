@@ -61,7 +61,7 @@ def _plan_rows(plan: Mapping[str, Any]) -> list[list[str]]:
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table with aligned columns: the first to the left, the others to the right."""
     table = [list(columns), *map(list, rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    widths = [max(2, *(len(row[i]) for row in table)) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
