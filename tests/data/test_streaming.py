@@ -216,10 +216,14 @@ def test_large_photographs_are_decoded_at_a_fraction_of_their_size(
     pixels = np.stack([x / 800 * 255, y / 600 * 255, (np.sin(x / 90) + np.cos(y / 70) + 2) * 63], axis=2)
     image = Image.fromarray(pixels.astype(np.uint8))
     image.save(tmp_path / "large.jpeg", quality=95)
-    decoded = []
-    monkeypatch.setattr(
-        streaming, "convert", lambda opened, channels: decoded.append(opened.size) or opened.convert("RGB")
-    )
+    decoded, decode = [], streaming._decode
+
+    def noting(*arguments: object, **options: bool) -> torch.Tensor:
+        result = decode(*arguments, **options)  # type: ignore[arg-type]
+        decoded.append((result.shape[1], result.shape[0]))
+        return result
+
+    monkeypatch.setattr(streaming, "_decode", noting)
     for box, size in (((0, 0, 800, 600), (100, 75)), ((100, 50, 400, 300), (200, 150)), ((7, 9, 70, 300), (800, 600))):
         got = read_box(tmp_path / "large.jpeg", 64, lambda width, height, box=box: streaming.Box(*box))  # type: ignore[misc]
         assert decoded.pop() == size
@@ -228,6 +232,14 @@ def test_large_photographs_are_decoded_at_a_fraction_of_their_size(
         assert np.abs(got.numpy().astype(int) - np.asarray(expected)).max() <= 4
     read_centre(tmp_path / "large.jpeg", 64)
     assert decoded.pop() == (800, 600), "tests see what everybody else's see"
+
+
+def test_pillow_decodes_where_torchvision_does_not(photographs: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, labels = joined(train_batches(photographs).epoch(0))
+    monkeypatch.setattr(streaming, "_jpeg_decoder", lambda: None)
+    ours, same = joined(train_batches(photographs).epoch(0))
+    assert torch.equal(labels, same)
+    assert (ours - theirs).abs().max() <= 4 / 255 / 0.2, "two builds of one library"
 
 
 def test_files_that_are_not_what_their_names_say(photographs: Files) -> None:
