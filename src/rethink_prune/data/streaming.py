@@ -7,6 +7,7 @@ it had never stopped.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import multiprocessing
@@ -272,9 +273,10 @@ class _Stream:
                 if isinstance(batch, Fault):
                     raise UserError(batch.message)
                 yield batch
-        except RuntimeError as error:  # what the loader raises for workers that died
+        except (RuntimeError, OSError) as error:  # what the loader raises for workers that died or do not start
             self._loader = None
-            if any(process.exitcode == -signal.SIGBUS for process in self._processes):
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            if full or any(process.exitcode == -signal.SIGBUS for process in self._processes):
                 raise UserError(f"dataset.workers: /dev/shm is full; {_MORE_SHARED_MEMORY}") from error
             if any(process.exitcode for process in self._processes):
                 raise UserError(
@@ -298,6 +300,8 @@ class _Stream:
         # The loader would have a worker's death raise an error at any point of a training step, in a signal handler.
         # Without it, the death is noticed where the next batch is waited for.
         others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "").startswith("torch."):  # of a loader before
+            handler = signal.SIG_DFL
         try:
             iterator = iter(self._loader)
         finally:
