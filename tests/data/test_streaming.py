@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import signal
@@ -345,6 +346,15 @@ def test_shared_memory_that_gives_way_is_told(photographs: Files) -> None:
     os.kill(batches._stream._processes[0].pid or 0, signal.SIGBUS)
     with pytest.raises(UserError, match=r"^dataset\.workers: /dev/shm is full; set dataset\.workers=0 or to fewer"):
         list(passing)
+
+
+def test_no_room_for_what_workers_talk_through_is_told(photographs: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(loader: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as creating a semaphore does
+
+    monkeypatch.setattr(DataLoader, "__iter__", refuse)
+    with pytest.raises(UserError, match=r"^dataset\.workers: /dev/shm is full; set dataset\.workers=0"):
+        next(train_batches(photographs, workers=1).epoch(0))
 
 
 def test_workers_outlive_the_signals_that_tell_a_study_to_stop(photographs: Files) -> None:
