@@ -3,6 +3,7 @@
     python scripts/benchmark.py                                  # everything
     python scripts/benchmark.py train --networks resnet20        # one part
     python scripts/benchmark.py overhead --steps 50 --json overhead.json
+    python scripts/benchmark.py data --images photographs.tar
 
 train     Images/s of the whole loop, data included, against the usual script: torchvision's CIFAR10 with
           PIL transforms, a DataLoader (the faster of 0 and 2 workers), float32, contiguous memory.
@@ -15,6 +16,9 @@ pruners   Seconds of a whole ``prune`` call of each pruner, and what it adds to 
           32 x 32 for those that look at images). `sss` removes what its training has set to zero: here, every
           other unit.
 memory    Peak resident memory of a process that loads CIFAR-10, trains, prunes and fine-tunes.
+data      Images/s of one core that makes ImageNet batches of the photographs in --images FOLDER_OR_TAR, mirroring and
+          normalising included, against the usual script: torchvision's ImageFolder, RandomResizedCrop,
+          RandomHorizontalFlip, ToTensor and Normalize on PIL images, and a DataLoader. Both without workers.
 
 Sides take turns in one process (A B A B ...) after a warm-up round, so that a machine that slows down slows
 them all; ratios are taken within a round. Every line gives the median of n values, and in brackets the least
@@ -25,11 +29,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import pickle
 import platform
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -47,11 +53,11 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, VisionDataset
+from torchvision.datasets import CIFAR10, ImageFolder, VisionDataset
 
 from rethink_prune import build_model, prune
 from rethink_prune.config import parse_pruner
-from rethink_prune.data import Split, TrainBatches
+from rethink_prune.data import Files, Split, StreamBatches, TrainBatches
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS, find_pruner, surgery
 from rethink_prune.pruning.channels import analyse
@@ -65,6 +71,7 @@ from rethink_prune.training.schedule import OptimizerSpec, build_optimizer
 
 BATCH_SIZE = 64
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The paper's optimiser, at a rate at which no network diverges on random images.
 SPEC = OptimizerSpec("sgd", 0.01, 0.9, False, 1e-4, "constant", 1, (), ())
 # Least speed relative to the usual script, on a CPU.
@@ -118,6 +125,11 @@ def main() -> None:
     lines: list[Line] = []
     for part in PARTS if options.part == "all" else [options.part]:
         measure, networks = PARTS[part]
+        if part == "data" and options.images is None:
+            if options.part == "data":
+                sys.exit("data: give photographs with --images FOLDER_OR_TAR")
+            print("data: left out, for it needs --images")
+            continue
         for network in options.networks or networks:
             found = measure(network, device, options)
             print(*found, sep="\n", flush=True)
@@ -144,6 +156,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=7, help="n (%(default)s; memory and pruners at most 3)")
     parser.add_argument("--steps", type=positive, default=20, help="training steps a round (%(default)s)")
     parser.add_argument("--train-limit", type=positive, metavar="N", help="memory: train on so many images")
+    parser.add_argument("--images", type=Path, metavar="FOLDER_OR_TAR", help="data: JPEG files in folders of classes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every value there")
     return parser.parse_args()
 
@@ -453,6 +466,78 @@ def write_cifar10(root: Path) -> None:
     (folder / CIFAR10.meta["filename"]).write_bytes(pickle.dumps(meta))
 
 
+def find_photographs(folder: Path) -> Files:
+    """Return the image files below a folder; the folder that a file is in is its class."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
+    if not paths:
+        sys.exit(f"data: --images: no JPEG file in {folder}")
+    classes = sorted({path.parent for path in paths})
+    names = np.array([os.fsencode(path.relative_to(folder)) for path in paths])
+    return Files(folder, names, torch.tensor([classes.index(path.parent) for path in paths]))
+
+
+def streamed_side(files: Files, epochs: int) -> Side:
+    """Return epochs of the framework's batches, without workers."""
+    batches = StreamBatches(
+        files,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        image_size=224,
+        batch_size=BATCH_SIZE,
+        augment=True,
+        flip=True,
+        device=torch.device("cpu"),
+        seed=0,
+        workers=0,
+    )
+
+    def run() -> int:
+        return sum(len(labels) for epoch in range(epochs) for _, labels in batches.epoch(epoch))
+
+    return run
+
+
+def image_folder_side(files: Files, epochs: int) -> Side:
+    """Return epochs of the batches that people's scripts make, without workers."""
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    folder = Path(os.path.commonpath([(files.root / files.name(i)).parent.parent for i in range(len(files))]))
+    loader: DataLoader[Any] = DataLoader(ImageFolder(folder, transform), batch_size=BATCH_SIZE, shuffle=True)
+
+    def run() -> int:
+        return sum(len(labels) for _ in range(epochs) for _, labels in loader)
+
+    return run
+
+
+def measure_data(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    with TemporaryDirectory() as unpacked:
+        folder = options.images
+        if folder.is_file():
+            with tarfile.open(folder) as tar:
+                tar.extractall(unpacked, filter="data")
+            folder = Path(unpacked)
+        files = find_photographs(folder)
+        epochs = math.ceil(options.steps * BATCH_SIZE / len(files))
+        sides = {"usual": image_folder_side(files, epochs), "streamed": streamed_side(files, epochs)}
+        seconds = take_turns(sides, options.rounds, torch.device("cpu"))
+    torch.set_num_threads(threads)
+    lines = [
+        Line("data", network, name, "images/s", [epochs * len(files) / value for value in values])
+        for name, values in seconds.items()
+    ]
+    ratios = quotients(seconds["usual"], seconds["streamed"])
+    return [*lines, Line("data", network, "streamed / usual", "ratio", ratios, (">=", 1.3))]
+
+
 # What is measured, and the networks it is promised for.
 PARTS: dict[str, tuple[Callable[[str, torch.device, argparse.Namespace], list[Line]], list[str]]] = {
     "train": (measure_train, ["resnet20", "vgg16"]),
@@ -460,6 +545,7 @@ PARTS: dict[str, tuple[Callable[[str, torch.device, argparse.Namespace], list[Li
     "surgery": (measure_surgery, ["resnet110"]),
     "pruners": (measure_pruners, ["vgg16", "resnet56", "densenet40"]),
     "memory": (measure_memory, ["resnet20"]),
+    "data": (measure_data, ["imagenet"]),  # the same for all networks
 }
 
 if __name__ == "__main__":

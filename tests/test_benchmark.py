@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 SCRIPT = Path(__file__).parents[1] / "scripts/benchmark.py"
@@ -113,6 +116,34 @@ def test_every_round_of_a_side_trains_on_every_image(script: ModuleType, side: C
         assert model.images == round_number * len(split)
     assert model.dtypes == {torch.float32}
     assert not torch.equal(model.fc.weight, before)
+
+
+def test_both_sides_make_batches_of_every_photograph(script: ModuleType, tmp_path: Path) -> None:
+    for i in range(5):
+        folder = tmp_path / "photographs" / f"class {i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50, 40), (i * 50, 0, 0)).save(folder / f"{i}.JPEG")
+    files = script.find_photographs(tmp_path)
+    assert files.labels.tolist() == [0, 0, 0, 1, 1]
+    for side in (script.image_folder_side, script.streamed_side):
+        assert side(files, 3)() == 15
+    archive = tmp_path / "photographs.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(tmp_path / "photographs", "photographs")
+    options = argparse.Namespace(images=archive, rounds=2, steps=1)
+    lines = script.measure_data("imagenet", CPU, options)
+    assert [(line.what, line.unit, len(line.values)) for line in lines] == [
+        ("usual", "images/s", 2),
+        ("streamed", "images/s", 2),
+        ("streamed / usual", "ratio", 2),
+    ]
+    assert lines[-1].limit == (">=", 1.3)
+
+
+def test_photographs_have_to_be_given(tmp_path: Path) -> None:
+    done = benchmark("data", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "data: give photographs with --images FOLDER_OR_TAR\n"
 
 
 def test_bf16_sides_compute_in_bf16(script: ModuleType) -> None:

@@ -33,7 +33,7 @@ class Frozen(BaseModel):
 
 
 class DatasetConfig(Frozen):
-    """Which images; the options of :func:`rethink_prune.data.load_dataset`, and how they are augmented."""
+    """Which images; the options of :func:`rethink_prune.data.load_dataset`, and how they are augmented and read."""
 
     name: str
     root: str | None = None
@@ -47,6 +47,7 @@ class DatasetConfig(Frozen):
     std: tuple[Positive, ...] | None = None
     pad: int = Field(0, ge=0, le=1024)
     flip: bool = False
+    workers: int | None = Field(None, ge=0, le=1024)
     args: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -83,7 +84,10 @@ class ModelConfig(Frozen):
 
 
 class Phase(Frozen):
-    """One training: its length and learning rate. Milestones below 1 are fractions of the epochs."""
+    """One training: its length and learning rate, which rises over `warmup` epochs.
+
+    Milestones below 1 are fractions of the epochs.
+    """
 
     epochs: Count
     lr: Positive
@@ -91,6 +95,7 @@ class Phase(Frozen):
     milestones: tuple[Milestone, ...] = ()
     step: Count | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] | tuple[Positive, ...] = 0.1
+    warmup: int = Field(0, ge=0)
 
     @field_validator("milestones")
     @classmethod
@@ -119,6 +124,8 @@ class Phase(Frozen):
             raise ValueError("schedule=step and step (epochs between two drops) go together")
         if isinstance(self.gamma, tuple) and (self.schedule != "multistep" or len(self.gamma) != len(self.milestones)):
             raise ValueError("a list of gamma needs schedule=multistep and as many milestones")
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup={self.warmup}: must be shorter than the training, epochs={self.epochs}")
         return self
 
 
@@ -132,6 +139,8 @@ class RecipeConfig(Phase):
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: NonNegative = 1e-4
+    decay_norms: bool = True
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
     augment: bool = True
     finetune: Phase
 

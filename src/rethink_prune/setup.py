@@ -18,7 +18,19 @@ from rethink_prune.arms import ARMS
 from rethink_prune.budget import Budget, Training, phase_training
 from rethink_prune.config import StudyConfig
 from rethink_prune.cost import Cost, count_cost, on_meta
-from rethink_prune.data import EvalBatches, ImageDataset, TrainBatches, describe_dataset, load_dataset
+from rethink_prune.data import (
+    AnyEvalBatches,
+    AnyTrainBatches,
+    EvalBatches,
+    Files,
+    ImageDataset,
+    Split,
+    StreamBatches,
+    StreamEvalBatches,
+    TrainBatches,
+    describe_dataset,
+    load_dataset,
+)
 from rethink_prune.errors import UserError
 from rethink_prune.imports import source_digest
 from rethink_prune.models import asked_options, build_model, model_factory
@@ -56,7 +68,7 @@ class Setup:
         )
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
-        self.info = describe_dataset(**config.dataset.model_dump(exclude={"pad", "flip", "mean", "std"}))
+        self.info = describe_dataset(**config.dataset.model_dump(exclude={"pad", "flip", "mean", "std", "workers"}))
         self.image_shape = (self.info.channels, self.info.image_size, self.info.image_size)
         self.pruner = find_pruner(config.pruner.name)(config.pruner)
         if config.model.init not in (None, *INITIALISERS):
@@ -106,15 +118,28 @@ class Setup:
     @cached_property
     def dataset(self) -> ImageDataset:
         """The images."""
-        options = self.config.dataset.model_dump(exclude={"pad", "flip"})
+        options = self.config.dataset.model_dump(exclude={"pad", "flip", "workers"})
         return load_dataset(**options, cache_dir=self.store.cache, progress=self.runtime.show_progress)
 
     @cached_property
-    def train_batches(self) -> TrainBatches:
-        """The training images on the device, augmented as the recipe says."""
-        augment = self.config.recipe.augment
+    def train_batches(self) -> AnyTrainBatches:
+        """The training images, kept on the device or streamed to it, augmented as the recipe says."""
+        augment, images = self.config.recipe.augment, self.dataset.train
+        if isinstance(images, Files):
+            return StreamBatches(
+                images,
+                mean=self.dataset.mean,
+                std=self.dataset.std,
+                image_size=self.info.image_size,
+                batch_size=self.config.recipe.batch_size,
+                augment=augment,
+                flip=self.config.dataset.flip and augment,
+                device=self.runtime.device,
+                seed=self.config.seed,
+                workers=self.config.dataset.workers,
+            )
         return TrainBatches(
-            self.dataset.train,
+            images,
             mean=self.dataset.mean,
             std=self.dataset.std,
             batch_size=self.config.recipe.batch_size,
@@ -125,20 +150,29 @@ class Setup:
         )
 
     @cached_property
-    def evaluations(self) -> dict[str, EvalBatches]:
+    def evaluations(self) -> dict[str, AnyEvalBatches]:
         """The images that networks are judged by: test, and validation if some are held out."""
         splits = {"test": self.dataset.test, "validation": self.dataset.validation}
-        return {
-            name: EvalBatches(
-                split,
+        return {name: self._eval_batches(images) for name, images in splits.items() if images is not None}
+
+    def _eval_batches(self, images: Split | Files) -> AnyEvalBatches:
+        if isinstance(images, Files):
+            return StreamEvalBatches(
+                images,
                 mean=self.dataset.mean,
                 std=self.dataset.std,
+                image_size=self.info.image_size,
                 batch_size=self.config.recipe.eval_batch_size,
                 device=self.runtime.device,
+                workers=self.config.dataset.workers,
             )
-            for name, split in splits.items()
-            if split is not None
-        }
+        return EvalBatches(
+            images,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            batch_size=self.config.recipe.eval_batch_size,
+            device=self.runtime.device,
+        )
 
     @cached_property
     def model_options(self) -> dict[str, Any]:

@@ -298,11 +298,14 @@ class Study:
             epochs=training.epochs,
             milestones=training.milestones,
             gammas=training.gammas,
+            warmup=min(phase.warmup, training.epochs - 1),
+            decay_norms=recipe.decay_norms,
+            label_smoothing=recipe.label_smoothing,
         )
         key = {
             "data": setup.data_key,
             "training": {
-                **asdict(spec),
+                **spec.key(),
                 "batch_size": recipe.batch_size,
                 "precision": setup.runtime.precision,
             },
@@ -412,7 +415,8 @@ class Study:
     def _evaluated(self, model: nn.Module) -> dict[str, float | None]:
         result = evaluate(self.setup.runtime.place(model), self.setup.evaluations["test"], runtime=self.setup.runtime)
         # A pruned network's logits can overflow before it is retrained, and JSON has no infinity.
-        return {"top1": result.top1, "loss": result.loss if math.isfinite(result.loss) else None}
+        top5 = {} if result.top5 is None else {"top5": result.top5}
+        return {"top1": result.top1, **top5, "loss": result.loss if math.isfinite(result.loss) else None}
 
 
 @dataclass
@@ -444,6 +448,7 @@ def _training_result(rows: list[Row], cost: Cost, seconds: float) -> dict[str, A
     best = max(rows, key=lambda row: row["test_top1"])
     result: dict[str, Any] = {
         "top1": last["test_top1"],
+        **({"top5": last["test_top5"]} if "test_top5" in last else {}),
         "top1_best": best["test_top1"],
         "best_epoch": int(best["epoch"]),
         "loss": last["test_loss"],

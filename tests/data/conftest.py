@@ -42,6 +42,27 @@ def make_folder(tmp_path: Path) -> MakeFolder:
     return make
 
 
+@pytest.fixture
+def make_photographs(tmp_path: Path) -> MakeFolder:
+    """Return a function that writes photographs as ImageNet has them: JPEG files of many sizes, smooth, in colour."""
+
+    def make(name: str = "photographs", *, classes: int = 3, train: int = 6, val: int = 2) -> Path:
+        random = np.random.default_rng(0)
+        for side, count in (("train", train), ("val", val)):
+            for label in range(classes):
+                folder = tmp_path / name / side / f"n{label:08d}"
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    coarse = random.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+                    size = tuple(random.integers(40, 90, 2).tolist())
+                    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(
+                        folder / f"{side}_{label}_{i}.JPEG", quality=95
+                    )
+        return tmp_path / name
+
+    return make
+
+
 class FakeCifar:
     """An archive in torchvision's format with few images, known to torchvision by its own checksum."""
 

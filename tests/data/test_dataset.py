@@ -154,6 +154,6 @@ def test_configs_have_the_same_keys_and_describe_themselves() -> None:
     assert len({tuple(config) for config in configs.values()}) == 1
     for name, config in configs.items():
         assert config["name"] == name
-        options = {k: v for k, v in config.items() if k not in ("name", "mean", "std", "pad", "flip")}
+        options = {k: v for k, v in config.items() if k not in ("name", "mean", "std", "pad", "flip", "workers")}
         if name != "folder":
             assert describe_dataset(name, **options).image_size == config["image_size"]

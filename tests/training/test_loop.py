@@ -16,7 +16,7 @@ from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.loop import Diverged, Progress, Row, Runtime, evaluate, train
+from rethink_prune.training.loop import Diverged, Progress, Row, Runtime, _update, evaluate, train
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
 
 CPU = torch.device("cpu")
@@ -284,6 +284,92 @@ def test_a_gamma_for_each_milestone() -> None:
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([0.01, 0.1, 0.1, 0.02, 0.02, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("multistep", [1 / 3, 2 / 3, 1, 0.1, 0.1, 0.01]),
+        ("cosine", [1 / 3, 2 / 3, *((1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4))]),
+    ],
+)
+def test_the_learning_rate_rises_before_the_schedule_begins(schedule: str, expected: list[float]) -> None:
+    chosen = spec(lr=1.0, schedule=schedule, epochs=6, milestones=(3, 5), warmup=2)
+
+    def rates(first: int, state: dict[str, object] | None) -> tuple[list[float], dict[str, object]]:
+        optimizer = build_optimizer([nn.Parameter(torch.zeros(1))], chosen, fused=False)
+        scheduler = build_scheduler(optimizer, chosen)
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+            scheduler.load_state_dict(state["scheduler"])  # type: ignore[arg-type]
+        found = []
+        for _ in range(first, min(6, first + 3)):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found, {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+
+    before, state = rates(0, None)
+    after, _ = rates(3, state)
+    assert before + after == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_norms_and_biases_can_be_left_out_of_weight_decay(name: str) -> None:
+    model = network()
+    optimizer = build_optimizer(model.parameters(), spec(optimizer=name, decay_norms=False), fused=False)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: decays[id(parameter)] for name, parameter in model.named_parameters()}
+    decayed = {"0.weight", "5.weight"}
+    assert found == {name: 1e-4 if name in decayed else 0.0 for name in dict(model.named_parameters())}
+    (everything,) = build_optimizer(model.parameters(), spec(), fused=False).param_groups
+    assert everything["weight_decay"] == 1e-4
+
+
+def test_options_that_are_not_used_leave_stage_keys_as_they_were() -> None:
+    assert not {"warmup", "decay_norms", "label_smoothing"} & spec().key().keys()
+    changed = spec(warmup=1, decay_norms=False, label_smoothing=0.1)
+    added = {"warmup": 1, "decay_norms": False, "label_smoothing": 0.1}
+    assert changed.key() == {**spec().key(), **added}
+
+
+def test_labels_are_smoothed_in_training_alone(tmp_path: Path) -> None:
+    losses = {}
+    for smoothing in (0.0, 0.5):
+        (tmp_path / str(smoothing)).mkdir()
+        # At this rate the network stays as it is, so the losses are those of one network.
+        progress = run(
+            network(),
+            tmp_path / str(smoothing),
+            lr=1e-30,
+            epochs=1,
+            label_smoothing=smoothing,
+        )
+        losses[smoothing] = progress.rows[0]
+    assert losses[0.5]["train_loss"] != losses[0.0]["train_loss"]
+    assert losses[0.5]["test_loss"] == losses[0.0]["test_loss"]
+    logits, labels = torch.randn(6, 4), torch.arange(6) % 4
+    model = nn.Linear(4, 4)
+    loss, _ = _update(
+        model, logits, labels, torch.optim.SGD(model.parameters(), lr=0.0), Runtime(CPU, "fp32"), NO_HOOKS, 0.5
+    )
+    chances = torch.full((6, 4), 0.5 / 4) + 0.5 * nn.functional.one_hot(labels, 4)
+    assert loss == pytest.approx((-chances * model(logits).log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+
+
+def test_top5_counts_every_image_whose_class_is_among_five() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            # Class c has rank c for every image.
+            return -torch.arange(classes, dtype=torch.float32).expand(len(x), classes)
+
+    for classes, top5 in ((4, None), (5, None), (8, 100 * 32 / 50)):
+        pixels = torch.zeros(50, 8, 8, 3, dtype=torch.uint8)
+        batches = EvalBatches(Split(pixels, torch.arange(50) % classes), batch_size=7, device=CPU, **STATISTICS)
+        result = evaluate(Fixed(), batches, runtime=Runtime(CPU, "fp32"))
+        assert result.top5 == top5
+        assert result.top1 == 100 * len(range(0, 50, classes)) / 50
 
 
 def test_adamw_is_torchs() -> None:

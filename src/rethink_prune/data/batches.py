@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rethink_prune.data.contract import AnyTrainBatches
 from rethink_prune.data.split import Split
 from rethink_prune.errors import UserError
 from rethink_prune.seeds import derive_generator
@@ -205,12 +206,12 @@ class Epoch:
 
     Attributes
     ----------
-    batches : TrainBatches
+    batches : AnyTrainBatches
     epoch : int
         Which epoch's order and augmentation.
     """
 
-    batches: TrainBatches
+    batches: AnyTrainBatches
     epoch: int
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

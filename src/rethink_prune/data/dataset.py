@@ -19,9 +19,9 @@ from rethink_prune.data.folder import folder_source
 from rethink_prune.data.imagenet import imagenet_source
 from rethink_prune.data.memory import available_memory
 from rethink_prune.data.own import own_source
-from rethink_prune.data.source import Source
-from rethink_prune.data.split import Split
-from rethink_prune.data.subsets import Subsets
+from rethink_prune.data.source import Contents, ListedContents, Source, Statistics
+from rethink_prune.data.split import Files, Split
+from rethink_prune.data.subsets import Positions, Subsets
 from rethink_prune.errors import UserError
 
 _GIB = 2**30
@@ -57,26 +57,28 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """A data set in memory, as studies use it.
+    """A data set as studies use it.
 
     Attributes
     ----------
     name : str
         As given.
-    train, validation, test : Split
-        Images and labels, after hold-out and limits; validation is None without a hold-out.
+    train, validation, test : Split or Files
+        Images in memory or in files, all three alike, and labels, after hold-out and limits; validation is None without
+        a hold-out.
     classes : tuple of str
         Class names in the order of the labels.
     mean, std : tuple of float
         Per channel, on the [0, 1] scale.
     fingerprint : str
-        SHA-256 of everything above but the name, in hexadecimal: where the images came from does not count.
+        SHA-256 in hexadecimal of everything above but the name: where the images came from does not count. Images in
+        files count by the classes, how many files each has, and which of them are used; their size counts, too.
     """
 
     name: str
-    train: Split
-    validation: Split | None
-    test: Split
+    train: Split | Files
+    validation: Split | Files | None
+    test: Split | Files
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -97,8 +99,8 @@ def describe_dataset(
 ) -> DatasetInfo:
     """Count what :func:`load_dataset` would load, decoding no image.
 
-    ``digits``, the CIFAR sets and ImageNet are known beforehand and need no files; a folder is listed and one
-    image's header is read where `image_size` is None; a user's own factory is called.
+    ``digits``, the CIFAR sets and ImageNet are known beforehand and need no files; ImageNet is listed if it is there;
+    a folder is listed and one image's header is read where `image_size` is None; a user's own factory is called.
 
     Parameters
     ----------
@@ -154,7 +156,7 @@ def load_dataset(
     cache_dir: Path,
     progress: bool = True,
 ) -> ImageDataset:
-    """Load a data set into memory.
+    """Load a data set into memory, or list the files of one that is streamed (ImageNet).
 
     Parameters
     ----------
@@ -176,27 +178,22 @@ def load_dataset(
     source = _find_source(name, root=root, image_size=image_size, channels=channels, args=args)
     _check_statistics(mean, std, source.channels)
     contents = source.open(cache_dir, progress)
-    train_labels, test_labels = contents.train.labels, contents.test.labels
     subsets = Subsets(validation, train_limit, test_limit, split_seed)
-    chosen = subsets.choose(train_labels, test_labels, len(contents.classes))
-
-    # Read in the data set's order, so that decoded images can be kept for other hold-outs as well.
-    used = torch.cat([chosen.train, chosen.validation]).sort().values
-    if not contents.in_memory:
-        # Setting held-out images apart takes a second copy for a moment.
-        most = len(used) * (2 if len(chosen.validation) else 1) + len(chosen.test)
-        _check_memory(most, image_size=source.image_size, channels=source.channels)
-    images = contents.train.read(used)
-    held_out = None
-    if len(chosen.validation):
-        held_out = Split(images[torch.searchsorted(used, chosen.validation)], train_labels[chosen.validation])
-        images = images[torch.searchsorted(used, chosen.train)]
-    train = Split(images, train_labels[chosen.train])
-    test = Split(contents.test.read(chosen.test), test_labels[chosen.test])
-
-    default_mean, default_std = contents.statistics or channel_statistics(train.images)
-    final_mean = default_mean if mean is None else tuple(map(float, mean))
-    final_std = default_std if std is None else tuple(map(float, std))
+    chosen = subsets.choose(contents.train.labels, contents.test.labels, len(contents.classes))
+    if isinstance(contents, ListedContents):
+        final_mean, final_std = _choose_statistics(mean, std, contents.statistics)
+        return ImageDataset(
+            name=name,
+            train=contents.train.take(chosen.train),
+            validation=contents.train.take(chosen.validation) if len(chosen.validation) else None,
+            test=contents.test.take(chosen.test),
+            classes=contents.classes,
+            mean=final_mean,
+            std=final_std,
+            fingerprint=_listed_fingerprint(source, contents.classes, chosen, final_mean, final_std),
+        )
+    train, held_out, test = _read_splits(contents, chosen, source)
+    final_mean, final_std = _choose_statistics(mean, std, contents.statistics or channel_statistics(train.images))
     if not all(final_std):
         raise UserError(f"dataset.name={name}: a channel is the same in all training images; set dataset.std")
     return ImageDataset(
@@ -208,6 +205,32 @@ def load_dataset(
         mean=final_mean,
         std=final_std,
         fingerprint=_fingerprint([train, held_out, test], contents.classes, final_mean, final_std),
+    )
+
+
+def _read_splits(contents: Contents, chosen: Positions, source: Source) -> tuple[Split, Split | None, Split]:
+    """Read train, validation and test into memory."""
+    # Read in the data set's order, so that decoded images can be kept for other hold-outs as well.
+    used = torch.cat([chosen.train, chosen.validation]).sort().values
+    if not contents.in_memory:
+        # Setting held-out images apart takes a second copy for a moment.
+        most = len(used) * (2 if len(chosen.validation) else 1) + len(chosen.test)
+        _check_memory(most, image_size=source.image_size, channels=source.channels)
+    labels = contents.train.labels
+    images = contents.train.read(used)
+    held_out = None
+    if len(chosen.validation):
+        held_out = Split(images[torch.searchsorted(used, chosen.validation)], labels[chosen.validation])
+        images = images[torch.searchsorted(used, chosen.train)]
+    train = Split(images, labels[chosen.train])
+    return train, held_out, Split(contents.test.read(chosen.test), contents.test.labels[chosen.test])
+
+
+def _choose_statistics(mean: Sequence[float] | None, std: Sequence[float] | None, default: Statistics) -> Statistics:
+    default_mean, default_std = default
+    return (
+        default_mean if mean is None else tuple(map(float, mean)),
+        default_std if std is None else tuple(map(float, std)),
     )
 
 
@@ -231,7 +254,7 @@ def _find_source(
         case "cifar10" | "cifar100":
             return cifar_source(name, root=root, image_size=image_size, channels=channels)
         case "imagenet":
-            return imagenet_source(image_size=image_size, channels=channels)
+            return imagenet_source(root=root, image_size=image_size, channels=channels)
         case "folder":
             return folder_source(root=root, image_size=image_size, channels=channels)
     raise UserError(
@@ -285,4 +308,16 @@ def _fingerprint(
         if split is not None:
             digest.update(split.images.numpy().data)
             digest.update(split.labels.numpy().astype("<i8").data)
+    return digest.hexdigest()
+
+
+def _listed_fingerprint(
+    source: Source, classes: Sequence[str], chosen: Positions, mean: Sequence[float], std: Sequence[float]
+) -> str:
+    counts = [source.train_counts, source.test_counts]
+    header = {"counts": counts, "classes": classes, "size": source.image_size, "mean": mean, "std": std}
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for positions in chosen:
+        digest.update(f"{len(positions)}:".encode())
+        digest.update(positions.numpy().astype("<i8").data)
     return digest.hexdigest()

@@ -171,13 +171,26 @@ def _decode(
     return images
 
 
+def convert(image: Image.Image, channels: int) -> Image.Image:
+    """Decode an opened image of any kind and return it in colour (3 channels) or grey (1)."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
+    if image.mode == _MODES[channels]:
+        image.load()  # to convert it would copy it
+        return image
+    return image.convert(_MODES[channels])
+
+
+def reason(error: Exception) -> str:
+    """Say in a few words why an image cannot be read."""
+    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+
+
 def _decode_file(path: Path, *, size: int, resize: bool, channels: int) -> Bytes:
     with Image.open(path) as image:
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
         if not resize and image.size != (size, size):
             raise _WrongSizeError(f"{image.width} x {image.height}")
-        pixels = image.convert(_MODES[channels])
+        pixels = convert(image, channels)
     if resize:
         pixels = ImageOps.fit(pixels, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(pixels).reshape(size, size, channels)
@@ -185,9 +198,7 @@ def _decode_file(path: Path, *, size: int, resize: bool, channels: int) -> Bytes
 
 def _refuse(root: Path, problems: Sequence[tuple[ImageFile, Exception]], size: int) -> None:
     unreadable = [
-        f"{file.name} ({'not an image' if isinstance(error, UnidentifiedImageError) else error})"
-        for file, error in problems
-        if not isinstance(error, _WrongSizeError)
+        f"{file.name} ({reason(error)})" for file, error in problems if not isinstance(error, _WrongSizeError)
     ]
     if unreadable:
         named = ", ".join(unreadable[:_SHOWN]) + (", ..." if len(unreadable) > _SHOWN else "")

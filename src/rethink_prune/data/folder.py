@@ -58,11 +58,9 @@ def folder_source(*, root: str | None, image_size: int | None, channels: int) ->
         raise UserError(f"dataset.channels={channels}: must be 3 (colour) or 1 (grey)")
     folder = Path(root).expanduser().absolute()
     try:
-        test_name = _check_layout(folder)
-        train_classes, test_classes = _subfolders(folder / "train"), _subfolders(folder / test_name)
-        _check_classes(folder, train_classes, test_name, test_classes)
-        train = _list_side(folder, "train", train_classes)
-        test = _list_side(folder, test_name, test_classes)
+        test_name, classes = find_classes(folder)
+        train = _list_side(folder, "train", classes)
+        test = _list_side(folder, test_name, classes)
     except OSError as error:  # no permission, or a link to nowhere
         raise UserError(f"dataset.root={root}: cannot be listed ({error})") from error
     size = image_size or _size_of_first(folder, train.files[0])
@@ -83,7 +81,7 @@ def folder_source(*, root: str | None, image_size: int | None, channels: int) ->
             return Pool(side.labels(), decode)
 
         return Contents(
-            classes=tuple(train_classes),
+            classes=tuple(classes),
             train=pool(train, "train"),
             test=pool(test, test_name),
             in_memory=False,
@@ -96,6 +94,30 @@ def folder_source(*, root: str | None, image_size: int | None, channels: int) ->
         test_counts=test.counts,
         open=read,
     )
+
+
+def find_classes(root: Path) -> tuple[str, list[str]]:
+    """Return the name of the folder of test images, and the classes, sorted; an error names what is wrong."""
+    test_name = _check_layout(root)
+    train, test = _subfolders(root / "train"), _subfolders(root / test_name)
+    _check_classes(root, train, test_name, test)
+    return test_name, train
+
+
+def list_images(root: Path, side: str, name: str) -> list[os.DirEntry[str]]:
+    """Return the image files of a class, sorted by name; there is at least one."""
+    found = []
+    with os.scandir(root / side / name) as entries:
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith("."):
+                raise UserError(
+                    f"dataset.root={root}: {side}/{name}/{entry.name} is a folder; classes hold images only"
+                )
+            if entry.name.lower().endswith(IMAGE_ENDINGS) and not entry.name.startswith("."):
+                found.append(entry)
+    if not found:
+        raise UserError(f"dataset.root={root}: no image in {side}/{name}; images end in {' '.join(IMAGE_ENDINGS)}")
+    return sorted(found, key=lambda entry: entry.name)
 
 
 def _check_layout(root: Path) -> str:
@@ -135,19 +157,10 @@ def _list_side(root: Path, side: str, classes: Sequence[str]) -> _Side:
     files: list[ImageFile] = []
     counts = []
     for name in classes:
-        found = []
-        with os.scandir(root / side / name) as entries:
-            for entry in entries:
-                if entry.is_dir() and not entry.name.startswith("."):
-                    raise UserError(
-                        f"dataset.root={root}: {side}/{name}/{entry.name} is a folder; classes hold images only"
-                    )
-                if entry.name.lower().endswith(IMAGE_ENDINGS) and not entry.name.startswith("."):
-                    status = entry.stat()
-                    found.append(ImageFile(f"{side}/{name}/{entry.name}", status.st_size, status.st_mtime_ns))
-        if not found:
-            raise UserError(f"dataset.root={root}: no image in {side}/{name}; images end in {' '.join(IMAGE_ENDINGS)}")
-        files += sorted(found, key=lambda file: file.name)
+        found = list_images(root, side, name)
+        for entry in found:
+            status = entry.stat()
+            files.append(ImageFile(f"{side}/{name}/{entry.name}", status.st_size, status.st_mtime_ns))
         counts.append(len(found))
     return _Side(tuple(files), tuple(counts))
 

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import torch
 
+from rethink_prune.data.split import Files
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -45,8 +49,28 @@ class Contents:
     classes: tuple[str, ...]
     train: Pool
     test: Pool
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    statistics: Statistics | None = None
     in_memory: bool = True
+
+
+@dataclass(frozen=True)
+class ListedContents:
+    """A data set whose images stay in their files and are decoded in every epoch.
+
+    Attributes
+    ----------
+    classes : tuple of str
+        Class names in the order of the labels.
+    train, test : Files
+        The two sides.
+    statistics : pair of tuple of float
+        As of :class:`Contents`.
+    """
+
+    classes: tuple[str, ...]
+    train: Files
+    test: Files
+    statistics: Statistics
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,7 @@ class Source:
     channels: int
     train_counts: tuple[int, ...]
     test_counts: tuple[int, ...]
-    open: Callable[[Path, bool], Contents]
+    open: Callable[[Path, bool], Contents | ListedContents]
 
 
 def memory_pool(images: torch.Tensor, labels: torch.Tensor) -> Pool:

@@ -17,7 +17,8 @@ def write_metrics(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
     if not rows:
         return
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)  # an earlier version may have begun with fewer
+    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: repr(value) for name, value in row.items()} for row in rows)
     write_atomically(folder / METRICS_FILE, text.getvalue().encode())
@@ -29,4 +30,4 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]

@@ -12,7 +12,7 @@ from typing import Any
 from rethink_prune.cost import Cost
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically, write_json
-from rethink_prune.results.tables import COLUMNS, markdown, study_rows
+from rethink_prune.results.tables import study_table
 from rethink_prune.results.tensorboard import write_hparams
 from rethink_prune.store import Done, Failed, Store
 
@@ -61,7 +61,7 @@ class Summary:
         """
         entry: dict[str, Any] = asdict(cost) if cost else {"params": None, "macs": None}
         if isinstance(done, Done):
-            entry.update({name: done.result[name] for name in ("top1", "loss")})
+            entry.update({name: done.result[name] for name in ("top1", "top5", "loss") if name in done.result})
             entry["stage"] = str(done.stage.folder)
             self._stages["prune"] = done.stage.name
         entry.update(layers=list(report["layers"]), frozen=dict(report["frozen"]))
@@ -118,7 +118,7 @@ class Summary:
             if entry["status"] == "failed"
         ]
         notes = [f"Note: {warning}." for warning in described["warnings"]]
-        return "\n\n".join([title, markdown(COLUMNS, study_rows(self.content)), *failures, *notes])
+        return "\n\n".join([title, study_table(self.content), *failures, *notes])
 
     def _write(self) -> None:
         write_json(self.run_dir / "summary.json", self.content)

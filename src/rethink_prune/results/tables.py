@@ -8,6 +8,7 @@ from typing import Any
 COLUMNS = (
     "arm",
     "top-1 %",
+    "top-5 %",
     "vs large",
     "parameters",
     "MACs",
@@ -19,11 +20,21 @@ COLUMNS = (
 PLAN_COLUMNS = ("arm", "epochs", "milestones", "training FLOPs")
 
 
-def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Return the cells of a study's table: large, the pruned network before training, and every arm.
+def study_table(summary: Mapping[str, Any]) -> str:
+    """Return a study's table as Markdown: large, the pruned network before training, and every arm.
 
-    ``training FLOPs`` is the row's own training, ``total FLOPs`` adds what it built on.
+    ``training FLOPs`` is the row's own training, ``total FLOPs`` adds what it built on. Top-5 has a column if it is
+    known for any row.
     """
+    table = [list(COLUMNS), *study_rows(summary)]
+    top5 = COLUMNS.index("top-5 %")
+    if not any(row[top5] for row in table[1:]):
+        table = [row[:top5] + row[top5 + 1 :] for row in table]
+    return markdown(table[0], table[1:])
+
+
+def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Return the cells of that table, one for each of the `COLUMNS`."""
     large = summary.get("large") or {}
     rows = [_row("large", large, None)] if large else []
     if "sparse" in summary:
@@ -82,6 +93,7 @@ def _row(name: str, entry: Mapping[str, Any], large_top1: float | None) -> list[
     return [
         name,
         "" if top1 is None else f"{top1:.2f}",
+        "" if entry.get("top5") is None else f"{entry['top5']:.2f}",
         "" if change is None else f"{change:+.2f}",
         f"{entry['params']:,}",
         _millions(entry["macs"]),

@@ -45,7 +45,7 @@ class ArmEvents:
             if self._flops is not None:
                 self._flops += self._per_image * row["images"]
             for name in SETS:
-                for measure in ("top1", "loss"):
+                for measure in ("top1", "top5", "loss"):
                     value = row.get(f"{name}_{measure}")
                     if value is None:
                         continue

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from rethink_prune.data.batches import EvalBatches, TrainBatches
+from rethink_prune.data.contract import AnyEvalBatches, AnyTrainBatches
 from rethink_prune.seeds import derive_seed
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
@@ -54,10 +54,11 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy `loss` and accuracy `top1`, in percent."""
+    """Mean cross-entropy `loss`, and accuracies in percent; `top5` only where there are more than five classes."""
 
     loss: float
     top1: float
+    top5: float | None = None
 
 
 @dataclass
@@ -101,8 +102,8 @@ class Runtime:
 
 def train(
     model: nn.Module,
-    batches: TrainBatches,
-    evaluations: Mapping[str, EvalBatches],
+    batches: AnyTrainBatches,
+    evaluations: Mapping[str, AnyEvalBatches],
     spec: OptimizerSpec,
     *,
     runtime: Runtime,
@@ -119,9 +120,9 @@ def train(
     ----------
     model : torch.nn.Module
         Gives logits N x classes.
-    batches : TrainBatches
+    batches : AnyTrainBatches
         The training images.
-    evaluations : mapping of str to EvalBatches
+    evaluations : mapping of str to AnyEvalBatches
         Sets to evaluate after every epoch, e.g. ``{"test": ...}``.
     spec : OptimizerSpec
         Optimiser, schedule and number of epochs.
@@ -144,7 +145,8 @@ def train(
     -------
     Progress
         With one row per epoch: ``epoch`` (from 1), ``lr``, ``images`` (in this epoch), ``train_loss``,
-        ``train_top1``, ``<set>_loss``, ``<set>_top1`` per evaluated set, ``seconds`` (so far).
+        ``train_top1``, ``<set>_loss``, ``<set>_top1`` and, with more than five classes, ``<set>_top5`` per evaluated
+        set, ``seconds`` (so far).
 
     Raises
     ------
@@ -191,7 +193,7 @@ def train(
             lr = optimizer.param_groups[0]["lr"]
             for images, labels in batches.epoch(progress.epoch, progress.step):
                 _seed_noise(derive_seed(seed, "noise", progress.epoch, progress.step), runtime.device)
-                loss, logits = _update(model, images, labels, optimizer, runtime, hooks)
+                loss, logits = _update(model, images, labels, optimizer, runtime, hooks, spec.label_smoothing)
                 progress.totals += _loss_and_correct(loss * len(labels), logits, labels)
                 progress.step += 1
                 bar.update(len(labels))
@@ -217,6 +219,8 @@ def train(
                     raise Diverged(name, result.loss, progress.epoch + 1, lr)
                 row[f"{name}_loss"] = result.loss
                 row[f"{name}_top1"] = result.top1
+                if result.top5 is not None:
+                    row[f"{name}_top5"] = result.top5
             row["seconds"] = clock.seconds()
             scheduler.step()
             progress.rows.append(row)
@@ -234,16 +238,20 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: EvalBatches, *, runtime: Runtime) -> Evaluation:
-    """Return loss and top-1 over every image of `batches`, each counted once."""
+def evaluate(model: nn.Module, batches: AnyEvalBatches, *, runtime: Runtime) -> Evaluation:
+    """Return loss, top-1 and top-5 over every image of `batches`, each counted once."""
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    classes = 0
     for images, labels in batches:
         with autocast(runtime.device, runtime.precision):
             logits = model(images)
-        totals += _loss_and_correct(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
-    loss, correct = totals.tolist()
-    return Evaluation(loss / len(batches), 100.0 * correct / len(batches))
+        classes = logits.shape[1]
+        totals[:2] += _loss_and_correct(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
+        totals[2] += _within_top5(logits, labels)
+    loss, correct, within = totals.tolist()
+    top5 = 100.0 * within / len(batches) if classes > 5 else None
+    return Evaluation(loss / len(batches), 100.0 * correct / len(batches), top5)
 
 
 def _seed_noise(seed: int, device: torch.device) -> None:
@@ -260,11 +268,12 @@ def _update(
     optimizer: Optimizer,
     runtime: Runtime,
     hooks: Hooks,
+    label_smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward and one step of the optimiser; returns the mean loss and the logits."""
     with autocast(runtime.device, runtime.precision):
         logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
     loss.backward()
     lr = optimizer.param_groups[0]["lr"]
     hooks.before_step(model, lr)
@@ -277,6 +286,11 @@ def _update(
 def _loss_and_correct(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     # Stays on the device: reading a number per step would make the host wait for it.
     return torch.stack([loss_sum.double(), (logits.argmax(1) == labels).sum().double()])
+
+
+def _within_top5(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    return (best == labels[:, None]).any(1).sum()
 
 
 def _state(progress: Progress, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""What the training loop asks of batches, wherever their images are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+
+class AnyTrainBatches(Protocol):
+    """Shuffled, augmented batches: :class:`~rethink_prune.data.batches.TrainBatches` and the like.
+
+    Attributes
+    ----------
+    images_per_epoch : int
+        Images an epoch really uses.
+    steps_per_epoch : int
+        Batches of an epoch.
+    """
+
+    images_per_epoch: int
+    steps_per_epoch: int
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield images (float32, B x C x H x W, normalised) and labels (int64, B) from a step on."""
+
+
+class AnyEvalBatches(Protocol):
+    """Every image once, unchanged: :class:`~rethink_prune.data.batches.EvalBatches` and the like."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield images (float32, B x C x H x W, normalised) and labels (int64, B)."""

@@ -1,0 +1,415 @@
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torchvision.transforms as tv
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from rethink_prune.data import Files, StreamBatches, StreamEvalBatches, load_dataset, streaming
+from rethink_prune.data.shard import Shard
+from rethink_prune.data.streaming import default_workers, random_box, read_box, read_centre
+from rethink_prune.errors import UserError
+
+CPU = torch.device("cpu")
+SIZE = 32
+STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+
+Make = Callable[..., Path]
+Passed = tuple[torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture
+def photographs(make_photographs: Make) -> Files:
+    """18 training images, each of whose labels names its image."""
+    files = load_dataset("imagenet", root=str(make_photographs()), image_size=SIZE, cache_dir=Path()).train
+    assert isinstance(files, Files)
+    return Files(files.root, files.names, torch.arange(len(files)))
+
+
+def train_batches(files: Files, **options: object) -> StreamBatches:
+    defaults: dict[str, object] = {
+        "image_size": SIZE,
+        "batch_size": 4,
+        "augment": True,
+        "flip": True,
+        "device": CPU,
+        "seed": 0,
+        "workers": 0,
+    }
+    return StreamBatches(files, **STATISTICS, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def eval_batches(files: Files, **options: object) -> StreamEvalBatches:
+    defaults: dict[str, object] = {"image_size": SIZE, "batch_size": 4, "device": CPU, "workers": 0}
+    return StreamEvalBatches(files, **STATISTICS, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def joined(batches: Iterator[Passed]) -> Passed:
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def usual(pixels: np.ndarray) -> torch.Tensor:
+    """What ToTensor and Normalize make of an H x W x C image."""
+    normalize = tv.Normalize(*STATISTICS.values())
+    return normalize(tv.ToTensor()(pixels))
+
+
+def test_images_crops_and_flips_do_not_depend_on_workers_or_prefetch(photographs: Files) -> None:
+    alone = train_batches(photographs)
+    helped = [train_batches(photographs, workers=workers, prefetch=3 - workers) for workers in (1, 2)]
+    for epoch in (0, 3):
+        images, labels = joined(alone.epoch(epoch))
+        for batches in helped:
+            others = joined(batches.epoch(epoch))
+            assert torch.equal(images, others[0])
+            assert torch.equal(labels, others[1])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_every_batch(photographs: Files, world: int) -> None:
+    # A last batch of two images leaves one of three processes without any.
+    whole = list(train_batches(photographs).epoch(1))
+    parts = [list(train_batches(photographs, shard=Shard(rank, world)).epoch(1)) for rank in range(world)]
+    assert {train_batches(photographs, shard=Shard(r, world)).images_per_epoch for r in range(world)} == {18}
+    for batch, *shares in zip(whole, *parts, strict=True):
+        for together, divided in zip(batch, zip(*shares, strict=True), strict=True):
+            assert torch.equal(together, torch.cat(divided))
+
+
+def test_batches_do_not_depend_on_batch_size(photographs: Files) -> None:
+    images, labels = joined(train_batches(photographs).epoch(2))
+    others = joined(train_batches(photographs, batch_size=7).epoch(2))
+    assert torch.equal(images, others[0])
+    assert torch.equal(labels, others[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_epoch_goes_on_where_it_was(photographs: Files, workers: int) -> None:
+    batches = train_batches(photographs, workers=workers)
+    images, labels = joined(batches.epoch(2))
+    started = batches.epoch(2)
+    next(started)
+    started.close()  # a pass that is given up leaves nothing behind for the next
+    later = joined(batches.epoch(2, start_step=3))
+    assert torch.equal(images[12:], later[0])
+    assert torch.equal(labels[12:], later[1])
+
+
+def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(photographs: Files) -> None:
+    orders = [
+        joined(train_batches(photographs, seed=seed).epoch(epoch))[1].tolist() for seed in (0, 1) for epoch in (0, 1)
+    ]
+    assert all(sorted(order) == list(range(18)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_augmentation_differs_between_epochs_and_is_paired_within_a_seed(photographs: Files) -> None:
+    one = Files(photographs.root, photographs.names[:2], photographs.labels[:2])
+    views = {joined(train_batches(one, batch_size=2).epoch(epoch))[0].numpy().tobytes() for epoch in range(8)}
+    assert len(views) == 8
+    again = joined(train_batches(one, batch_size=2).epoch(3))[0].numpy().tobytes()
+    assert again in views
+
+
+def test_output_is_float_channels_last(photographs: Files) -> None:
+    for images, labels in (next(train_batches(photographs).epoch(0)), next(iter(eval_batches(photographs)))):
+        assert images.shape == (4, 3, SIZE, SIZE)
+        assert images.dtype == torch.float32
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert labels.dtype == torch.int64
+
+
+def test_a_single_image_at_the_end_is_dropped(photographs: Files) -> None:
+    batches = train_batches(photographs, batch_size=17)
+    assert (batches.steps_per_epoch, batches.images_per_epoch) == (1, 17)
+    assert [len(labels) for _, labels in batches.epoch(0)] == [17]
+    alone = Files(photographs.root, photographs.names[:1], photographs.labels[:1])
+    with pytest.raises(UserError, match=r"recipe\.batch_size=4: cannot train on a single image"):
+        train_batches(alone)
+
+
+def test_half_of_the_images_are_mirrored(photographs: Files) -> None:
+    centres = joined(iter(eval_batches(photographs)))[0]
+    mirrored = []
+    for epoch in range(20):
+        for image, label in zip(*joined(train_batches(photographs, augment=False).epoch(epoch)), strict=True):
+            same, other = (torch.equal(image, view) for view in (centres[label], centres[label].flip(2)))
+            assert same != other
+            mirrored.append(other)
+    assert scipy.stats.binomtest(sum(mirrored), len(mirrored)).pvalue > 0.001
+    unchanged = joined(train_batches(photographs, augment=False, flip=False).epoch(0))
+    assert torch.equal(unchanged[0], centres[unchanged[1]])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_evaluation_counts_every_image_once_in_order(photographs: Files, workers: int, world: int) -> None:
+    shares = [eval_batches(photographs, workers=workers, shard=Shard(rank, world)) for rank in range(world)]
+    assert {len(batches) for batches in shares} == {18}
+    for _ in range(2):
+        labels = [torch.cat(step) for step in zip(*([y for _, y in batches] for batches in shares), strict=True)]
+        assert torch.cat(labels).tolist() == list(range(18))
+
+
+def test_evaluation_is_the_usual_one(photographs: Files) -> None:
+    transform = tv.Compose([tv.Resize(round(SIZE * 256 / 224)), tv.CenterCrop(SIZE)])
+    images, _ = joined(iter(eval_batches(photographs)))
+    for i, image in enumerate(images):
+        with Image.open(photographs.root / photographs.name(i)) as opened:
+            expected = usual(np.asarray(transform(opened.convert("RGB"))))
+        # One grey value at most: the usual script resizes first, and rounds once in between.
+        assert (image - expected).abs().max() <= 1.01 / 255 / 0.2
+
+
+def test_random_parts_are_distributed_as_torchvisions() -> None:
+    torch.manual_seed(0)
+    image = torch.empty(3, 90, 120)
+    theirs = [tv.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
+    draws = torch.rand(3000, 22, dtype=torch.float64).tolist()
+    ours = [random_box(120, 90, row) for row in draws]
+    for box in ours:
+        assert 0 <= box.left <= 120 - box.width
+        assert 0 <= box.top <= 90 - box.height
+    columns = [
+        ([box.top for box in ours], [top for top, *_ in theirs]),
+        ([box.left for box in ours], [left for _, left, *_ in theirs]),
+        ([box.height for box in ours], [height for *_, height, _ in theirs]),
+        ([box.width for box in ours], [width for *_, width in theirs]),
+        ([box.width / box.height for box in ours], [width / height for *_, height, width in theirs]),
+    ]
+    assert min(scipy.stats.ks_2samp(a, b).pvalue for a, b in columns) > 0.001
+
+
+@pytest.mark.parametrize(("width", "height", "expected"), [(300, 10, (143, 0, 13, 10)), (10, 300, (0, 143, 10, 13))])
+def test_parts_of_very_long_images_are_their_centres(width: int, height: int, expected: tuple[int, ...]) -> None:
+    assert random_box(width, height, [0.5, 0.5] + [0.999] * 20) == expected
+
+
+def test_a_part_is_what_resizing_it_gives(photographs: Files) -> None:
+    path = photographs.root / photographs.name(0)
+    with Image.open(path) as opened:
+        whole = opened.convert("RGB")
+    box = streaming.Box(3, 5, 30, 21)
+    expected = whole.crop((3, 5, 33, 26)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    got = read_box(path, SIZE, lambda width, height: box)
+    assert np.abs(got.numpy().astype(int) - np.asarray(expected)).mean() < 2
+    assert got.shape == (SIZE, SIZE, 3)
+
+
+def test_large_photographs_are_decoded_at_a_fraction_of_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Smooth, so that a reduced decoding followed by a resize shows what a full one does.
+    y, x = np.mgrid[0:600, 0:800]
+    pixels = np.stack([x / 800 * 255, y / 600 * 255, (np.sin(x / 90) + np.cos(y / 70) + 2) * 63], axis=2)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    image.save(tmp_path / "large.jpeg", quality=95)
+    decoded, decode = [], streaming._decode
+
+    def noting(*arguments: object, **options: bool) -> torch.Tensor:
+        result = decode(*arguments, **options)  # type: ignore[arg-type]
+        decoded.append((result.shape[1], result.shape[0]))
+        return result
+
+    monkeypatch.setattr(streaming, "_decode", noting)
+    for box, size in (((0, 0, 800, 600), (100, 75)), ((100, 50, 400, 300), (200, 150)), ((7, 9, 70, 300), (800, 600))):
+        got = read_box(tmp_path / "large.jpeg", 64, lambda width, height, box=box: streaming.Box(*box))  # type: ignore[misc]
+        assert decoded.pop() == size
+        left, top, width, height = box
+        expected = image.resize((64, 64), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+        assert np.abs(got.numpy().astype(int) - np.asarray(expected)).max() <= 4
+    read_centre(tmp_path / "large.jpeg", 64)
+    assert decoded.pop() == (800, 600), "tests see what everybody else's see"
+
+
+def test_pillow_decodes_where_torchvision_does_not(photographs: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, labels = joined(train_batches(photographs).epoch(0))
+    monkeypatch.setattr(streaming, "_jpeg_decoder", lambda: None)
+    ours, same = joined(train_batches(photographs).epoch(0))
+    assert torch.equal(labels, same)
+    assert (ours - theirs).abs().max() <= 4 / 255 / 0.2, "two builds of one library"
+
+
+def test_files_that_are_not_what_their_names_say(photographs: Files) -> None:
+    # ImageNet has a PNG file among its JPEG files, 22 in CMYK, and many in grey.
+    path = photographs.root / photographs.name(0)
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    alone = photographs.take(torch.tensor([0, 0]))
+    expected = joined(iter(eval_batches(alone)))[0]
+    for kind, mode, tolerance in (
+        ("PNG", "RGB", 0.01),
+        ("JPEG", "CMYK", 0.3),
+        ("GIF", "P", 1.5),
+        ("PNG", "RGBA", 0.01),
+    ):
+        content = io.BytesIO()
+        image.convert(mode).save(content, kind, **({"quality": 100} if kind == "JPEG" else {}))
+        path.write_bytes(content.getvalue())
+        assert (joined(iter(eval_batches(alone)))[0] - expected).abs().mean() < tolerance
+    image.convert("L").save(path, "JPEG")
+    grey = joined(iter(eval_batches(alone)))[0]
+    mean, std = (torch.tensor(STATISTICS[name]).view(3, 1, 1) for name in ("mean", "std"))
+    channels = grey * std + mean
+    assert torch.allclose(channels[:, 0], channels[:, 2], atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_image_in_the_middle_of_an_epoch_is_named(photographs: Files, workers: int) -> None:
+    batches = train_batches(photographs, workers=workers)
+    order = joined(batches.epoch(0))[1].tolist()
+    name = photographs.name(order[9])
+    path = photographs.root / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    passing = batches.epoch(0)
+    assert [len(labels) for _, labels in (next(passing), next(passing))] == [4, 4], "the batches before it are unharmed"
+    with pytest.raises(UserError) as error:
+        next(passing)
+    message = str(error.value)
+    assert message.startswith(f"dataset.root={photographs.root}: {name} cannot be read (")
+    assert "truncated" in message
+    assert "run the same command again" in message
+    assert "\n" not in message
+
+    path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cannot be read \(not an image\)"):
+        joined(batches.epoch(0))
+    path.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        joined(batches.epoch(0))
+    path.write_bytes(whole)
+    assert joined(batches.epoch(0))[1].tolist() == order, "once repaired, the same workers go on"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_dies_is_an_error_at_the_next_batch(photographs: Files, number: signal.Signals) -> None:
+    list(DataLoader(torch.zeros(2), num_workers=1))  # type: ignore[arg-type]  # leaves its handler of dead workers
+    batches = train_batches(photographs, batch_size=2, workers=2, prefetch=1)
+    passing = batches.epoch(0)
+    next(passing)
+    os.kill(batches._stream._processes[0].pid or 0, number)
+    time.sleep(0.2)  # nothing is raised here, in the middle of a step
+    with pytest.raises(UserError, match=r"^dataset\.workers: a process that reads images died") as error:
+        list(passing)
+    assert "dataset.workers below 2" in str(error.value)
+    images, labels = joined(batches.epoch(0))
+    assert torch.equal(images, joined(train_batches(photographs, batch_size=2).epoch(0))[0])
+    assert len(labels) == 18
+
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
+
+
+def test_too_little_shared_memory_is_refused_before_training(
+    photographs: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda path: Usage(64 * 2**20, 0, 64 * 2**20))
+    with pytest.raises(UserError) as error:
+        train_batches(photographs, image_size=224, batch_size=256, workers=4)
+    assert str(error.value) == (
+        "dataset.workers=4: batches on their way from the workers need 294 MiB of /dev/shm, which has 64 MiB left; "
+        "set dataset.workers=0 or to fewer, or enlarge it "
+        "(mount -o remount,size=8g /dev/shm; for a container, --shm-size=8g)"
+    )
+    train_batches(photographs, image_size=224, batch_size=256, workers=4, shard=Shard(0, 8))
+    train_batches(photographs, image_size=224, batch_size=256, workers=0)
+
+
+def test_shared_memory_that_others_fill_up_is_told(photographs: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with pytest.raises(UserError, match=r"^dataset\.workers: unable to allocate .* set dataset\.workers=0 or to fewer"):
+        next(train_batches(photographs, workers=1).epoch(0))
+
+
+def test_shared_memory_that_gives_way_is_told(photographs: Files) -> None:
+    batches = train_batches(photographs, batch_size=2, workers=1, prefetch=1)
+    passing = batches.epoch(0)
+    next(passing)
+    os.kill(batches._stream._processes[0].pid or 0, signal.SIGBUS)
+    with pytest.raises(UserError, match=r"^dataset\.workers: /dev/shm is full; set dataset\.workers=0 or to fewer"):
+        list(passing)
+
+
+def test_no_room_for_what_workers_talk_through_is_told(photographs: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(loader: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as creating a semaphore does
+
+    monkeypatch.setattr(DataLoader, "__iter__", refuse)
+    with pytest.raises(UserError, match=r"^dataset\.workers: /dev/shm is full; set dataset\.workers=0"):
+        next(train_batches(photographs, workers=1).epoch(0))
+
+
+def test_workers_outlive_the_signals_that_tell_a_study_to_stop(photographs: Files) -> None:
+    batches = train_batches(photographs, batch_size=2, workers=2)
+    passing = batches.epoch(0)
+    first = [next(passing)]
+    for process in batches._stream._processes:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(process.pid or 0, number)
+    assert len(first + list(passing)) == 9
+
+
+def test_a_process_with_workers_ends_at_once_and_leaves_none(photographs: Files, tmp_path: Path) -> None:
+    program = f"""
+        import sys
+        from pathlib import Path
+        from rethink_prune.data import load_dataset, StreamBatches
+        import torch
+        files = load_dataset("imagenet", root={str(photographs.root)!r}, image_size=32, cache_dir=Path()).train
+        batches = StreamBatches(
+            files, mean=(0, 0, 0), std=(1, 1, 1), image_size=32, batch_size=2, augment=True, flip=True,
+            device=torch.device("cpu"), seed=0, workers=2,
+        )
+        next(batches.epoch(0))
+        print(*(process.pid for process in batches._stream._processes), flush=True)
+        {{}}
+    """
+    for ending in ("sys.exit('refused')", "raise KeyboardInterrupt", "pass"):
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program).replace("{}", ending)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        pids = [int(pid) for pid in done.stdout.split()]
+        assert len(pids) == 2, done.stderr
+        assert time.monotonic() - start < 30
+        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_one_worker_for_every_core_a_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(24)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_workers() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert default_workers() == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "48")
+    assert default_workers() == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_epoch_on_cuda_equals_cpu(photographs: Files) -> None:
+    images, labels = joined(train_batches(photographs).epoch(1))
+    there = joined(train_batches(photographs, device=torch.device("cuda"), workers=2).epoch(1))
+    torch.testing.assert_close(there[0].cpu(), images, rtol=0, atol=1e-6)
+    assert torch.equal(there[1].cpu(), labels)
