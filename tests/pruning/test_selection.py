@@ -15,6 +15,7 @@ from rethink_prune.pruning.selection import (
     explicit_widths,
     global_threshold,
     kept_count,
+    missed_target,
     widths_for_global_ratio,
     widths_for_ratio,
     widths_for_target,
@@ -95,6 +96,17 @@ def test_target_is_reached_within_one_percent_or_refused_with_the_nearest() -> N
     assert solve(0.75, "params", narrow) == {"conv": 3}
     with pytest.raises(UserError, match=r"target_params=0\.6: cannot be reached within 1%.*the nearest is 2 \(of 4"):
         solve(0.6, "params", narrow)
+
+
+def test_what_scores_decide_may_miss_a_target_and_says_so() -> None:
+    narrow = {"conv": 4}
+    widths = widths_for_target(
+        0.6, "params", lambda r: widths_for_ratio(r, narrow), cost_of, cost_of(narrow), strict=False
+    )
+    assert widths == {"conv": 2}
+    said = missed_target(0.6, "params", cost_of(widths), cost_of(narrow))
+    assert said == ["pruner.target_params=0.6: the nearest these scores allow is 2 of 4"]
+    assert missed_target(0.5, "params", cost_of(widths), cost_of(narrow)) == []
 
 
 def test_ties_keep_the_lower_index() -> None:
