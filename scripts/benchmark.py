@@ -242,7 +242,10 @@ def empty_side(model: nn.Module, split: Split, device: torch.device, precision: 
     loss, logits = torch.zeros((), device=device), torch.zeros(BATCH_SIZE, 10, device=device)
 
     def run_empty() -> object:
-        with mock.patch.object(loop, "_update", return_value=(loss, logits)), warnings.catch_warnings():
+        with (
+            mock.patch.object(loop, "build_step", return_value=lambda *batch: (loss, logits)),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # that the schedule advances without the optimiser
             return run()
 
