@@ -31,7 +31,7 @@ from rethink_prune.pruning.masks import HeldMasks
 from rethink_prune.pruning.surgery import Architecture, reshape
 from rethink_prune.results.metrics import read_metrics, write_metrics
 from rethink_prune.results.summary import Summary
-from rethink_prune.results.tables import plan_text
+from rethink_prune.results.tables import duration, plan_text
 from rethink_prune.results.tensorboard import ArmEvents
 from rethink_prune.seeds import derive_generator
 from rethink_prune.setup import Setup
@@ -441,7 +441,7 @@ class _Pace:
         planned = self.planned[title]
         seconds = rows[-1]["seconds"] / done * (sum(flops or 0 for flops in planned) - done)
         per_epoch = rows[-1]["seconds"] / len(rows)
-        rest = f"about {_duration(seconds)} more" + (", and what follows pruning" if None in planned else "")
+        rest = f"about {duration(seconds)} more" + (", and what follows pruning" if None in planned else "")
         log.info("%s: epoch %d took %.1f s; the study will take %s", title, len(rows), per_epoch, rest)
 
 
@@ -481,9 +481,3 @@ def _architecture_key(architecture: Architecture) -> dict[str, Any]:
 
 def _base(setup: Setup) -> str:
     return "sparse" if setup.pruner.trains_sparse else "large"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

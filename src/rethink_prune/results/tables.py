@@ -85,6 +85,13 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(table[0]), line(rule), *map(line, table[1:])])
 
 
+def duration(seconds: float) -> str:
+    """Return seconds as a person would say them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 def _row(name: str, entry: Mapping[str, Any], large_top1: float | None) -> list[str]:
     if entry.get("status") == "failed":
         return [name, "failed", *[""] * (len(COLUMNS) - 2)]

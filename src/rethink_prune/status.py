@@ -1,0 +1,60 @@
+"""``python -m rethink_prune.status STORE``: what is in a store, and how far it is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from rethink_prune.errors import UserError
+from rethink_prune.results.stages import list_stages, remove_stages, size, stages_table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the stages of a store, or remove those that nobody needs; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="rethink-prune-status", description="What is in a store.")
+    default = os.environ.get("RETHINK_PRUNE_STORE", "store")
+    parser.add_argument("store", nargs="?", type=Path, default=Path(default), help="its folder (%(default)s)")
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="print it again and again, until Ctrl-C")
+    parser.add_argument("--clean", action="store_true", help="remove unfinished stages and those that no run uses")
+    parser.add_argument("--yes", action="store_true", help="with --clean: do not ask")
+    options = parser.parse_args(arguments)
+    if options.watch is not None and not options.watch > 0:
+        parser.error("--watch: must be more than 0")
+    if options.watch is not None and options.clean:
+        parser.error("--watch and --clean do not go together")
+    try:
+        if options.clean:
+            return _clean(options.store, ask=not options.yes)
+        while True:
+            table = stages_table(options.store, list_stages(options.store))
+            print(f"\033[H\033[2J{table}" if options.watch and sys.stdout.isatty() else table, flush=True)
+            if options.watch is None:
+                return 0
+            time.sleep(options.watch)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def _clean(store: Path, *, ask: bool) -> int:
+    needless = [stage for stage in list_stages(store) if stage.needless]
+    if not needless:
+        print("Nothing to remove.")
+        return 0
+    print(stages_table(store, needless))
+    freed = size(sum(stage.disk for stage in needless))
+    if ask and input(f"\nRemove these {len(needless)} stages ({freed})? [y/N] ").strip().lower() not in ("y", "yes"):
+        print("Nothing was removed.")
+        return 0
+    gone = remove_stages(needless)
+    print(f"Removed {len(gone)} stages, {size(sum(stage.disk for stage in gone))}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
