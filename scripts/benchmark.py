@@ -6,7 +6,11 @@
     python scripts/benchmark.py data --images photographs.tar
 
 train     Images/s of the whole loop, data included, against the usual script: torchvision's CIFAR10 with
-          PIL transforms, a DataLoader (the faster of 0 and 2 workers), float32, contiguous memory.
+          PIL transforms, a DataLoader (the faster of 0 and 2 workers, on CUDA 2 and 8), float32, contiguous memory.
+          With --device cuda, also: plain steps (accelerate=off), compiled ones, deterministic ones, several
+          trainings at once, as processes and as streams of one; what share of the card's measured bf16 matrix rate
+          and memory bandwidth is used; for vgg16, a whole L1 study and five seeds of it at once, projected from
+          --epochs epochs of each of its two networks, evaluation included.
 overhead  The whole loop against bare steps (forward, backward, update) on ready tensors of the same memory
           format and precision. Judged by what the loop adds: its time with the bare step taken out, as a share
           of that step, because the steps themselves vary by more than the loop costs.
@@ -19,6 +23,7 @@ memory    Peak resident memory of a process that loads CIFAR-10, trains, prunes 
 data      Images/s of one core that makes ImageNet batches of the photographs in --images FOLDER_OR_TAR, mirroring and
           normalising included, against the usual script: torchvision's ImageFolder, RandomResizedCrop,
           RandomHorizontalFlip, ToTensor and Normalize on PIL images, and a DataLoader. Both without workers.
+startup   Seconds of ``--help``, and until the first training step of the digits study is done.
 
 Sides take turns in one process (A B A B ...) after a warm-up round, so that a machine that slows down slows
 them all; ratios are taken within a round. Every line gives the median of n values, and in brackets the least
@@ -38,8 +43,7 @@ import sys
 import tarfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -53,27 +57,34 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, ImageFolder, VisionDataset
+from torchvision.datasets import CIFAR10, ImageFolder
 
+from benchmark_gpu import measure_gpu
+from benchmark_sides import (
+    BATCH_SIZE,
+    SPEC,
+    Line,
+    Side,
+    batches_of,
+    framework_side,
+    precisions,
+    quotients,
+    random_images,
+    take_turns,
+    usual_side,
+)
 from rethink_prune import build_model, prune
 from rethink_prune.config import parse_pruner
-from rethink_prune.data import Files, Split, StreamBatches, TrainBatches
+from rethink_prune.data import Files, Split, StreamBatches
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS, find_pruner, surgery
 from rethink_prune.pruning.channels import analyse
-from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.training import loop
-from rethink_prune.training.checkpoint import Checkpoints
-from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.loop import Progress, Runtime, train
-from rethink_prune.training.precision import autocast, resolve_device, resolve_precision
-from rethink_prune.training.schedule import OptimizerSpec, build_optimizer
+from rethink_prune.training.loop import Runtime
+from rethink_prune.training.precision import autocast, resolve_device
+from rethink_prune.training.schedule import build_optimizer
 
-BATCH_SIZE = 64
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# The paper's optimiser, at a rate at which no network diverges on random images.
-SPEC = OptimizerSpec("sgd", 0.01, 0.9, False, 1e-4, "constant", 1, (), ())
 # Least speed relative to the usual script, on a CPU.
 TRAIN_TARGETS = {
     ("resnet20", "fp32"): 1.1,
@@ -81,43 +92,18 @@ TRAIN_TARGETS = {
     ("vgg16", "fp32"): 1.0,
     ("vgg16", "bf16"): 1.6,
 }
-
-Side = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One measured quantity; `limit` is the least (``>=``) or greatest (``<=``) median asked for, if any."""
-
-    part: str
-    network: str
-    what: str
-    unit: str
-    values: list[float]
-    limit: tuple[str, float] | None = None
-
-    def record(self) -> dict[str, Any]:
-        """Return everything there is to say about it."""
-        middle, reached = median(self.values), None
-        if self.limit is not None:
-            relation, bound = self.limit
-            reached = middle >= bound if relation == ">=" else middle <= bound
-        spread = {"n": len(self.values), "median": middle, "min": min(self.values), "max": max(self.values)}
-        return {**asdict(self), **spread, "reached": reached}
-
-    def __str__(self) -> str:
-        record = self.record()
-        text = "{part:9s}{network:10s}{what:30s}{median:9.3f} {unit:9s} [{min:.3f}, {max:.3f}]  n={n}".format_map(
-            record
-        )
-        if self.limit is None:
-            return text
-        return f"{text}  asked {self.limit[0]} {self.limit[1]:g}: {'reached' if record['reached'] else 'MISSED'}"
+# The same on CUDA, where these networks are measured.
+CUDA_TARGETS = {("vgg16", "bf16"): 10.0, ("resnet56", "bf16"): 10.0}
+CUDA_NETWORKS = ["vgg16", "resnet56", "resnet110", "preresnet164", "densenet40"]
 
 
 def main() -> None:
     options = parse_arguments()
     device = resolve_device(options.device)
+    on_cuda = device.type == "cuda"
+    # Full epochs of CIFAR-10 on CUDA, so that recording a step weighs what it weighs in a study.
+    options.steps = options.steps or (782 if on_cuda else 20)
+    options.rounds = options.rounds or (3 if on_cuda else 7)
     torch.backends.cudnn.benchmark = True  # as a study has it; most scripts do, too
     described = describe_machine(device)
     print("  ".join(f"{name} {value}" for name, value in described.items()))
@@ -130,10 +116,14 @@ def main() -> None:
                 sys.exit("data: give photographs with --images FOLDER_OR_TAR")
             print("data: left out, for it needs --images")
             continue
+        if part == "train" and on_cuda:
+            networks = CUDA_NETWORKS
         for network in options.networks or networks:
             found = measure(network, device, options)
             print(*found, sep="\n", flush=True)
             lines += found
+        if part == "train" and not on_cuda:
+            print("train: a whole study is not projected without a GPU")
     if options.json is not None:
         content = {"machine": described, "batch_size": BATCH_SIZE, "steps": options.steps}
         content["results"] = [line.record() for line in lines]
@@ -153,8 +143,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--networks", type=lambda text: text.split(","), metavar="A,B", help="other than those promised for"
     )
-    parser.add_argument("--rounds", type=positive, default=7, help="n (%(default)s; memory and pruners at most 3)")
-    parser.add_argument("--steps", type=positive, default=20, help="training steps a round (%(default)s)")
+    parser.add_argument("--rounds", type=positive, help="n (7; on CUDA 3; memory, pruners, startup at most 3)")
+    parser.add_argument("--steps", type=positive, help="training steps a round (20; on CUDA 782, an epoch of CIFAR-10)")
+    parser.add_argument("--epochs", type=positive, default=20, help="train on CUDA: epochs of a study (%(default)s)")
+    parser.add_argument("--together", type=positive, default=5, help="train on CUDA: trainings at once (%(default)s)")
     parser.add_argument("--train-limit", type=positive, metavar="N", help="memory: train on so many images")
     parser.add_argument("--images", type=Path, metavar="FOLDER_OR_TAR", help="data: JPEG files in folders of classes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every value there")
@@ -178,121 +170,20 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def precisions(device: torch.device) -> list[str]:
-    """Return float32, and bfloat16 where the hardware computes in it."""
-    return sorted({"fp32", resolve_precision("auto", device)}, reverse=True)
-
-
-def take_turns(sides: Mapping[str, Side], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Return the seconds each side took in each round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(1 + rounds):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: values[1:] for name, values in seconds.items()}
-
-
-def quotients(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Divide round by round."""
-    return [a / b for a, b in zip(numerators, denominators, strict=True)]
-
-
-def random_images(count: int) -> Split:
-    """Return images of CIFAR-10's shape."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return Split(images, torch.randint(0, 10, (count,), generator=generator))
-
-
-def batches_of(split: Split, device: torch.device) -> TrainBatches:
-    """Return the framework's batches, augmented as the paper has it."""
-    return TrainBatches(split, mean=MEAN, std=STD, batch_size=BATCH_SIZE, pad=4, flip=True, device=device, seed=0)
-
-
-def framework_side(model: nn.Module, split: Split, device: torch.device, precision: str) -> Side:
-    """Return one epoch of the framework's own `train`, each time from the start."""
-    batches = batches_of(split, device)
-    runtime = Runtime(device, precision)
-
-    def run() -> Progress:
-        # A new folder each time, so that no round goes on from a checkpoint of the one before.
-        with TemporaryDirectory() as folder:
-            return train(
-                model,
-                batches,
-                {},
-                SPEC,
-                runtime=runtime,
-                hooks=TrainingHooks(),
-                seed=0,
-                checkpoints=Checkpoints(Path(folder)),
-                interrupts=Interrupts(),
-            )
-
-    return run
-
-
 def empty_side(model: nn.Module, split: Split, device: torch.device, precision: str) -> Side:
     """Return the framework's epoch with forward, backward and update taken out: everything else it does."""
     run = framework_side(model, split, device, precision)
     loss, logits = torch.zeros((), device=device), torch.zeros(BATCH_SIZE, 10, device=device)
 
     def run_empty() -> object:
-        with mock.patch.object(loop, "_update", return_value=(loss, logits)), warnings.catch_warnings():
+        with (
+            mock.patch.object(loop, "build_step", return_value=lambda *batch: (loss, logits)),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # that the schedule advances without the optimiser
             return run()
 
     return run_empty
-
-
-class SyntheticCifar10(CIFAR10):
-    """torchvision's CIFAR-10 on images from memory: its ``__getitem__``, without its files."""
-
-    def __init__(self, split: Split, transform: Callable[..., torch.Tensor]) -> None:
-        VisionDataset.__init__(self, root="", transform=transform)
-        self.data, self.targets = split.images.numpy(), split.labels.tolist()
-
-
-def usual_side(model: nn.Module, split: Split, device: torch.device, workers: int) -> Side:
-    """Return one epoch of the script people write."""
-    transform = transforms.Compose(
-        [
-            transforms.RandomCrop(32, padding=4),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-    loader: DataLoader[Any] = DataLoader(
-        SyntheticCifar10(split, transform),
-        batch_size=BATCH_SIZE,
-        shuffle=True,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,  # starting them is not what a long training spends its time on
-    )
-    model = model.to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=SPEC.lr, momentum=SPEC.momentum, weight_decay=SPEC.weight_decay)
-
-    def run() -> tuple[float, float]:
-        model.train()
-        loss_sum, correct = 0.0, 0.0
-        for images, labels in loader:
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            optimizer.zero_grad()
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-            loss.backward()
-            optimizer.step()
-            loss_sum += loss.item() * len(labels)
-            correct += (logits.argmax(1) == labels).sum().item()
-        return loss_sum / len(split), correct / len(split)
-
-    return run
 
 
 def bare_side(model: nn.Module, split: Split, device: torch.device, precision: str) -> Side:
@@ -315,10 +206,13 @@ def bare_side(model: nn.Module, split: Split, device: torch.device, precision: s
 
 
 def measure_train(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
+    on_cuda = device.type == "cuda"
     split = random_images(options.steps * BATCH_SIZE)
     sides: dict[str, Side] = {}
-    for workers in (0, 2):
+    for workers in (2, min(8, os.cpu_count() or 1)) if on_cuda else (0, 2):
         sides[f"usual, {workers} workers"] = usual_side(build_model(network), split, device, workers)
+    if on_cuda:
+        sides["plain, fp32"] = framework_side(build_model(network), split, device, "fp32", "off")
     for precision in precisions(device):
         sides[precision] = framework_side(build_model(network), split, device, precision)
     seconds = take_turns(sides, options.rounds, device)
@@ -327,11 +221,15 @@ def measure_train(network: str, device: torch.device, options: argparse.Namespac
         for name, values in seconds.items()
     ]
     usual = min((name for name in sides if "workers" in name), key=lambda name: median(seconds[name]))
+    targets = CUDA_TARGETS if on_cuda else TRAIN_TARGETS
     for precision in precisions(device):
-        target = TRAIN_TARGETS.get((network, precision)) if device.type == "cpu" else None
+        target = targets.get((network, precision))
         limit = None if target is None else (">=", target)
         ratios = quotients(seconds[usual], seconds[precision])
         lines.append(Line("train", network, f"{precision} / {usual}", "ratio", ratios, limit))
+    if on_cuda:
+        sides.clear()  # the memory and the workers
+        lines += measure_gpu(network, device, options)
     return lines
 
 
@@ -538,6 +436,38 @@ def measure_data(network: str, device: torch.device, options: argparse.Namespace
     return [*lines, Line("data", network, "streamed / usual", "ratio", ratios, (">=", 1.3))]
 
 
+# Prints when the first training step is done.
+FIRST_STEP = """
+import os
+from rethink_prune.__main__ import main
+from rethink_prune.training.step import PlainStep
+real = PlainStep.__call__
+def first(*arguments):
+    real(*arguments)
+    print("first step", flush=True)
+    os._exit(0)
+PlainStep.__call__ = first
+main()
+"""
+
+
+def measure_startup(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
+    commands = {
+        "--help": (["-m", "rethink_prune", "--help"], 3.0),
+        "first step of the digits study": (["-c", FIRST_STEP, f"model={network}", f"device={device}"], 10.0),
+    }
+    lines = []
+    for name, (arguments, limit) in commands.items():
+        seconds = []
+        for _ in range(min(options.rounds, 3)):
+            with TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                subprocess.run([sys.executable, *arguments], cwd=folder, check=True, capture_output=True)
+                seconds.append(time.perf_counter() - start)
+        lines.append(Line("startup", network, name, "s", seconds, ("<=", limit)))
+    return lines
+
+
 # What is measured, and the networks it is promised for.
 PARTS: dict[str, tuple[Callable[[str, torch.device, argparse.Namespace], list[Line]], list[str]]] = {
     "train": (measure_train, ["resnet20", "vgg16"]),
@@ -546,6 +476,7 @@ PARTS: dict[str, tuple[Callable[[str, torch.device, argparse.Namespace], list[Li
     "pruners": (measure_pruners, ["vgg16", "resnet56", "densenet40"]),
     "memory": (measure_memory, ["resnet20"]),
     "data": (measure_data, ["imagenet"]),  # the same for all networks
+    "startup": (measure_startup, ["resnet20"]),
 }
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from rethink_prune import build_model, count_cost
+
 SCRIPT = Path(__file__).parents[1] / "scripts/benchmark.py"
 CPU = torch.device("cpu")
 
@@ -176,3 +178,106 @@ def test_a_mistake_is_named_without_a_traceback(tmp_path: Path) -> None:
     done = benchmark("surgery", "--networks=resnet21", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("model.name=resnet21: no such network")
+
+
+@pytest.fixture
+def gpu() -> ModuleType:
+    """Return what is measured on CUDA; a CPU can run all of it but streams."""
+    return importlib.import_module("benchmark_gpu")
+
+
+def test_trainings_at_once_are_as_long_as_the_slowest_in_every_epoch(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    training = gpu.Training("resnet20", "cpu", "fp32", "auto", epochs=2, steps=1)
+    seconds = gpu.run_together(training, 2)
+    assert len(seconds) == 2, "the epoch before does not count"
+    assert all(value > 0 for value in seconds)
+
+
+def test_a_training_that_fails_ends_the_benchmark(gpu: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"train: a process failed: Training\(network='resnet21'"):
+        gpu.run_together(gpu.Training("resnet21", "cpu", "fp32", "auto", epochs=1, steps=1), 1)
+
+
+def test_a_study_is_projected_from_both_of_its_networks(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_together(training: Any, count: int) -> list[float]:
+        return [(0.5 if training.pruned else 1.0) * (1.5 if count > 1 else 1.0)] * training.epochs
+
+    monkeypatch.setattr(gpu, "run_together", run_together)
+    training = gpu.Training("vgg16", "cpu", "fp32", "auto", epochs=20, steps=1)
+    one, many, ratio = gpu.measure_study(training, 5)
+    assert one.values == [160 * 1.0 + (40 + 160 + 243) * 0.5] * 20
+    assert many.values == [1.5 * value for value in one.values]
+    assert ratio.values == [1.5] * 20
+    assert [line.limit for line in (one, many, ratio)] == [None] * 3, "nothing is asked of a CPU"
+    on_cuda = gpu.measure_study(gpu.Training("vgg16", "cuda", "fp32", "auto", epochs=20, steps=1), 5)
+    assert [line.limit for line in on_cuda] == [("<=", 600.0), None, ("<=", 2.0)]
+
+
+def test_too_few_epochs_project_nothing(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.measure_study(gpu.Training("vgg16", "cpu", "fp32", "auto", epochs=19, steps=1), 5) == []
+    assert capsys.readouterr().out == "study: not projected from fewer than 20 epochs\n"
+
+
+def test_rates_of_the_card_are_work_over_time(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_timed", lambda side, rounds, device: (side(), [0.5] * rounds)[1])
+    assert gpu.matmul_rate(CPU, size=8, rounds=2) == [2 * 8**3 / 0.5] * 2
+    assert gpu.copy_rate(CPU, count=100, rounds=2) == [2 * 100 / 0.5] * 2
+
+
+def test_every_rate_on_the_card_is_told_with_its_share(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_together(training: Any, count: int) -> list[float]:
+        return [2.0 if training.deterministic else 1.0 * count] * training.epochs
+
+    monkeypatch.setattr(gpu, "run_together", run_together)
+    monkeypatch.setattr(gpu, "streams_side", lambda *arguments: lambda: None)
+    monkeypatch.setattr(gpu, "matmul_rate", lambda device: [1e12, 2e12])
+    monkeypatch.setattr(gpu, "copy_rate", lambda device: [1e9, 2e9])
+    monkeypatch.setattr(gpu, "step_traffic", lambda *arguments: 64 * 1_000_000)
+    options = argparse.Namespace(together=4, steps=10, rounds=3, epochs=1)
+    lines = {line.what: line for line in gpu.measure_gpu("resnet20", CPU, options)}
+    precision = gpu.precisions(CPU)[-1] if len(gpu.precisions(CPU)) == 1 else "bf16"
+    assert lines[f"{precision}, with evaluation"].values == [640.0] * 3
+    assert lines[f"{precision}, 4 processes"].values == [640.0] * 3, "four times the images in four times the time"
+    assert lines["deterministic / not, time"].values == [2.0] * 3
+    flops = build_model_flops("resnet20")
+    assert lines["of the matmul rate"].values == pytest.approx([100 * 640 * flops / 2e12] * 3)
+    assert lines["of the bandwidth, if unfused"].values == pytest.approx([100 * 640e6 / 2e9] * 3)
+    assert not any("study" in what for what in lines), "only vgg16's is projected"
+
+
+def build_model_flops(network: str) -> int:
+    """Return the training FLOPs of an image, by the stated convention."""
+    return 6 * count_cost(build_model(network), (3, 32, 32)).macs
+
+
+def test_traffic_is_what_operations_take_and_give_and_views_are_free(gpu: ModuleType) -> None:
+    x, weight = torch.zeros(4, 8), torch.zeros(3, 8)
+    with gpu._Traffic() as traffic:
+        x.view(8, 4)
+        x @ weight.t()
+    assert traffic.bytes == 4 * (4 * 8 + 3 * 8 + 4 * 3)
+    with gpu._Traffic() as traffic:
+        x.add_(1)
+    assert traffic.bytes == 4 * 2 * (4 * 8), "read and written"
+    step = gpu.step_traffic(Counting(), CPU, "fp32")
+    assert step > 4 * 64 * 3 * 32 * 32, "the batch is read"
+
+
+def test_start_up_is_measured_against_what_is_asked(tmp_path: Path) -> None:
+    done = benchmark("startup", "--rounds=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    help_line, first_step = [line for line in done.stdout.splitlines() if line.startswith("startup")]
+    assert "--help" in help_line
+    assert "asked <= 3" in help_line
+    assert "first step of the digits study" in first_step
+    assert "asked <= 10" in first_step
+
+
+def test_a_cpu_says_that_it_projects_no_study(tmp_path: Path) -> None:
+    done = benchmark("train", "--networks=resnet20", "--rounds=1", "--steps=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "a whole study is not projected without a GPU" in done.stdout
+    assert "L1 study" not in done.stdout

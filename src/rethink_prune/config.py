@@ -288,7 +288,7 @@ class StudyConfig(Frozen):
     seed: int = Field(0, ge=0)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    accelerate: Literal["auto", "off"] = "auto"
+    accelerate: Literal["auto", "compile", "off"] = "auto"
     deterministic: bool = False
     dry_run: bool = False
     store: StoreConfig

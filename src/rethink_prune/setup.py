@@ -42,7 +42,7 @@ from rethink_prune.pruning.surgery import Architecture, reshape
 from rethink_prune.seeds import derive_seed, seeded
 from rethink_prune.store import Store
 from rethink_prune.training.loop import Runtime
-from rethink_prune.training.precision import resolve_device, resolve_precision
+from rethink_prune.training.precision import prepare_device, resolve_device, resolve_precision
 from rethink_prune.weights import Checkpoint, read_checkpoint
 
 
@@ -62,12 +62,11 @@ class Setup:
         self.runtime = Runtime(
             device=device,
             precision=precision,
-            accelerate=config.accelerate == "auto",
+            accelerate=config.accelerate,
             checkpoint_seconds=config.store.checkpoint_seconds,
             show_progress=sys.stderr.isatty(),
         )
-        torch.use_deterministic_algorithms(config.deterministic)
-        torch.backends.cudnn.benchmark = not config.deterministic
+        prepare_device(device, deterministic=config.deterministic)
         self.info = describe_dataset(**config.dataset.model_dump(exclude={"pad", "flip", "mean", "std", "workers"}))
         self.image_shape = (self.info.channels, self.info.image_size, self.info.image_size)
         self.pruner = find_pruner(config.pruner.name)(config.pruner)

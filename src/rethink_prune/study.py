@@ -39,6 +39,7 @@ from rethink_prune.store import MODEL_FILE, Done, Failed, Stage, Started, save_w
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.loop import Diverged, Row, evaluate, train
+from rethink_prune.training.memory import peak_memory, reset_peak_memory
 from rethink_prune.training.schedule import OptimizerSpec
 from rethink_prune.weights import Checkpoint, load_stage_weights
 
@@ -256,8 +257,10 @@ class Study:
                 result = stage.result(started)
                 if result is None:
                     stage.begin({"network": self.setup.network_key, "key": dict(key), "title": title}, started)
+                    device = self.setup.runtime.device
+                    reset_peak_memory(device)
                     try:
-                        result = work(stage)
+                        result = {**work(stage), "peak_memory_bytes": peak_memory(device)}
                     except Diverged as failure:
                         stage.fail(str(failure), epoch=failure.epoch)
                         log.error("%s failed: %s", title, failure)

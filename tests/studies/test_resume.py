@@ -23,7 +23,7 @@ KILLER = """
     import os, signal, sys
     import torch
     torch.set_num_threads(1)
-    import rethink_prune.files, rethink_prune.store, rethink_prune.training.checkpoint, rethink_prune.training.loop
+    import rethink_prune.files, rethink_prune.store, rethink_prune.training.checkpoint, rethink_prune.training.step
     from rethink_prune.__main__ import main
 
     def die():
@@ -45,16 +45,17 @@ KILLER = """
         (path.parent / f".{path.name}-half.tmp").write_bytes(bytes(content)[: len(content) // 2])
         die()
 
-    loop, checkpoint, store = rethink_prune.training.loop, rethink_prune.training.checkpoint, rethink_prune.store
+    checkpoint, store = rethink_prune.training.checkpoint, rethink_prune.store
+    step = rethink_prune.training.step.PlainStep
     if point == "step":
-        loop._update = after(count, loop._update, lambda *args: die())
+        step.__call__ = after(count, step.__call__, lambda *args: die())
     if point == "checkpoint":
         checkpoint.write_atomically = after(count, checkpoint.write_atomically, half_written)
     if point == "finish":
         store.Stage.finish = after(count, store.Stage.finish, lambda *args: die())
     if point == "slow":
         import time
-        loop._update = after(count, loop._update, lambda *args: (print("here", flush=True), time.sleep(5)))
+        step.__call__ = after(count, step.__call__, lambda *args: (print("here", flush=True), time.sleep(5)))
     sys.argv[0] = "rethink_prune"
     main()
 """

@@ -175,12 +175,12 @@ class NarrowVGG(torch.nn.Module):
 
 
 def test_arms_see_the_same_batches(small_study: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rethink_prune.training import loop
+    from rethink_prune.training.step import PlainStep
 
     seen: list[torch.Tensor] = []
-    real = loop._update
+    real = PlainStep.__call__
     monkeypatch.setattr(
-        loop, "_update", lambda model, images, *rest: (seen.append(images), real(model, images, *rest))[1]
+        PlainStep, "__call__", lambda step, images, labels: (seen.append(images), real(step, images, labels))[1]
     )
     small_study("arms=[scratch_e]", "large.baseline=true", "recipe.epochs=1")
     large, scratch = seen[: len(seen) // 2], seen[len(seen) // 2 :]

@@ -16,8 +16,9 @@ from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.loop import Diverged, Progress, Row, Runtime, _update, evaluate, train
+from rethink_prune.training.loop import Diverged, Progress, Row, Runtime, evaluate, train
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
+from rethink_prune.training.step import build_step
 
 CPU = torch.device("cpu")
 STATISTICS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -351,9 +352,16 @@ def test_labels_are_smoothed_in_training_alone(tmp_path: Path) -> None:
     assert losses[0.5]["test_loss"] == losses[0.0]["test_loss"]
     logits, labels = torch.randn(6, 4), torch.arange(6) % 4
     model = nn.Linear(4, 4)
-    loss, _ = _update(
-        model, logits, labels, torch.optim.SGD(model.parameters(), lr=0.0), Runtime(CPU, "fp32"), NO_HOOKS, 0.5
+    step = build_step(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        NO_HOOKS,
+        device=CPU,
+        precision="fp32",
+        accelerate="auto",
+        label_smoothing=0.5,
     )
+    loss, _ = step(logits, labels)
     chances = torch.full((6, 4), 0.5 / 4) + 0.5 * nn.functional.one_hot(labels, 4)
     assert loss == pytest.approx((-chances * model(logits).log_softmax(1)).sum(1).mean().item(), rel=1e-5)
 

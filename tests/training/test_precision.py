@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from rethink_prune.errors import UserError
-from rethink_prune.training.precision import autocast, resolve_device, resolve_precision
+from rethink_prune.training.precision import autocast, prepare_device, resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -42,3 +45,49 @@ def test_a_device_that_is_not_there() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_auto_takes_the_gpu() -> None:
     assert resolve_device("auto").type == "cuda"
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Put back what belongs to the whole process."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back, too
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    yield monkeypatch
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = flags
+
+
+def test_deterministic_is_set_before_cuda_starts_and_taken_back_by_the_next_study(settings: pytest.MonkeyPatch) -> None:
+    settings.setattr(torch.cuda, "is_initialized", lambda: False)
+    prepare_device(torch.device("cuda"), deterministic=True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.are_deterministic_algorithms_enabled()
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (False, True)
+    prepare_device(CPU, deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (True, False)
+
+
+@pytest.mark.usefixtures("settings")
+def test_a_cpu_needs_no_work_space() -> None:
+    prepare_device(CPU, deterministic=True)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(None, "CUDA has started without CUBLAS_WORKSPACE_CONFIG"), (":0:0", "CUBLAS_WORKSPACE_CONFIG is :0:0")],
+)
+def test_deterministic_that_comes_too_late_says_what_to_set(
+    value: str | None, found: str, settings: pytest.MonkeyPatch
+) -> None:
+    settings.setattr(torch.cuda, "is_initialized", lambda: True)
+    if value:
+        settings.setenv("CUBLAS_WORKSPACE_CONFIG", value)
+    message = f"deterministic=true: {found}; start again with CUBLAS_WORKSPACE_CONFIG=:4096:8 set"
+    with pytest.raises(UserError, match=f"^{message}$"):
+        prepare_device(torch.device("cuda"), deterministic=True)
+    settings.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    prepare_device(torch.device("cuda"), deterministic=True)

@@ -42,6 +42,8 @@ class ScalingFactors(TrainingHooks):
         In [0, 1).
     """
 
+    replayable = True
+
     def __init__(self, units: Mapping[str, Sequence[Positions]], *, strength: float, momentum: float) -> None:
         self._units = units
         self._strength = strength

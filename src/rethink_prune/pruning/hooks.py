@@ -16,6 +16,16 @@ class TrainingHooks:
     """
 
     @property
+    def replayable(self) -> bool:
+        """Whether `before_step` and `after_step` launch the same work every time and wait for no result.
+
+        Then a GPU can replay a recorded step. Hooks that act on steps have to say so: what Python decides (a counter,
+        a number read from the device) is decided once, when the step is recorded.
+        """
+        own = type(self)
+        return own.before_step is TrainingHooks.before_step and own.after_step is TrainingHooks.after_step
+
+    @property
     def key(self) -> Mapping[str, Any]:
         """What decides the result, beside the network, data and recipe; plain values, part of the stage's key."""
         return {}
@@ -34,7 +44,7 @@ class TrainingHooks:
         """Act after the optimiser's step; the gradients are still there."""
 
     def after_epoch(self, model: nn.Module) -> None:
-        """Act after an epoch's last step, before the network is evaluated."""
+        """Act after an epoch's last step, before the network is evaluated; weights change in place."""
 
     def finish(self, model: nn.Module) -> None:
         """Undo in place what `prepare` did, so that the network has its own state-dict keys again."""

@@ -25,6 +25,8 @@ class HeldMasks(TrainingHooks):
         By parameter name: True where a weight remains, in the parameter's shape.
     """
 
+    replayable = True
+
     def __init__(self, masks: Masks) -> None:
         self._gone = {name: ~mask for name, mask in masks.items()}
 

@@ -40,8 +40,6 @@ import scipy.linalg
 import torch
 from pydantic import Field
 from scipy.linalg import lapack
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import lars_path_gram
 from torch import nn
 
 from rethink_prune.config import ChannelOptions, Count
@@ -343,6 +341,10 @@ def select_by_lasso(gram: Matrix, correlation: Matrix, count: int) -> list[int]:
         because the path jumps over `count` or ends early, those with the largest absolute coefficients at the next
         point of the path join, and after them those that the others replace least.
     """
+    # Takes a second to import, and other pruners do without.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import lars_path_gram
+
     scale = gram.diagonal().max()
     if not scale > 0:  # no channel contributes anything
         return list(range(count))

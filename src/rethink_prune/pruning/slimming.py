@@ -105,6 +105,8 @@ class ScalePenalty(TrainingHooks):
         Whether 1-D batch norms count too.
     """
 
+    replayable = True
+
     def __init__(self, strength: float, *, linear: bool) -> None:
         self._strength = strength
         self._linear = linear

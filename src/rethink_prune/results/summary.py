@@ -61,7 +61,8 @@ class Summary:
         """
         entry: dict[str, Any] = asdict(cost) if cost else {"params": None, "macs": None}
         if isinstance(done, Done):
-            entry.update({name: done.result[name] for name in ("top1", "top5", "loss") if name in done.result})
+            shown = ("top1", "top5", "loss", "peak_memory_bytes")
+            entry.update({name: done.result[name] for name in shown if name in done.result})
             entry["stage"] = str(done.stage.folder)
             self._stages["prune"] = done.stage.name
         entry.update(layers=list(report["layers"]), frozen=dict(report["frozen"]))

@@ -23,12 +23,17 @@ from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.precision import autocast
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
+from rethink_prune.training.step import build_step
 
 Row = dict[str, float]
 
 
 class Hooks(Protocol):
     """What takes part in a training; :class:`rethink_prune.pruning.hooks.TrainingHooks` does nothing."""
+
+    @property
+    def replayable(self) -> bool:
+        """Whether every step launches the same work and waits for nothing, so that it can be recorded."""
 
     def optimized(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Return the parameters that the optimiser updates."""
@@ -80,8 +85,9 @@ class Runtime:
     ----------
     device : torch.device
     precision : {"fp32", "bf16"}
-    accelerate : bool
-        Channels-last memory format, and a fused optimiser on CUDA.
+    accelerate : {"auto", "compile", "off"}
+        Unless off: channels-last memory format, and on CUDA a fused optimiser and recorded steps
+        (:mod:`rethink_prune.training.step`); with ``compile``, ``torch.compile`` as well.
     checkpoint_seconds : float
         At least this long between two checkpoints.
     show_progress : bool
@@ -90,13 +96,13 @@ class Runtime:
 
     device: torch.device
     precision: str
-    accelerate: bool = True
+    accelerate: str = "auto"
     checkpoint_seconds: float = 60.0
     show_progress: bool = False
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move `model` to the device, in the memory format its kernels like best."""
-        memory_format = torch.channels_last if self.accelerate else torch.contiguous_format
+        memory_format = torch.contiguous_format if self.accelerate == "off" else torch.channels_last
         return model.to(self.device).to(memory_format=memory_format)
 
 
@@ -156,7 +162,7 @@ def train(
         After a signal; the state is saved.
     """
     model = runtime.place(model)
-    fused = runtime.accelerate and runtime.device.type == "cuda"
+    fused = runtime.accelerate != "off" and runtime.device.type == "cuda"
     optimizer = build_optimizer(hooks.optimized(model), spec, fused=fused)
     scheduler = build_scheduler(optimizer, spec)
     progress = Progress()
@@ -165,6 +171,15 @@ def train(
         progress = _restore(state, model, optimizer, scheduler)
         if progress.rows:
             on_epoch(progress.rows)
+    update = build_step(
+        model,
+        optimizer,
+        hooks,
+        device=runtime.device,
+        precision=runtime.precision,
+        accelerate=runtime.accelerate,
+        label_smoothing=spec.label_smoothing,
+    )
     clock = _Clock(progress.seconds)
     bar = tqdm(
         total=spec.epochs * batches.images_per_epoch,
@@ -193,7 +208,7 @@ def train(
             lr = optimizer.param_groups[0]["lr"]
             for images, labels in batches.epoch(progress.epoch, progress.step):
                 _seed_noise(derive_seed(seed, "noise", progress.epoch, progress.step), runtime.device)
-                loss, logits = _update(model, images, labels, optimizer, runtime, hooks, spec.label_smoothing)
+                loss, logits = update(images, labels)
                 progress.totals += _loss_and_correct(loss * len(labels), logits, labels)
                 progress.step += 1
                 bar.update(len(labels))
@@ -259,28 +274,6 @@ def _seed_noise(seed: int, device: torch.device) -> None:
     torch.random.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def _update(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    optimizer: Optimizer,
-    runtime: Runtime,
-    hooks: Hooks,
-    label_smoothing: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward, backward and one step of the optimiser; returns the mean loss and the logits."""
-    with autocast(runtime.device, runtime.precision):
-        logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-    loss.backward()
-    lr = optimizer.param_groups[0]["lr"]
-    hooks.before_step(model, lr)
-    optimizer.step()
-    hooks.after_step(model, lr)
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), logits.detach()
 
 
 def _loss_and_correct(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from contextlib import AbstractContextManager
 
 import torch
 
 from rethink_prune.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# The sizes of work space with which cuBLAS sums in the same order every time.
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -25,6 +33,34 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if available else 0
         raise UserError(f"device={name}: no such CUDA device; this machine has {count}; use device=auto or device=cpu")
     return device
+
+
+def prepare_device(device: torch.device, *, deterministic: bool) -> None:
+    """Set what PyTorch keeps for the whole process: the current device, and whether only deterministic kernels run.
+
+    Raises
+    ------
+    UserError
+        If CUDA has started already in a way that is not deterministic.
+    """
+    if device.type == "cuda" and deterministic:
+        _make_cublas_deterministic()
+        log.info("deterministic=true: CUDA takes slower kernels; scripts/benchmark.py train measures what that costs")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def _make_cublas_deterministic() -> None:
+    # Read once, when CUDA starts.
+    value = os.environ.get(_CUBLAS)
+    if value is None and not torch.cuda.is_initialized():
+        value = os.environ[_CUBLAS] = _DETERMINISTIC_CUBLAS[0]
+    if value not in _DETERMINISTIC_CUBLAS:
+        found = f"{_CUBLAS} is {value}" if value else f"CUDA has started without {_CUBLAS}"
+        raise UserError(f"deterministic=true: {found}; start again with {_CUBLAS}={_DETERMINISTIC_CUBLAS[0]} set")
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

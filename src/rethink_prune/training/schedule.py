@@ -69,7 +69,7 @@ class OptimizerSpec:
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, fused: bool) -> Optimizer:
-    """Return the optimiser; `fused` updates all parameters in one kernel."""
+    """Return the optimiser; `fused` updates all parameters in one kernel, which CUDA can record."""
     groups = _groups(parameters, spec)
     match spec.optimizer:
         case "sgd":
@@ -82,7 +82,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, 
                 fused=fused,
             )
         case "adamw":
-            return AdamW(groups, lr=spec.lr, weight_decay=spec.weight_decay, fused=fused)
+            return AdamW(groups, lr=spec.lr, weight_decay=spec.weight_decay, fused=fused, capturable=fused)
     raise ValueError(f"optimizer={spec.optimizer}: must be sgd or adamw")
 
 

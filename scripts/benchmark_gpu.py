@@ -1,0 +1,269 @@
+"""What ``benchmark.py train`` measures on CUDA alone; as a script, one of the trainings that it runs side by side.
+
+Trainings are processes of their own. Each does one epoch that does not count (CUDA starts, steps are recorded or
+compiled), says so, and waits until all are there; epochs then include the evaluation of a fifth as many images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmark_sides import (
+    BATCH_SIZE,
+    MEAN,
+    SPEC,
+    STD,
+    Line,
+    Side,
+    batches_of,
+    precisions,
+    quotients,
+    random_images,
+    take_turns,
+)
+from rethink_prune import build_model, count_cost, prune
+from rethink_prune.data import EvalBatches, Split
+from rethink_prune.pruning.hooks import TrainingHooks
+from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.interrupts import Interrupts
+from rethink_prune.training.loop import Row, Runtime, train
+from rethink_prune.training.precision import prepare_device
+from rethink_prune.training.schedule import build_optimizer
+from rethink_prune.training.step import build_step
+
+# The study that is projected: the epochs of `large`, and of `finetune`, `scratch_e` and `scratch_b` together.
+LARGE_EPOCHS, PRUNED_EPOCHS = 160, 40 + 160 + 243
+LEAST_EPOCHS = 20  # from fewer, nothing is projected
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of random images in a process; with `pruned`, of VGG-16-A instead of VGG-16."""
+
+    network: str
+    device: str
+    precision: str
+    accelerate: str
+    epochs: int
+    steps: int
+    pruned: bool = False
+    deterministic: bool = False
+
+
+def measure_gpu(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
+    """Return what `benchmark.py` adds for a network on CUDA."""
+    precision = "bf16" if "bf16" in precisions(device) else "fp32"
+    count, images = options.together, options.steps * BATCH_SIZE
+    fast = Training(network, str(device), precision, "auto", options.rounds, options.steps)
+    lines = []
+
+    def line(what: str, unit: str, values: list[float], limit: tuple[str, float] | None = None) -> None:
+        lines.append(Line("train", network, what, unit, values, limit))
+
+    def rate(what: str, seconds: list[float], trainings: int = 1) -> list[float]:
+        rates = [trainings * images / value for value in seconds]
+        line(what, "images/s", rates)
+        return rates
+
+    one = run_together(fast, 1)
+    rates = rate(f"{precision}, with evaluation", one)
+    rate(f"{precision}, compile, the same", run_together(replace(fast, accelerate="compile"), 1))
+    many = run_together(fast, count)
+    rate(f"{precision}, {count} processes", many, count)
+    streams = take_turns({"": streams_side(network, count, options.steps, device, precision)}, options.rounds, device)
+    rate(f"{precision}, {count} streams", streams[""], count)
+    line("deterministic / not, time", "ratio", quotients(run_together(replace(fast, deterministic=True), 1), one))
+
+    flops, bandwidth = matmul_rate(device), copy_rate(device)
+    line("bf16 matmul of the card", "TFLOP/s", [value / 1e12 for value in flops])
+    line("copy of the card", "GB/s", [value / 1e9 for value in bandwidth])
+    model = build_model(network)
+    per_image = count_cost(model, (3, 32, 32)).train_flops(1)
+    line("of the matmul rate", "%", [100 * per_image * value / max(flops) for value in rates])
+    moved = step_traffic(model, device, precision) / BATCH_SIZE
+    line("of the bandwidth, if unfused", "%", [100 * moved * value / max(bandwidth) for value in rates])
+    return lines + (measure_study(replace(fast, epochs=options.epochs), count) if network == "vgg16" else [])
+
+
+def measure_study(large: Training, count: int) -> list[Line]:
+    """Return how long the L1-norm study of VGG-16 would take, alone and `count` at once."""
+    if large.epochs < LEAST_EPOCHS:
+        print(f"study: not projected from fewer than {LEAST_EPOCHS} epochs")
+        return []
+
+    def study(trainings: int) -> list[float]:
+        seconds = (run_together(training, trainings) for training in (large, replace(large, pruned=True)))
+        return [LARGE_EPOCHS * a + PRUNED_EPOCHS * b for a, b in zip(*seconds, strict=True)]
+
+    one, many = study(1), study(count)
+    ratios = quotients(many, one)
+    limits: dict[str, tuple[str, float]] = {}
+    if torch.device(large.device).type == "cuda":
+        limits = {"one": ("<=", 600.0), "many": ("<=", 2.0)}
+    return [
+        Line("train", large.network, "L1 study, projected", "s", one, limits.get("one")),
+        Line("train", large.network, f"{count} seeds at once, projected", "s", many),
+        Line("train", large.network, f"{count} seeds / one, time", "ratio", ratios, limits.get("many")),
+    ]
+
+
+def run_together(training: Training, count: int) -> list[float]:
+    """Return, for every epoch, the seconds of the slowest of `count` such trainings at once."""
+    scripts = str(Path(__file__).parent)
+    path = os.pathsep.join([scripts, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, __file__, json.dumps(asdict(training))]
+    processes = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
+        for _ in range(count)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            if process.stdout.readline() != "ready\n":
+                sys.exit(f"train: a process failed: {training}")
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        seconds = [json.loads(process.communicate()[0] or "null") for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+    if None in seconds:
+        sys.exit(f"train: a process failed: {training}")
+    return [max(epoch) for epoch in zip(*seconds, strict=True)]
+
+
+def work(training: Training) -> None:
+    """Train; print ``ready``, wait for a line, print the seconds of every further epoch."""
+    device = torch.device(training.device)
+    prepare_device(device, deterministic=training.deterministic)
+    model = build_model(training.network)
+    if training.pruned:
+        model = prune(model, "l1", example=torch.zeros(1, 3, 32, 32), variant="A").model
+    ends: list[float] = []
+
+    def on_epoch(rows: list[Row]) -> None:
+        if len(rows) == 1:
+            print("ready", flush=True)
+            sys.stdin.readline()
+        ends.append(time.perf_counter())  # an evaluation has just waited for the device
+
+    with TemporaryDirectory() as folder:
+        train(
+            model,
+            batches_of(random_images(training.steps * BATCH_SIZE), device),
+            {"test": EvalBatches(_test_images(training), mean=MEAN, std=STD, batch_size=256, device=device)},
+            replace(SPEC, epochs=1 + training.epochs),
+            runtime=Runtime(device, training.precision, training.accelerate),
+            hooks=TrainingHooks(),
+            seed=0,
+            checkpoints=Checkpoints(Path(folder)),
+            interrupts=Interrupts(),
+            on_epoch=on_epoch,
+        )
+    print(json.dumps([after - before for before, after in pairwise(ends)]))
+
+
+def _test_images(training: Training) -> Split:
+    return random_images(max(1, training.steps * BATCH_SIZE // 5))
+
+
+def streams_side(network: str, count: int, steps: int, device: torch.device, precision: str) -> Side:
+    """Return an epoch of `count` trainings in this process, each on a CUDA stream of its own."""
+    runtime = Runtime(device, precision)
+    batches = batches_of(random_images(steps * BATCH_SIZE), device)
+    streams = [torch.cuda.Stream(device) for _ in range(count)]
+    trained: list[Callable[..., Any]] = []
+    for _ in streams:
+        model = runtime.place(build_model(network)).train()
+        optimizer = build_optimizer(model.parameters(), SPEC, fused=True)
+        trained.append(
+            build_step(model, optimizer, TrainingHooks(), device=device, precision=precision, accelerate="auto")
+        )
+
+    def run() -> None:
+        torch.cuda.synchronize(device)
+        epochs = [batches.epoch(0) for _ in streams]
+        for _ in range(steps):
+            for stream, step, epoch in zip(streams, trained, epochs, strict=True):
+                with torch.cuda.stream(stream):
+                    step(*next(epoch))
+
+    return run
+
+
+def matmul_rate(device: torch.device, *, size: int = 8192, rounds: int = 5) -> list[float]:
+    """Return the FLOP/s of a product of two square bfloat16 matrices, for each round."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return [2 * size**3 / seconds for seconds in _timed(lambda: a @ b, rounds, device)]
+
+
+def copy_rate(device: torch.device, *, count: int = 1 << 30, rounds: int = 5) -> list[float]:
+    """Return the bytes read and written per second by a copy of `count` bytes, for each round."""
+    source = torch.zeros(count, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return [2 * count / seconds for seconds in _timed(lambda: target.copy_(source), rounds, device)]
+
+
+def _timed(side: Side, rounds: int, device: torch.device, *, repeats: int = 10) -> list[float]:
+    def repeated() -> None:
+        for _ in range(repeats):  # so that the launch and the wait do not count
+            side()
+
+    return [seconds / repeats for seconds in take_turns({"": repeated}, rounds, device)[""]]
+
+
+def step_traffic(model: nn.Module, device: torch.device, precision: str) -> int:
+    """Return the bytes that the operations of one training step of a full batch read and write, each by itself."""
+    model = Runtime(device, precision).place(model).train()
+    optimizer = build_optimizer(model.parameters(), SPEC, fused=device.type == "cuda")
+    step = build_step(model, optimizer, TrainingHooks(), device=device, precision=precision, accelerate="off")
+    images, labels = next(batches_of(random_images(BATCH_SIZE), device).epoch(0))
+    step(images, labels)  # makes the optimiser's state
+    with _Traffic() as traffic:
+        step(images, labels)
+    return traffic.bytes
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the sizes of what operations take and give; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        taken = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+        storages = {tensor.untyped_storage().data_ptr() for tensor in given}
+        is_view = not func._schema.is_mutable and any(t.untyped_storage().data_ptr() in storages for t in taken)
+        if not is_view:
+            self.bytes += sum(tensor.nbytes for tensor in given + taken)
+        return outputs
+
+
+if __name__ == "__main__":
+    work(Training(**json.loads(sys.argv[1])))
