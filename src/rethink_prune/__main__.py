@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rethink_prune.errors import Interrupted
+from rethink_prune.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from rethink_prune.training.distributed import Processes
 
 
 def conf_dir() -> str:
@@ -20,32 +24,70 @@ def conf_dir() -> str:
     return str(shipped if shipped.is_dir() else package.parents[1] / "conf")
 
 
-@hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")
-def run(tree: DictConfig) -> None:
-    """Run the study that a composed configuration describes."""
-    # Imported here: Hydra's --help and its errors need no torch.
-    from rethink_prune.study import check_config, run_study
+def run(processes: Processes | None = None) -> None:
+    """Run the study that the command line describes, or the studies of a sweep."""
+
+    @hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")
+    def run_job(tree: DictConfig) -> None:
+        # Imported here: Hydra's --help and its errors need no torch.
+        from rethink_prune.study import check_config, run_study
+        from rethink_prune.training.distributed import ALONE
+        from rethink_prune.training.interrupts import Interrupts
+
+        plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+        config = check_config(plain)
+        job = HydraConfig.get()
+        with Interrupts() as interrupts:
+            run_study(
+                config,
+                Path(job.runtime.output_dir),
+                interrupts,
+                experiment=job.runtime.choices.get("experiment"),
+                processes=processes or ALONE,
+            )
+
+    run_job()
+
+
+def run_with_others() -> None:
+    """Run the study as the first of the processes that ``torchrun`` has started, or take part in it as another."""
+    from rethink_prune.study import join_study
+    from rethink_prune.training.distributed import connected
     from rethink_prune.training.interrupts import Interrupts
 
-    plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
-    config = check_config(plain)
-    job = HydraConfig.get()
-    with Interrupts() as interrupts:
-        run_study(
-            config,
-            Path(job.runtime.output_dir),
-            interrupts,
-            experiment=job.runtime.choices.get("experiment"),
+    command = sys.argv[1:]
+    if _is_first() and {"-m", "--multirun", "hydra.mode=MULTIRUN"}.intersection(command):
+        raise UserError(
+            "-m: torchrun starts one study; start it once for every study, "
+            "or run the sweep without it: python -m rethink_prune -m ..."
         )
+    with connected(command) as processes:
+        if processes.is_first:
+            run(processes)
+        else:
+            with Interrupts() as interrupts:
+                join_study(interrupts, processes)
 
 
 def main() -> None:
     """Run from the command line; a signal that was honoured ends the process with 128 + its number."""
     try:
-        run()
+        if "RANK" in os.environ:
+            run_with_others()
+        else:
+            run()
+    except UserError as error:  # those of a study are Hydra's to print
+        print(error, file=sys.stderr)
+        sys.exit(1)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if _is_first():
+            print(stop, file=sys.stderr)
         sys.exit(128 + stop.signum)
+
+
+def _is_first() -> bool:
+    """Tell whether this process speaks for all that ``torchrun`` has started; it numbers them by ``RANK``."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

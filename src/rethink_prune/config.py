@@ -290,6 +290,7 @@ class StudyConfig(Frozen):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     accelerate: Literal["auto", "compile", "off"] = "auto"
     deterministic: bool = False
+    sync_batchnorm: bool = True
     dry_run: bool = False
     store: StoreConfig
     large: LargeConfig = LargeConfig()

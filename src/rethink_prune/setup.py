@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from rethink_prune.pruning.masks import draw_masked
 from rethink_prune.pruning.surgery import Architecture, reshape
 from rethink_prune.seeds import derive_seed, seeded
 from rethink_prune.store import Store
+from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.loop import Runtime
 from rethink_prune.training.precision import prepare_device, resolve_device, resolve_precision
 from rethink_prune.weights import Checkpoint, read_checkpoint
@@ -49,22 +50,29 @@ from rethink_prune.weights import Checkpoint, read_checkpoint
 class Setup:
     """A validated configuration, resolved; making one checks everything that can be wrong before any training.
 
+    Parameters
+    ----------
+    config : StudyConfig
+    processes : Processes
+        Those that train together.
+
     Raises
     ------
     UserError
         If the parts of the configuration do not fit each other, the data or the machine.
     """
 
-    def __init__(self, config: StudyConfig) -> None:
+    def __init__(self, config: StudyConfig, processes: Processes = ALONE) -> None:
         self.config = config
-        device = resolve_device(config.device)
+        self.processes = processes
+        device = resolve_device(config.device, processes)
         precision = resolve_precision(config.precision, device)
         self.runtime = Runtime(
             device=device,
             precision=precision,
             accelerate=config.accelerate,
             checkpoint_seconds=config.store.checkpoint_seconds,
-            show_progress=sys.stderr.isatty(),
+            show_progress=sys.stderr.isatty() and processes.is_first,
         )
         prepare_device(device, deterministic=config.deterministic)
         self.info = describe_dataset(**config.dataset.model_dump(exclude={"pad", "flip", "mean", "std", "workers"}))
@@ -118,7 +126,8 @@ class Setup:
     def dataset(self) -> ImageDataset:
         """The images."""
         options = self.config.dataset.model_dump(exclude={"pad", "flip", "workers"})
-        return load_dataset(**options, cache_dir=self.store.cache, progress=self.runtime.show_progress)
+        load = partial(load_dataset, **options, cache_dir=self.store.cache, progress=self.runtime.show_progress)
+        return self.processes.one_after_another(load)
 
     @cached_property
     def train_batches(self) -> AnyTrainBatches:
@@ -179,6 +188,13 @@ class Setup:
         model = self.config.model
         return {**asked_options(model.name, model.options), **model.args}
 
+    def prepare(self, model: nn.Module, hooks: TrainingHooks) -> nn.Module:
+        """Make a freshly built network, in place, ready for a training with these hooks."""
+        if self.config.sync_batchnorm:
+            self.processes.share_norms(model, self.runtime.device)
+        hooks.prepare(model)
+        return model
+
     def build(self) -> nn.Module:
         """Build the unpruned network with the initialisation of ``large``."""
         model, seed = self.config.model, derive_seed(self.config.seed, "large-init")
@@ -191,8 +207,11 @@ class Setup:
             )
         init = model.init or family_initialiser(network)
         if init is not None:
-            with seeded(seed):
-                INITIALISERS[init](network)
+            try:
+                with seeded(seed):
+                    INITIALISERS[init](network)
+            except ValueError as error:
+                raise UserError(f"model.init={init}: {error}; give it one, or leave model.init out") from None
         return network
 
     def build_scratch(self, architecture: Architecture) -> nn.Module:
@@ -288,6 +307,15 @@ class Setup:
         dataset = self.config.dataset
         augment = {"pad": dataset.pad, "flip": dataset.flip} if self.config.recipe.augment else None
         return {"fingerprint": self.dataset.fingerprint, "augment": augment}
+
+    @cached_property
+    def common(self) -> dict[str, str]:
+        """What processes that train together must not differ in, as an error would name it."""
+        return {
+            "device": self.runtime.device.type,
+            "precision": self.runtime.precision,
+            "the dataset's fingerprint": self.dataset.fingerprint,
+        }
 
     def describe(self, experiment: str | None) -> dict[str, Any]:
         """Return what the summary says about the study as a whole."""

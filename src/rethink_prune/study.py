@@ -23,7 +23,7 @@ from rethink_prune.budget import Training, phase_training
 from rethink_prune.config import Phase, StudyConfig, parse_config
 from rethink_prune.cost import Cost, count_cost, on_meta
 from rethink_prune.data import Epoch
-from rethink_prune.errors import Interrupted
+from rethink_prune.errors import Interrupted, UserError
 from rethink_prune.files import write_json
 from rethink_prune.pruning import find_pruner
 from rethink_prune.pruning.hooks import TrainingHooks
@@ -37,6 +37,7 @@ from rethink_prune.seeds import derive_generator
 from rethink_prune.setup import Setup
 from rethink_prune.store import MODEL_FILE, Done, Failed, Stage, Started, save_weights
 from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.loop import Diverged, Row, evaluate, train
 from rethink_prune.training.memory import peak_memory, reset_peak_memory
@@ -55,7 +56,12 @@ def check_config(tree: Mapping[str, Any]) -> StudyConfig:
 
 
 def run_study(
-    config: StudyConfig, run_dir: Path, interrupts: Interrupts, *, experiment: str | None = None
+    config: StudyConfig,
+    run_dir: Path,
+    interrupts: Interrupts,
+    *,
+    experiment: str | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Run a study and return its summary.
 
@@ -69,6 +75,8 @@ def run_study(
         Tells when to stop.
     experiment : str, optional
         Name of the experiment file, for the summary.
+    processes : Processes
+        Those that train together; the others run `join_study`.
 
     Returns
     -------
@@ -80,7 +88,7 @@ def run_study(
     UserError
         If something does not fit, before any training; or at the end, if an arm failed.
     """
-    setup = Setup(config)
+    setup = Setup(config, processes)
     for warning in setup.target.report().warnings:
         log.warning(warning)
     plan = setup.plan()
@@ -89,6 +97,8 @@ def run_study(
     if config.dry_run:
         print(plan_text(plan))
         return plan
+    # The others need no weights: these come with the start of a training.
+    processes.order(config.model_copy(update={"large": config.large.model_copy(update={"checkpoint": None})}))
     setup.store.prepare()
     log.info("%s, %s", setup.device_name, setup.precision_note)
     study = Study(setup, run_dir, interrupts, plan)
@@ -107,6 +117,64 @@ def run_study(
         summary.add_arm(name, study.arm(name, pruned))
     summary.finish()
     return summary.content
+
+
+@dataclass(frozen=True)
+class Order:
+    """A training that the first process wants the others to take part in.
+
+    Attributes
+    ----------
+    title : str
+        Of the stage.
+    sparse : bool
+        Whether it is the pruner's own training.
+    architecture : Architecture
+        What is left of the network.
+    spec : OptimizerSpec
+    common : mapping
+        What has to be the same on all machines.
+    """
+
+    title: str
+    sparse: bool
+    architecture: Architecture
+    spec: OptimizerSpec
+    common: Mapping[str, str]
+
+
+def join_study(interrupts: Interrupts, processes: Processes) -> None:
+    """Take part in every training of the study that the first process runs, if it runs one.
+
+    Raises
+    ------
+    UserError
+        If this machine cannot, or if it has other images than the first process's.
+    """
+    orders = processes.orders()
+    config: StudyConfig | None = next(orders, None)
+    if config is None:
+        return
+    setup = Setup(config, processes)
+    order: Order
+    for order in orders:
+        for name, value in setup.common.items():
+            if value != order.common[name]:
+                raise UserError(f"{name}: {value} here, {order.common[name]} in the first process; all have to agree")
+        hooks = setup.sparse_hooks if order.sparse else HeldMasks(order.architecture.masks)
+        train(
+            setup.prepare(reshape(setup.build(), order.architecture), hooks),
+            setup.train_batches,
+            setup.evaluations,
+            order.spec,
+            runtime=setup.runtime,
+            hooks=hooks,
+            seed=config.seed,
+            checkpoints=None,
+            interrupts=interrupts,
+            processes=processes,
+            title=order.title,
+        )
 
 
 @dataclass(frozen=True)
@@ -333,8 +401,8 @@ class Study:
 
             order = list(self._planned)
             self._pace.starts(title, [self._planned[name] for name in order[order.index(title) :]])
-            model = build()
-            hooks.prepare(model)
+            model = setup.prepare(build(), hooks)
+            setup.processes.order(Order(title, kind == "sparse", architecture, spec, setup.common))
             progress = train(
                 model,
                 setup.train_batches,
@@ -345,6 +413,7 @@ class Study:
                 seed=setup.config.seed,
                 checkpoints=Checkpoints(stage.folder, stage.check_owner),
                 interrupts=self.interrupts,
+                processes=setup.processes,
                 title=title,
                 on_epoch=on_epoch,
             )
@@ -456,6 +525,7 @@ def _training_result(rows: list[Row], cost: Cost, seconds: float) -> dict[str, A
         "best_epoch": int(best["epoch"]),
         "loss": last["test_loss"],
         "epochs": len(rows),
+        "processes": sorted({int(row.get("processes", 1)) for row in rows}),
         **asdict(cost),
         "train_flops": cost.train_flops(sum(int(row["images"]) for row in rows)),
         "seconds": seconds,

@@ -9,6 +9,7 @@ from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 from rethink_prune.data import EvalBatches, Split, TrainBatches
 from rethink_prune.data import batches as batches_module
 from rethink_prune.data.batches import EpochDraws, draw_epoch
+from rethink_prune.data.shard import Shard
 from rethink_prune.errors import UserError
 
 CPU = torch.device("cpu")
@@ -152,6 +153,26 @@ def test_partial_batch_is_kept_but_a_single_image_is_dropped() -> None:
     assert (dropped.steps_per_epoch, dropped.images_per_epoch) == (2, 8)
     singles = train_batches(make_split(3), batch_size=1)
     assert [len(labels) for _, labels in singles.epoch(0)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("flip", [True, False])
+def test_processes_share_every_batch(world: int, flip: bool) -> None:
+    batches = train_batches(make_split(22), batch_size=10, flip=flip)  # the last has two images, which all take
+    parts = [batches.part(Shard(rank, world)) for rank in range(world)]
+    epochs = zip(batches.epoch(1), *(part.epoch(1) for part in parts), strict=True)
+    for step, (batch, *shares) in enumerate(epochs):
+        assert batches.size(step) == (10, 10, 2)[step]
+        for together, divided in zip(batch, zip(*shares, strict=True), strict=True):
+            whole = torch.cat([together] * (world if step == 2 else 1))
+            assert torch.equal(whole, torch.cat(divided))
+
+
+def test_processes_share_evaluation() -> None:
+    batches = EvalBatches(make_split(13), mean=MEAN, std=STD, batch_size=4, device=CPU)
+    parts = [batches.part(Shard(rank, 3)) for rank in range(3)]
+    assert {len(part) for part in parts} == {13}
+    assert torch.cat([labels for part in parts for _, labels in part]).tolist() == list(range(13))
 
 
 def test_single_image_is_refused() -> None:

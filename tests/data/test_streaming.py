@@ -81,13 +81,16 @@ def test_images_crops_and_flips_do_not_depend_on_workers_or_prefetch(photographs
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_every_batch(photographs: Files, world: int) -> None:
-    # A last batch of two images leaves one of three processes without any.
-    whole = list(train_batches(photographs).epoch(1))
-    parts = [list(train_batches(photographs, shard=Shard(rank, world)).epoch(1)) for rank in range(world)]
-    assert {train_batches(photographs, shard=Shard(r, world)).images_per_epoch for r in range(world)} == {18}
-    for batch, *shares in zip(whole, *parts, strict=True):
+    batches = train_batches(photographs, batch_size=8)  # the last has two images, which every process takes
+    shards = [Shard(rank, world) for rank in range(world)]
+    parts = [batches.part(shard) for shard in shards]
+    assert {part.images_per_epoch for part in parts} == {18}
+    epochs = zip(batches.epoch(1), *(part.epoch(1) for part in parts), strict=True)
+    for step, (batch, *shares) in enumerate(epochs):
+        assert batches.size(step) == (8, 8, 2)[step]
         for together, divided in zip(batch, zip(*shares, strict=True), strict=True):
-            assert torch.equal(together, torch.cat(divided))
+            whole = torch.cat([together] * (world if step == 2 else 1))
+            assert torch.equal(whole, torch.cat(divided))
 
 
 def test_batches_do_not_depend_on_batch_size(photographs: Files) -> None:
@@ -158,10 +161,11 @@ def test_half_of_the_images_are_mirrored(photographs: Files) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2])
 def test_evaluation_counts_every_image_once_in_order(photographs: Files, workers: int, world: int) -> None:
-    shares = [eval_batches(photographs, workers=workers, shard=Shard(rank, world)) for rank in range(world)]
-    assert {len(batches) for batches in shares} == {18}
+    batches = eval_batches(photographs, workers=workers)
+    shares = [batches.part(Shard(rank, world)) for rank in range(world)]
+    assert {len(share) for share in shares} == {18}
     for _ in range(2):
-        labels = [torch.cat(step) for step in zip(*([y for _, y in batches] for batches in shares), strict=True)]
+        labels = [y for share in shares for _, y in share]
         assert torch.cat(labels).tolist() == list(range(18))
 
 
@@ -326,7 +330,7 @@ def test_too_little_shared_memory_is_refused_before_training(
         "set dataset.workers=0 or to fewer, or enlarge it "
         "(mount -o remount,size=8g /dev/shm; for a container, --shm-size=8g)"
     )
-    train_batches(photographs, image_size=224, batch_size=256, workers=4, shard=Shard(0, 8))
+    train_batches(photographs, image_size=224, batch_size=32, workers=4)
     train_batches(photographs, image_size=224, batch_size=256, workers=0)
 
 

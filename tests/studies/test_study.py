@@ -180,7 +180,7 @@ def test_arms_see_the_same_batches(small_study: Run, monkeypatch: pytest.MonkeyP
     seen: list[torch.Tensor] = []
     real = PlainStep.__call__
     monkeypatch.setattr(
-        PlainStep, "__call__", lambda step, images, labels: (seen.append(images), real(step, images, labels))[1]
+        PlainStep, "__call__", lambda step, images, *rest: (seen.append(images), real(step, images, *rest))[1]
     )
     small_study("arms=[scratch_e]", "large.baseline=true", "recipe.epochs=1")
     large, scratch = seen[: len(seen) // 2], seen[len(seen) // 2 :]

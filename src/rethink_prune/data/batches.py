@@ -7,13 +7,16 @@ never stopped.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
 from rethink_prune.data.contract import AnyTrainBatches
+from rethink_prune.data.shard import Shard
 from rethink_prune.data.split import Split
 from rethink_prune.errors import UserError
 from rethink_prune.seeds import derive_generator
@@ -99,7 +102,7 @@ class TrainBatches:
     Attributes
     ----------
     images_per_epoch : int
-        Images an epoch really uses.
+        Images an epoch really uses, of all processes together.
     steps_per_epoch : int
         Batches of an epoch.
 
@@ -129,13 +132,24 @@ class TrainBatches:
         self._images = split.images.to(device)
         self._labels = split.labels.to(device)
         self._batch_size = batch_size
+        self._shard = Shard()
         self._pad = pad
         self._flip = flip
         self._seed = seed
         self._normalize = Normalization(mean, std, width=split.images.shape[2], device=device)
 
+    def size(self, step: int) -> int:
+        """Return how many images a batch has, of all processes together."""
+        return min(self._batch_size, self.images_per_epoch - step * self._batch_size)
+
+    def part(self, shard: Shard) -> Self:
+        """Return the same batches, of which one process takes its part; the images are shared."""
+        part = copy.copy(self)
+        part._shard = shard
+        return part
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the batches of an epoch.
+        """Yield the batches of an epoch, or this process's part of each.
 
         Parameters
         ----------
@@ -153,21 +167,27 @@ class TrainBatches:
         """
         order, windows = self._plan(epoch)
         for step in range(start_step, self.steps_per_epoch):
-            start = step * self._batch_size
-            batch = slice(start, min(start + self._batch_size, self.images_per_epoch))
+            batch = self._positions(step)
             images = self._images.index_select(0, order[batch])
             if self._pad or self._flip:
                 images = self._augment(images, windows[batch])
             yield self._normalize(images), self._labels.index_select(0, order[batch])
 
+    def _positions(self, step: int) -> slice:
+        """Return where in the epoch this process's images of a batch are."""
+        start = step * self._batch_size
+        return self._shard.of_batch(start, start + self.size(step))
+
     def _plan(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the order of an epoch and, for `_augment`, the pixel at which each image's crop starts."""
         draws = draw_epoch(len(self._labels), pad=self._pad, flip=self._flip, seed=self._seed, epoch=epoch)
         height, width = self._padded_size()
-        slot = torch.arange(len(self._labels)) % self._batch_size
+        used = self.images_per_epoch
+        firsts = torch.tensor([self._positions(step).start for step in range(self.steps_per_epoch)])
+        slot = torch.arange(used) - firsts.repeat_interleave(self._batch_size)[:used]
         if self._flip:
-            slot = 2 * slot + draws.flip
-        plan = torch.stack([draws.order, (slot * height + draws.top) * width + draws.left])
+            slot = 2 * slot + draws.flip[:used]
+        plan = torch.stack([draws.order[:used], (slot * height + draws.top[:used]) * width + draws.left[:used]])
         if self._images.is_cuda:
             # Pinned, so that the copy waits for nothing; it is the only one in an epoch.
             plan = plan.pin_memory().to(self._images.device, non_blocking=True)
@@ -245,15 +265,22 @@ class EvalBatches:
         self._images = split.images.to(device)
         self._labels = split.labels.to(device)
         self._batch_size = batch_size
+        self._shard = Shard()
         self._normalize = Normalization(mean, std, width=split.images.shape[2], device=device)
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Return the number of images, of all processes together."""
         return len(self._labels)
+
+    def part(self, shard: Shard) -> Self:
+        """Return the images of one process, which share memory with these."""
+        part = copy.copy(self)
+        part._shard = shard
+        return part
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield images (float32, B x C x H x W, channels_last) and labels (int64, B)."""
-        for images, labels in zip(
-            self._images.split(self._batch_size), self._labels.split(self._batch_size), strict=True
-        ):
-            yield self._normalize(images), labels
+        part = self._shard.of(0, len(self))
+        for start in range(part.start, part.stop, self._batch_size):
+            batch = slice(start, min(start + self._batch_size, part.stop))
+            yield self._normalize(self._images[batch]), self._labels[batch]

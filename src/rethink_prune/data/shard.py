@@ -1,4 +1,4 @@
-"""Which part of every batch one process of a distributed training takes."""
+"""Which part of the images one process of a distributed training takes."""
 
 from __future__ import annotations
 
@@ -32,3 +32,27 @@ class Shard:
         """
         count = stop - start
         return slice(start + count * self.rank // self.world, start + count * (self.rank + 1) // self.world)
+
+    def copies(self, images: int) -> int:
+        """Return how many processes train on each image of a batch of so many: one, or all.
+
+        Batch normalisation needs two images, so a batch without two for every process (the last of an epoch) is not
+        shared: every process computes the whole of it.
+        """
+        return 1 if images >= 2 * self.world else self.world
+
+    def of_batch(self, start: int, stop: int) -> slice:
+        """Return this process's part of a training batch at the positions ``[start, stop)`` of an epoch."""
+        return self.of(start, stop) if self.copies(stop - start) == 1 else slice(start, stop)
+
+    def weight(self, part: int, images: int) -> float:
+        """Return what the mean over this process's part of a training batch counts for.
+
+        The mean over all processes of their weighted means is the mean over the batch.
+
+        Parameters
+        ----------
+        part, images : int
+            Images in this process's part, and in the batch.
+        """
+        return part * self.world / (images * self.copies(images))

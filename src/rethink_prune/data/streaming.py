@@ -7,6 +7,7 @@ it had never stopped.
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import math
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,6 @@ from rethink_prune.seeds import derive_generator
 PREFETCH = 2  # batches under way per worker
 _MOST_WORKERS = 16
 _GRACE = 10  # seconds for which a worker goes on after a SIGTERM
-_ALONE = Shard()
 _SHARED_MEMORY = Path("/dev/shm")
 _MORE_SHARED_MEMORY = (
     "set dataset.workers=0 or to fewer, or enlarge it "
@@ -337,8 +337,6 @@ class StreamBatches:
         The study's seed.
     workers : int or None
         Processes that read images; 0 reads in this one, None takes one for every core, at most 16.
-    shard : Shard
-        The part of every batch that this process takes.
     prefetch : int
         Batches under way per worker.
 
@@ -368,7 +366,6 @@ class StreamBatches:
         device: torch.device,
         seed: int,
         workers: int | None = None,
-        shard: Shard = _ALONE,
         prefetch: int = PREFETCH,
     ) -> None:
         total = len(files)
@@ -379,19 +376,29 @@ class StreamBatches:
         self._images = total
         self._batch_size = batch_size
         self._seed = seed
-        self._shard = shard
+        self._shard = Shard()
         self._device = device
         self._normalize = Normalization(mean, std, width=image_size, device=device)
         self._stream = _Stream(
             _Reader(files, size=image_size, seed=seed, augment=augment, flip=flip),
-            batch_bytes=_share(batch_size, shard) * image_size**2 * 3,
+            batch_bytes=batch_size * image_size**2 * 3,
             device=device,
             workers=default_workers() if workers is None else workers,
             prefetch=prefetch,
         )
 
+    def size(self, step: int) -> int:
+        """Return how many images a batch has, of all processes together."""
+        return min(self._batch_size, self.images_per_epoch - step * self._batch_size)
+
+    def part(self, shard: Shard) -> Self:
+        """Return the same batches, of which one process takes its part; the workers are shared."""
+        part = copy.copy(self)
+        part._shard = shard
+        return part
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield this process's part of every batch of an epoch, from a step on.
+        """Yield the batches of an epoch, or this process's part of each, from a step on.
 
         Parameters
         ----------
@@ -423,7 +430,7 @@ class StreamBatches:
         order = torch.randperm(self._images, generator=derive_generator(self._seed, "order", epoch))
         for step in range(start_step, self.steps_per_epoch):
             start = step * self._batch_size
-            part = self._shard.of(start, min(start + self._batch_size, self.images_per_epoch))
+            part = self._shard.of_batch(start, start + self.size(step))
             images = order[part].tolist()
             yield [Place(image, epoch, part.start + row) for row, image in enumerate(images)]
 
@@ -435,10 +442,10 @@ class StreamEvalBatches:
 
     Parameters
     ----------
-    files, mean, std, image_size, device, workers, shard, prefetch
-        As for :class:`StreamBatches`; the processes share the images of every batch.
+    files, mean, std, image_size, device, workers, prefetch
+        As for :class:`StreamBatches`.
     batch_size : int
-        Images per batch, of all processes together; the last may be smaller.
+        Images per batch; the last may be smaller.
     """
 
     def __init__(
@@ -451,17 +458,16 @@ class StreamEvalBatches:
         batch_size: int,
         device: torch.device,
         workers: int | None = None,
-        shard: Shard = _ALONE,
         prefetch: int = PREFETCH,
     ) -> None:
         self._images = len(files)
         self._batch_size = batch_size
-        self._shard = shard
+        self._shard = Shard()
         self._device = device
         self._normalize = Normalization(mean, std, width=image_size, device=device)
         self._stream = _Stream(
             _Reader(files, size=image_size),
-            batch_bytes=_share(batch_size, shard) * image_size**2 * 3,
+            batch_bytes=batch_size * image_size**2 * 3,
             device=device,
             workers=default_workers() if workers is None else workers,
             prefetch=prefetch,
@@ -471,6 +477,12 @@ class StreamEvalBatches:
         """Return the number of images, of all processes together."""
         return self._images
 
+    def part(self, shard: Shard) -> Self:
+        """Return the images of one process; the workers are shared."""
+        part = copy.copy(self)
+        part._shard = shard
+        return part
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield images (float32, B x C x H x W, channels_last) and labels (int64, B); raises as training does."""
         for raw in self._stream.run(self._plan()):
@@ -478,9 +490,9 @@ class StreamEvalBatches:
             yield self._normalize(images), labels
 
     def _plan(self) -> Iterator[list[Place]]:
-        for start in range(0, self._images, self._batch_size):
-            part = self._shard.of(start, min(start + self._batch_size, self._images))
-            yield [Place(image, 0, image) for image in range(part.start, part.stop)]
+        part = self._shard.of(0, self._images)
+        for start in range(part.start, part.stop, self._batch_size):
+            yield [Place(image, 0, image) for image in range(start, min(start + self._batch_size, part.stop))]
 
 
 def default_workers() -> int:
@@ -488,10 +500,6 @@ def default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
     return min(_MOST_WORKERS, max(1, cores // processes))
-
-
-def _share(batch_size: int, shard: Shard) -> int:
-    return math.ceil(batch_size / shard.world)
 
 
 def _check_shared_memory(workers: int, needed: int) -> None:

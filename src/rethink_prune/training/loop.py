@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +18,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rethink_prune.data.contract import AnyEvalBatches, AnyTrainBatches
+from rethink_prune.data.shard import Shard
 from rethink_prune.seeds import derive_seed
 from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.precision import autocast
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
@@ -115,8 +117,9 @@ def train(
     runtime: Runtime,
     hooks: Hooks,
     seed: int,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None,
     interrupts: Interrupts,
+    processes: Processes = ALONE,
     title: str = "",
     on_epoch: Callable[[list[Row]], None] = lambda rows: None,
 ) -> Progress:
@@ -138,10 +141,13 @@ def train(
         A pruner's part in the training, or what holds masked weights.
     seed : int
         Seeds what the network itself draws (dropout), per step.
-    checkpoints : Checkpoints
-        Where the state is kept; a checkpoint is written when one is due and when a signal arrives.
+    checkpoints : Checkpoints or None
+        Where the state is kept; a checkpoint is written when one is due and when a signal arrives. None for all but the
+        first process.
     interrupts : Interrupts
         Tells when to stop.
+    processes : Processes
+        Those that train together, all of them with the same arguments; they share every batch.
     title : str
         Shown beside the progress bar.
     on_epoch : callable
@@ -152,7 +158,7 @@ def train(
     Progress
         With one row per epoch: ``epoch`` (from 1), ``lr``, ``images`` (in this epoch), ``train_loss``,
         ``train_top1``, ``<set>_loss``, ``<set>_top1`` and, with more than five classes, ``<set>_top5`` per evaluated
-        set, ``seconds`` (so far).
+        set, ``processes`` (that trained together), ``seconds`` (so far).
 
     Raises
     ------
@@ -166,15 +172,19 @@ def train(
     optimizer = build_optimizer(hooks.optimized(model), spec, fused=fused)
     scheduler = build_scheduler(optimizer, spec)
     progress = Progress()
-    state = checkpoints.latest()
+    state = processes.broadcast(checkpoints.latest() if checkpoints is not None else None)
     if state is not None:
         progress = _restore(state, model, optimizer, scheduler)
+        if not processes.is_first:
+            progress.totals.zero_()  # they are those of all processes
         if progress.rows:
             on_epoch(progress.rows)
+    shard, parts = processes.shard, batches.part(processes.shard)
     update = build_step(
         model,
         optimizer,
         hooks,
+        forward=processes.wrap(model, runtime.device, static=runtime.accelerate != "compile"),
         device=runtime.device,
         precision=runtime.precision,
         accelerate=runtime.accelerate,
@@ -193,12 +203,19 @@ def train(
 
     def save() -> None:
         progress.seconds = clock.seconds()
-        checkpoints.save(_state(progress, model, optimizer, scheduler), epoch=progress.epoch, step=progress.step)
+        totals = processes.sum(progress.totals)
+        if checkpoints is not None:
+            state = _state(replace(progress, totals=totals), model, optimizer, scheduler)
+            checkpoints.save(state, epoch=progress.epoch, step=progress.step)
         clock.saved()
 
-    def stop_if_asked() -> None:
-        if interrupts.requested is not None:
+    def pause() -> None:
+        """Save if it is time, and stop if a signal came to any process."""
+        signum, due = processes.most(interrupts.requested or 0, int(clock.checkpoint_due(runtime.checkpoint_seconds)))
+        if signum or due:
             save()
+        if signum:
+            interrupts.requested = signum
             interrupts.stop(f"in {title}, epoch {progress.epoch + 1} of {spec.epochs}")
 
     with bar, interrupts.deferred(), logging_redirect_tqdm() if runtime.show_progress else nullcontext():
@@ -206,18 +223,18 @@ def train(
             model.train()
             progress.totals = progress.totals.to(runtime.device)
             lr = optimizer.param_groups[0]["lr"]
-            for images, labels in batches.epoch(progress.epoch, progress.step):
-                _seed_noise(derive_seed(seed, "noise", progress.epoch, progress.step), runtime.device)
-                loss, logits = update(images, labels)
-                progress.totals += _loss_and_correct(loss * len(labels), logits, labels)
+            for images, labels in parts.epoch(progress.epoch, progress.step):
+                size = batches.size(progress.step)
+                _seed_noise(_noise_seed(seed, progress, shard), runtime.device)
+                loss, logits = update(images, labels, shard.weight(len(labels), size))
+                progress.totals += _loss_and_correct(loss * len(labels), logits, labels) / shard.copies(size)
                 progress.step += 1
-                bar.update(len(labels))
-                if progress.step < batches.steps_per_epoch:
-                    stop_if_asked()
-                    if clock.checkpoint_due(runtime.checkpoint_seconds):
-                        save()
+                bar.update(size)
+                if progress.step < batches.steps_per_epoch and progress.step % processes.steps_together == 0:
+                    pause()
             hooks.after_epoch(model)
-            loss_sum, correct = progress.totals.tolist()
+            processes.share_state(model)
+            loss_sum, correct = processes.sum(progress.totals).tolist()
             images_seen = batches.images_per_epoch
             if not math.isfinite(loss_sum):
                 raise Diverged("training", loss_sum / images_seen, progress.epoch + 1, lr)
@@ -229,13 +246,14 @@ def train(
                 "train_top1": 100.0 * correct / images_seen,
             }
             for name, batches_of_set in evaluations.items():
-                result = evaluate(model, batches_of_set, runtime=runtime)
+                result = evaluate(model, batches_of_set, runtime=runtime, processes=processes)
                 if not math.isfinite(result.loss):
                     raise Diverged(name, result.loss, progress.epoch + 1, lr)
                 row[f"{name}_loss"] = result.loss
                 row[f"{name}_top1"] = result.top1
                 if result.top5 is not None:
                     row[f"{name}_top5"] = result.top5
+            row["processes"] = processes.world
             row["seconds"] = clock.seconds()
             scheduler.step()
             progress.rows.append(row)
@@ -245,28 +263,35 @@ def train(
             on_epoch(progress.rows)
             bar.set_postfix_str(f"epoch {progress.epoch}/{spec.epochs}")
             if progress.epoch < spec.epochs:
-                stop_if_asked()
-                if clock.checkpoint_due(runtime.checkpoint_seconds):
-                    save()
+                pause()
     progress.seconds = clock.seconds()
     return progress
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: AnyEvalBatches, *, runtime: Runtime) -> Evaluation:
-    """Return loss, top-1 and top-5 over every image of `batches`, each counted once."""
+def evaluate(
+    model: nn.Module, batches: AnyEvalBatches, *, runtime: Runtime, processes: Processes = ALONE
+) -> Evaluation:
+    """Return loss, top-1 and top-5 over every image of `batches`, each counted once, by one of the processes."""
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     classes = 0
-    for images, labels in batches:
+    for images, labels in batches.part(processes.shard):
         with autocast(runtime.device, runtime.precision):
             logits = model(images)
         classes = logits.shape[1]
         totals[:2] += _loss_and_correct(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
         totals[2] += _within_top5(logits, labels)
-    loss, correct, within = totals.tolist()
+    loss, correct, within = processes.sum(totals).tolist()
+    (classes,) = processes.most(classes)  # a process may have no image
     top5 = 100.0 * within / len(batches) if classes > 5 else None
     return Evaluation(loss / len(batches), 100.0 * correct / len(batches), top5)
+
+
+def _noise_seed(seed: int, progress: Progress, shard: Shard) -> int:
+    # Every process has other images, and draws for itself; one alone draws what the first of several does.
+    others = (shard.rank,) if shard.rank else ()
+    return derive_seed(seed, "noise", progress.epoch, progress.step, *others)
 
 
 def _seed_noise(seed: int, device: torch.device) -> None:

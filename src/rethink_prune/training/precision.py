@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from rethink_prune.errors import UserError
+from rethink_prune.training.distributed import ALONE, Processes
 
 log = logging.getLogger(__name__)
 
@@ -17,22 +18,35 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, processes: Processes = ALONE) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is there.
+
+    Processes that train together take one CUDA device each, by their numbers on the machine.
 
     Raises
     ------
     UserError
-        If a CUDA device is named and there is none of that number.
+        If a CUDA device is named and there is none of that number, or fewer devices than processes.
     """
     available = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if available else "cpu")
-    device = torch.device(name)
+    if name == "cpu" or (name == "auto" and not available):
+        return torch.device("cpu")
+    if processes.world > 1 and available:
+        return _device_of(processes, name, torch.cuda.device_count())
+    device = torch.device("cuda" if name == "auto" else name)
     if device.type == "cuda" and not (available and (device.index or 0) < torch.cuda.device_count()):
         count = torch.cuda.device_count() if available else 0
         raise UserError(f"device={name}: no such CUDA device; this machine has {count}; use device=auto or device=cpu")
     return device
+
+
+def _device_of(processes: Processes, name: str, devices: int) -> torch.device:
+    started = f"torchrun started {processes.local_world} processes on this machine"
+    if ":" in name and processes.local_world > 1:
+        raise UserError(f"device={name}: {started}, each of which needs a device of its own; use device=auto")
+    if processes.local_world > devices:
+        raise UserError(f"device={name}: {started}, which has {devices} CUDA devices; use --nproc-per-node={devices}")
+    return torch.device(name if ":" in name else f"cuda:{processes.local_rank}")
 
 
 def prepare_device(device: torch.device, *, deterministic: bool) -> None:

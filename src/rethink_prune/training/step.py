@@ -29,10 +29,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LossAndLogits = tuple[torch.Tensor, torch.Tensor]
-Step = Callable[[torch.Tensor, torch.Tensor], LossAndLogits]
 
 # Before a recording, so that the optimiser's state, cuDNN's choices and cuBLAS's work space are there.
 WARM_UP = 3
+
+
+class Step(Protocol):
+    """Trains a network on one batch."""
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossAndLogits:
+        """Return the mean loss and the logits; the gradients are those of the loss times `weight`."""
 
 
 def build_step(
@@ -40,6 +46,7 @@ def build_step(
     optimizer: Optimizer,
     hooks: Hooks,
     *,
+    forward: nn.Module | None = None,
     device: torch.device,
     precision: str,
     accelerate: str,
@@ -57,6 +64,8 @@ def build_step(
         Its learning rates may change between steps.
     hooks : Hooks
         Act before and after the optimiser's step.
+    forward : torch.nn.Module, optional
+        What to call instead of the network: several processes wrap it.
     device : torch.device
     precision : {"fp32", "bf16"}
     accelerate : {"auto", "compile", "off"}
@@ -67,13 +76,14 @@ def build_step(
     -----
     A step raises `UserError` if ``deterministic=true`` refuses an operation.
     """
-    step: Step = PlainStep(model, model, optimizer, hooks, device, precision, label_smoothing)
+    forward = forward or model
+    step: Step = PlainStep(model, forward, optimizer, hooks, device, precision, label_smoothing)
     if accelerate == "compile":
         # What was compiled for a network before would be taken for this one, even where its forward hooks differ.
         torch.compiler.reset()
         # Not dynamic: there are two shapes, the full batch and the last one.
-        forward = torch.compile(model, dynamic=False)
-        compiled = PlainStep(model, forward, optimizer, hooks, device, precision, label_smoothing)
+        faster = torch.compile(forward, dynamic=False)
+        compiled = PlainStep(model, faster, optimizer, hooks, device, precision, label_smoothing)
         step = CompiledStep(compiled, step, model)
     if accelerate == "off" or device.type != "cuda":
         return step
@@ -105,7 +115,7 @@ class PlainStep:
     model : torch.nn.Module
         What the hooks see.
     forward : callable
-        The same network, perhaps compiled.
+        The same network, perhaps wrapped or compiled.
     optimizer, hooks, device, precision, label_smoothing
         As for `build_step`.
     """
@@ -118,13 +128,13 @@ class PlainStep:
     precision: str
     label_smoothing: float
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> LossAndLogits:
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossAndLogits:
         """Train on one batch; the gradients are gone afterwards."""
         with _refusals_explained():
             with autocast(self.device, self.precision):
                 logits = self.forward(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-            loss.backward()
+            (loss * weight).backward()
             lr = self.optimizer.param_groups[0]["lr"]
             self.hooks.before_step(self.model, lr)
             self.optimizer.step()
@@ -163,17 +173,17 @@ class CompiledStep:
         self._plain = plain
         self._model = model
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> LossAndLogits:
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossAndLogits:
         """Train on one batch."""
         if self._compiled is not None:
             try:
-                return self._compiled(images, labels)
+                return self._compiled(images, labels, weight)
             except RuntimeError as error:
                 # What is no fault of compilation happens again in the plain step, and is raised there.
                 self._compiled = None
                 self._model.zero_grad(set_to_none=True)
                 log.warning("accelerate=compile: torch.compile failed: %s; going on without it", _first_line(error))
-        return self._plain(images, labels)
+        return self._plain(images, labels, weight)
 
 
 class Recorder(Protocol):
@@ -219,12 +229,12 @@ class RecordedStep:
         self._recording: _Recording | None = None
         self._given_up = False
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> LossAndLogits:
-        """Train on one batch."""
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossAndLogits:
+        """Train on one batch; one whose loss is weighted is not recorded."""
         if self._recording is None and images.shape != self._shape:
             self._shape, self._warm = images.shape, 0
-        if self._given_up or images.shape != self._shape:
-            return self._step(images, labels)
+        if self._given_up or images.shape != self._shape or weight != 1.0:
+            return self._step(images, labels, weight)
         if self._warm < WARM_UP:
             self._warm += 1
             return self._recorder.warm_up(partial(self._step, images, labels))
