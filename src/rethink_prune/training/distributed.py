@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ POLL_SECONDS = 0.2
 # Steps between two looks at whether any process has to stop: each costs the fastest one a wait for the slowest.
 _STEPS_TOGETHER = 8
 _TIMEOUT = timedelta(minutes=30)  # of a collective: more than a checkpoint takes on a slow file system
+_GOODBYE_SECONDS = 10.0
 _END = "end"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -109,6 +111,14 @@ class Processes:
         """Tell the other processes that there is nothing more to do."""
         self._announce(_END)
 
+    def wait_for_goodbyes(self) -> None:
+        """Give the other processes time to read what was left for them, before this one ends and it is gone."""
+        assert self.store is not None
+        deadline = time.monotonic() + _GOODBYE_SECONDS
+        missing = [f"goodbye/{rank}" for rank in range(1, self.world)]
+        while not self.store.check(missing) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+
     def _announce(self, what: str) -> None:
         self.tell(f"order/{self._orders}", what)
         self._orders += 1
@@ -184,11 +194,14 @@ class Processes:
         """
         if self.world == 1:
             return model
-        with self.explained():
+        self.share_state(model)
+        with self.explained(), warnings.catch_warnings():
+            # Evaluation alone reads the buffers. PyTorch 2.15 has another name for it, which 2.11 does not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # evaluation alone reads them
+                broadcast_buffers=False,
                 static_graph=static,
             )
 
@@ -233,7 +246,9 @@ def connected(command: Sequence[str]) -> Iterator[Processes]:
     if world == 1:
         yield ALONE
         return
-    store = _open_store(rank, world)
+    # torchrun keeps the store in a process of its own, which outlives the first process.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = _open_store(world, serves=serves)
     processes = Processes(
         rank=rank,
         world=world,
@@ -253,14 +268,15 @@ def connected(command: Sequence[str]) -> Iterator[Processes]:
     finally:
         if processes.is_first:
             processes.end()
-    processes.most(0)  # the first process may serve what the others read
+        if serves:
+            processes.wait_for_goodbyes()
+    if not processes.is_first:
+        processes.tell(f"goodbye/{rank}", True)
     dist.destroy_process_group()
 
 
-def _open_store(rank: int, world: int) -> dist.Store:
+def _open_store(world: int, *, serves: bool) -> dist.Store:
     address, port = os.environ.get("MASTER_ADDR", ""), _variable("MASTER_PORT")
-    # torchrun keeps the store in a process of its own, which outlives the first process.
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         store = dist.TCPStore(address, port, world, serves, timeout=_TIMEOUT, wait_for_workers=False)
     except dist.DistNetworkError as error:

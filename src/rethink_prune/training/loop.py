@@ -218,7 +218,8 @@ def train(
             interrupts.requested = signum
             interrupts.stop(f"in {title}, epoch {progress.epoch + 1} of {spec.epochs}")
 
-    with bar, interrupts.deferred(), logging_redirect_tqdm() if runtime.show_progress else nullcontext():
+    quiet = logging_redirect_tqdm() if runtime.show_progress else nullcontext()
+    with bar, interrupts.deferred(), processes.explained(), quiet:
         while progress.epoch < spec.epochs:
             model.train()
             progress.totals = progress.totals.to(runtime.device)
