@@ -229,7 +229,7 @@ def wait_until(condition: Any, seconds: float = 60) -> None:
 
 @pytest.mark.parametrize("pruner", ["sss", "magnitude"])
 def test_batch_norms_masks_and_sparse_training_are_shared(folder: Path, pruner: str) -> None:
-    target = {"sss": "pruner.sparse.strength=1.0", "magnitude": "pruner.ratio=0.4"}[pruner]
+    target = {"sss": "pruner.sparse.strength=10", "magnitude": "pruner.ratio=0.4"}[pruner]
     done = torchrun(folder, *SMALL, f"pruner={pruner}", target, "arms=[finetune]", "hydra.run.dir=run")
     assert done.returncode == 0, done.stdout
     found = summary(folder, "run")
