@@ -92,7 +92,8 @@ def run_study(
     setup.store.prepare()
     log.info("%s, %s", setup.device_name, setup.precision_note)
     study = Study(setup, run_dir, interrupts, plan)
-    summary = Summary(run_dir, setup.store, setup.describe(experiment))
+    hparams = config.model_dump(mode="json", exclude={"arms", "store", "dry_run"}, serialize_as_any=True)
+    summary = Summary(run_dir, setup.store, setup.describe(experiment), hparams)
     large = study.large() if setup.reads_large else None
     summary.add_base("large", large)
     trained = large
