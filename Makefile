@@ -36,7 +36,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "Installing the development tools."
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,launchers]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,launchers,onnx]"
 	@touch $@
 
 $(BIN)/python:

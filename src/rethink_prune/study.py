@@ -257,7 +257,7 @@ class Study:
             with stage.hold():
                 result = stage.result(started)
                 if result is None:
-                    stage.begin({"network": self.setup.network_key, "key": dict(key), "title": title}, started)
+                    stage.begin({**self.setup.described_network, "key": dict(key), "title": title}, started)
                     device = self.setup.runtime.device
                     reset_peak_memory(device)
                     try:

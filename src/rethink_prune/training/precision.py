@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from contextlib import AbstractContextManager
 
 import torch
@@ -33,6 +34,13 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if available else 0
         raise UserError(f"device={name}: no such CUDA device; this machine has {count}; use device=auto or device=cpu")
     return device
+
+
+def describe_device(device: torch.device) -> str:
+    """Name a device as a person would."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def prepare_device(device: torch.device, *, deterministic: bool) -> None:
