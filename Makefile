@@ -1,6 +1,7 @@
 # make demo   install into .venv and run the default study (about a minute on two CPU cores)
 # make test   install with the development tools and run the tests
 # make lint   formatting, lint and types
+# make board  TensorBoard over the runs, and the report's means over seeds, at http://127.0.0.1:6006
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,7 +26,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 board: $(VENV)/installed
-	$(BIN)/tensorboard --logdir runs --host 127.0.0.1
+	$(BIN)/tensorboard --logdir_spec runs:runs,report:report/tensorboard --host 127.0.0.1
 
 # Made anew only when the dependencies change; the package itself is installed in place.
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
@@ -35,7 +36,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "Installing the development tools."
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,launchers]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,launchers,onnx]"
 	@touch $@
 
 $(BIN)/python:

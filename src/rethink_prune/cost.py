@@ -1,23 +1,33 @@
-"""Parameters and multiply-accumulates of a network.
+"""What a network costs: parameters, multiply-accumulates, seconds and memory.
 
 Conventions: MACs are those of convolutions and linear layers for one image, one multiply-accumulate counting once,
 those with a masked weight not at all; training costs 6 FLOPs per MAC and image (two for the forward pass, four for the
-backward pass).
+backward pass). A pass is timed from its call until its logits are there, alone, on images that are on the device
+already. Masked weights are zeros in tensors of full size: they take the time and the memory of any other number.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rethink_prune.errors import UserError
 
 TRAIN_FLOPS_PER_MAC = 6
+_WARM_UP_PASSES = 3
+_TURN_SECONDS = 0.2
+_MOST_PASSES_PER_TURN = 100
 
 
 @dataclass(frozen=True)
@@ -110,3 +120,92 @@ def on_meta(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, meta)
     except Exception as error:
         raise UserError(f"{type(model).__name__}: cannot be copied: {error}") from error
+
+
+@torch.inference_mode()
+def time_passes(models: Mapping[str, nn.Module], images: torch.Tensor, *, rounds: int) -> dict[str, list[float]]:
+    """Time forward passes of networks that take turns, so that a machine that slows down slows them all.
+
+    Parameters
+    ----------
+    models : mapping of str to torch.nn.Module
+        In evaluation mode, on the device of `images`, with its type of numbers.
+    images : torch.Tensor
+        One batch, N x C x H x W.
+    rounds : int
+        In each, every network has a turn: after one pass that is not counted, as many as take about a fifth of a
+        second.
+
+    Returns
+    -------
+    dict of str to list of float
+        By network, seconds per pass: of every round the median.
+    """
+    passes = {}
+    for name, model in models.items():
+        for _ in range(_WARM_UP_PASSES):
+            seconds = _time_pass(model, images)
+        passes[name] = max(1, min(_MOST_PASSES_PER_TURN, int(_TURN_SECONDS / seconds)))
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            _time_pass(model, images)  # brings back into the caches what another network displaced
+            times[name].append(median(_time_pass(model, images) for _ in range(passes[name])))
+    return times
+
+
+@torch.inference_mode()
+def pass_memory(model: nn.Module, images: torch.Tensor) -> int:
+    """Return the most bytes that a forward pass takes at once: weights, images and what is computed from them.
+
+    On CUDA, what the allocator gave out, the kernels' work space included; on a CPU, the tensors alone.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        In evaluation mode, on the device of `images`.
+    images : torch.Tensor
+        One batch, N x C x H x W.
+    """
+    own = [*model.parameters(), *model.buffers(), images]
+    own_bytes = sum({_storage(t): t.untyped_storage().nbytes() for t in own}.values())
+    if images.is_cuda:
+        torch.cuda.reset_peak_memory_stats(images.device)
+        before = torch.cuda.memory_allocated(images.device)
+        model(images)
+        return own_bytes + torch.cuda.max_memory_allocated(images.device) - before
+    with _LiveTensors({_storage(t) for t in own}) as live:
+        model(images)
+    return own_bytes + live.peak
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Watches how many bytes of tensors made by torch operations are alive, but for those in the storages `known`."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._known = known
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in self._known:
+                storage = tensor.untyped_storage()
+                self._alive[_storage(tensor)] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _time_pass(model: nn.Module, images: torch.Tensor) -> float:
+    start = time.perf_counter()
+    model(images)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter() - start

@@ -21,14 +21,13 @@ from rethink_prune.cost import Cost, count_cost, on_meta
 from rethink_prune.data import (
     AnyEvalBatches,
     AnyTrainBatches,
-    EvalBatches,
     Files,
     ImageDataset,
     Split,
     StreamBatches,
-    StreamEvalBatches,
     TrainBatches,
     describe_dataset,
+    eval_batches,
     load_dataset,
 )
 from rethink_prune.errors import UserError
@@ -43,7 +42,7 @@ from rethink_prune.seeds import derive_seed, seeded
 from rethink_prune.store import Store
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.loop import Runtime
-from rethink_prune.training.precision import prepare_device, resolve_device, resolve_precision
+from rethink_prune.training.precision import describe_device, prepare_device, resolve_device, resolve_precision
 from rethink_prune.weights import Checkpoint, read_checkpoint
 
 
@@ -97,10 +96,7 @@ class Setup:
     @property
     def device_name(self) -> str:
         """The device, as a person would call it."""
-        device = self.runtime.device
-        if device.type == "cuda":
-            return torch.cuda.get_device_name(device)
-        return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+        return describe_device(self.runtime.device)
 
     @property
     def precision_note(self) -> str:
@@ -164,22 +160,14 @@ class Setup:
         return {name: self._eval_batches(images) for name, images in splits.items() if images is not None}
 
     def _eval_batches(self, images: Split | Files) -> AnyEvalBatches:
-        if isinstance(images, Files):
-            return StreamEvalBatches(
-                images,
-                mean=self.dataset.mean,
-                std=self.dataset.std,
-                image_size=self.info.image_size,
-                batch_size=self.config.recipe.eval_batch_size,
-                device=self.runtime.device,
-                workers=self.config.dataset.workers,
-            )
-        return EvalBatches(
+        return eval_batches(
             images,
             mean=self.dataset.mean,
             std=self.dataset.std,
+            image_size=self.info.image_size,
             batch_size=self.config.recipe.eval_batch_size,
             device=self.runtime.device,
+            workers=self.config.dataset.workers,
         )
 
     @cached_property
@@ -284,6 +272,12 @@ class Setup:
             "image_size": self.info.image_size,
             "source": source_digest(model_factory(name)) if own else None,
         }
+
+    @cached_property
+    def described_network(self) -> dict[str, Any]:
+        """What a stage says about its network, for those who take it along."""
+        normalization = {"mean": list(self.dataset.mean), "std": list(self.dataset.std)}
+        return {"network": self.network_key, "images": normalization}
 
     @cached_property
     def pruner_source(self) -> str | None:

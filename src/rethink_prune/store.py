@@ -141,12 +141,32 @@ class Stage:
         self._check_start(status, started)
         if status.get("state") != "done":
             return None
-        for name, digest in status["digests"].items():
-            path = self.folder / name
-            if not path.is_file() or file_digest(path) != digest:
-                log.warning("%s is damaged (its checksum does not match): the stage is done again", path)
-                return None
+        damaged = self._damaged(status["digests"])
+        if damaged is not None:
+            log.warning("%s is damaged (its checksum does not match): the stage is done again", damaged)
+            return None
         return status["result"]
+
+    def finished(self) -> dict[str, Any]:
+        """Return the result, for those who only read the stage and could not do it again.
+
+        Raises
+        ------
+        UserError
+            If the folder holds no stage, or one that is not finished or damaged.
+        """
+        if not self._status_file.is_file():
+            raise UserError(f"{self.folder}: is no stage: there is no {self._status_file.name} in it")
+        try:
+            status = json.loads(self._status_file.read_text())
+            if status["state"] != "done":
+                raise UserError(f"{self.folder}: not a finished stage (state: {status['state']})")
+            damaged, result = self._damaged(status["digests"]), dict(status["result"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{self._status_file}: is damaged") from None
+        if damaged is not None:
+            raise UserError(f"{damaged}: is damaged (its checksum does not match)")
+        return result
 
     @property
     def digest(self) -> str:
@@ -223,6 +243,11 @@ class Stage:
         for path in self.folder.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _damaged(self, digests: Mapping[str, str]) -> Path | None:
+        """Return the first file whose content is not what it was when the stage was finished."""
+        paths = {self.folder / name: digest for name, digest in digests.items()}
+        return next((p for p, digest in paths.items() if not p.is_file() or file_digest(p) != digest), None)
 
     def _check_start(self, status: Mapping[str, Any], started: Started | None) -> None:
         recorded = status.get("started_from")

@@ -102,7 +102,8 @@ def run_study(
     setup.store.prepare()
     log.info("%s, %s", setup.device_name, setup.precision_note)
     study = Study(setup, run_dir, interrupts, plan)
-    summary = Summary(run_dir, setup.store, setup.describe(experiment))
+    hparams = config.model_dump(mode="json", exclude={"arms", "store", "dry_run"}, serialize_as_any=True)
+    summary = Summary(run_dir, setup.store, setup.describe(experiment), hparams)
     large = study.large() if setup.reads_large else None
     summary.add_base("large", large)
     trained = large
@@ -324,7 +325,7 @@ class Study:
             with stage.hold():
                 result = stage.result(started)
                 if result is None:
-                    stage.begin({"network": self.setup.network_key, "key": dict(key), "title": title}, started)
+                    stage.begin({**self.setup.described_network, "key": dict(key), "title": title}, started)
                     device = self.setup.runtime.device
                     reset_peak_memory(device)
                     try:

@@ -7,7 +7,9 @@ Nothing here executes code from a file: safetensors, JSON, YAML's safe subset, a
 from __future__ import annotations
 
 import hashlib
+import inspect
 import pickle
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +35,10 @@ def load_model(folder: str | Path, factory: Callable[..., nn.Module] | None = No
     Parameters
     ----------
     folder : path
-        The stage's folder, ``STORE/stages/<kind>-<key>``.
+        The stage's folder, ``STORE/stages/<kind>-<key>``, or a copy that ``rethink_prune.export`` made of it.
     factory : callable, optional
-        Builds the unpruned network, called as ``factory(num_classes=..., **options)``. Needed for a network of your
-        own: a stage never says what to import.
+        Builds the unpruned network, called as ``factory(num_classes=..., **options)``; it also gets ``in_channels`` if
+        it has such a parameter. Needed for a network of your own: a stage never says what to import.
 
     Returns
     -------
@@ -46,24 +48,65 @@ def load_model(folder: str | Path, factory: Callable[..., nn.Module] | None = No
     Raises
     ------
     UserError
-        If the folder holds no finished, intact stage, or a factory is needed and missing.
+        If the folder holds no finished, intact stage, or a factory is needed and missing, or builds another network.
     """
     stage = Stage(Path(folder))
-    if stage.result() is None:
-        raise UserError(f"{folder}: not a finished stage (state: {stage.status().get('state', 'none')})")
-    network = yaml.safe_load((stage.folder / "config.yaml").read_text())["network"]
-    sizes = {"num_classes": network["num_classes"], "in_channels": network["in_channels"]}
-    if factory is not None:
-        if sizes["in_channels"] == 3:
-            del sizes["in_channels"]
-        model = factory(**sizes, **network["options"])
-    elif ":" in network["name"]:
-        raise UserError(f"{folder}: holds {network['name']}, a network of your own: load_model(folder, factory=...)")
-    else:
-        model = build_model(network["name"], **sizes, **network["options"])
-    model = reshape(model, Architecture.load(stage.folder))
-    model.load_state_dict(load_stage_weights(stage))
+    stage.finished()
+    model = reshape(build_unpruned(stage, factory), Architecture.load(stage.folder))
+    try:
+        model.load_state_dict(load_stage_weights(stage))
+    except RuntimeError as error:
+        raise UserError(f"{folder}: holds other weights than {type(model).__name__} has: {_one_line(error)}") from None
     return model.eval()
+
+
+def build_unpruned(stage: Stage, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
+    """Build the network that a stage's was pruned from, with arbitrary weights; arguments as for `load_model`."""
+    network = read_config(stage)["network"]
+    name, options = network["name"], network["options"]
+    sizes = {"num_classes": network["num_classes"], "in_channels": network["in_channels"]}
+    if factory is None:
+        if ":" in name:
+            raise UserError(
+                f"{stage.folder}: holds {name}, a network of your own; say what builds it: "
+                "load_model(folder, factory=...), or --factory path.to.module:factory on the command line"
+            )
+        return build_model(name, **sizes, **options)
+    try:
+        if "in_channels" not in inspect.signature(factory).parameters:
+            del sizes["in_channels"]
+        model = factory(**sizes, **options)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise UserError(f"{stage.folder}: the factory failed with {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{stage.folder}: the factory gave a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def read_config(stage: Stage) -> dict[str, Any]:
+    """Return what a stage says about itself.
+
+    Returns
+    -------
+    dict
+        ``network`` has name, options, num_classes, in_channels and image_size of the unpruned network; ``images``, if
+        it is there, ``mean`` and ``std`` per channel, by which images were normalised.
+
+    Raises
+    ------
+    UserError
+        If it does not describe a network.
+    """
+    path = stage.folder / "config.yaml"
+    kinds = {"name": str, "options": dict, "num_classes": int, "in_channels": int, "image_size": int}
+    try:
+        config = yaml.safe_load(path.read_text())
+        if all(isinstance(config["network"][name], kind) for name, kind in kinds.items()):
+            return config
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path}: is damaged or of another version: it describes no network")
 
 
 def load_stage_weights(stage: Stage) -> dict[str, Tensor]:
@@ -157,6 +200,10 @@ def _file_state(path: Path, source: str) -> dict[str, Tensor]:
     if not (isinstance(content, Mapping) and all(map(_is_dense, content.values()))):
         raise UserError(f"large.checkpoint={source}: holds no state dict, nor one as 'state_dict' or 'model'")
     return dict(content)
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
 def _is_dense(value: object) -> bool:

@@ -3,6 +3,7 @@
 from rethink_prune.data.batches import Epoch, EvalBatches, TrainBatches
 from rethink_prune.data.contract import AnyEvalBatches, AnyTrainBatches
 from rethink_prune.data.dataset import DatasetInfo, ImageDataset, describe_dataset, load_dataset
+from rethink_prune.data.evaluation import eval_batches
 from rethink_prune.data.split import Files, Split
 from rethink_prune.data.streaming import StreamBatches, StreamEvalBatches
 
@@ -19,5 +20,6 @@ __all__ = [
     "StreamEvalBatches",
     "TrainBatches",
     "describe_dataset",
+    "eval_batches",
     "load_dataset",
 ]

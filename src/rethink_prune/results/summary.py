@@ -13,7 +13,7 @@ from rethink_prune.cost import Cost
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically, write_json
 from rethink_prune.results.tables import study_table
-from rethink_prune.results.tensorboard import write_hparams
+from rethink_prune.results.tensorboard import write_study
 from rethink_prune.store import Done, Failed, Store
 
 
@@ -28,13 +28,16 @@ class Summary:
         Gets a record of which run uses which stages.
     described : mapping
         What is known about the study as a whole; ``warnings`` among it.
+    hparams : mapping
+        The configuration, for TensorBoard.
     """
 
-    def __init__(self, run_dir: Path, store: Store, described: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, store: Store, described: Mapping[str, Any], hparams: Mapping[str, Any]) -> None:
         self.run_dir = run_dir
         self.store = store
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
         self.content: dict[str, Any] = {"study": dict(described)}
+        self._hparams = hparams
         self._stages: dict[str, str] = {}
 
     def add_base(self, name: str, outcome: Done | Failed | None) -> None:
@@ -80,11 +83,11 @@ class Summary:
     def finish(self) -> None:
         """Print the table; raise if a stage failed."""
         arms = self.content["arms"]
-        finals = {f"top1/{name}": entry["top1"] for name, entry in arms.items() if entry["status"] == "done"}
-        write_hparams(self.run_dir / "tensorboard" / "hparams", self._hparams(), finals)
-        print(self._table())
         bases = {name: self.content[name] for name in ("large", "sparse") if name in self.content}
         entries = {**bases, **arms}
+        finals = {f"top1/{name}": entry["top1"] for name, entry in entries.items() if entry["status"] == "done"}
+        write_study(self.run_dir / "tensorboard" / "hparams", self._hparams, finals, self._table())
+        print(self._table())
         failed = {name: entry["reason"] for name, entry in entries.items() if entry["status"] == "failed"}
         if failed:
             raise UserError("; ".join(f"{name} failed: {reason}" for name, reason in failed.items()))
@@ -99,12 +102,6 @@ class Summary:
             "train_flops_total": outcome.flops_total,
             "stage": str(outcome.stage.folder),
         }
-
-    def _hparams(self) -> dict[str, Any]:
-        described = self.content["study"]
-        names = ("dataset", "model", "pruner", "recipe", "budget", "seed", "precision")
-        target = {f"pruner.{name}": value for name, value in described["target"].items()}
-        return {**{name: described[name] for name in names}, **target}
 
     def _table(self) -> str:
         described = self.content["study"]

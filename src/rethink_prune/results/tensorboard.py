@@ -6,12 +6,20 @@ included, so fine-tuning starts where the large network's training ended.
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rethink_prune.results.tables import markdown
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 SETS = ("test", "validation", "train")
+MEASURES = ("top1", "top5", "loss")
 
 
 class ArmEvents:
@@ -45,7 +53,7 @@ class ArmEvents:
             if self._flops is not None:
                 self._flops += self._per_image * row["images"]
             for name in SETS:
-                for measure in ("top1", "top5", "loss"):
+                for measure in MEASURES:
                     value = row.get(f"{name}_{measure}")
                     if value is None:
                         continue
@@ -60,17 +68,116 @@ class ArmEvents:
         self._writer.close()
 
 
-def write_hparams(folder: Path, hparams: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """Write a study's hyper-parameters with its final metrics, for the HParams tab of a sweep."""
+def write_study(folder: Path, hparams: Mapping[str, Any], metrics: Mapping[str, float], table: str) -> None:
+    """Write a study as one row of the HParams tab, and its table for the Text tab.
+
+    Rows of all runs below one folder form one table, with the columns of all of them: it can be sorted by any.
+
+    Parameters
+    ----------
+    folder : Path
+        What is in it is replaced.
+    hparams : mapping
+        The configuration; parts of it become ``part.name``, what is None is left out.
+    metrics : mapping of str to float
+        The results.
+    table : str
+        In Markdown.
+    """
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
-    plain = {
-        name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in hparams.items()
-    }
-    writer = SummaryWriter(str(folder))
-    writer.add_hparams(plain, dict(metrics), run_name=".")
-    writer.close()
+    # SummaryWriter.add_hparams would also list the columns, and TensorBoard then shows those of the first run alone.
+    # An empty trial_id keeps runs with equal hyper-parameters apart.
+    start = hparams_pb(dict(flatten(hparams)), trial_id="")
+    with SummaryWriter(str(folder)) as writer:
+        writer.file_writer.add_summary(start)
+        for name, value in metrics.items():
+            writer.add_scalar(name, value)
+        writer.add_text("summary", table)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    """Yield the values of nested mappings by dotted name, as TensorBoard takes them; those that are None are left out.
+
+    Examples
+    --------
+    >>> dict(flatten({"seed": 0, "recipe": {"lr": 0.1, "step": None, "milestones": (80, 120)}}))
+    {'seed': 0, 'recipe.lr': 0.1, 'recipe.milestones': '(80, 120)'}
+    """
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield f"{prefix}{name}", value if isinstance(value, bool | int | float | str) else str(value)
+
+
+Rows = Sequence[Mapping[str, float]]
+
+
+def write_aggregates(groups: Mapping[str, Mapping[str, Sequence[Rows]]], folder: Path) -> None:
+    """Write the mean, the least and the greatest over seeds, per arm and epoch.
+
+    Every arm of every group becomes a run ``<group>/<arm>``. Its mean has the tags that single runs have
+    (``top1/test``), so both show in one chart; the "Custom scalars" tab shows it in a band from least to greatest. An
+    epoch counts if all seeds have reached it. The Text tab says how many seeds there are and where they ended.
+
+    Parameters
+    ----------
+    groups : mapping of str to mapping of str to sequence of rows
+        By the group's label and the arm's name: of each seed the rows of ``metrics.csv``, as
+        :func:`~rethink_prune.results.metrics.read_metrics` gives them.
+    folder : Path
+        What is in it is replaced.
+
+    Examples
+    --------
+    >>> groups = {"l1 0.5": {"finetune": [read_metrics(stage) for stage in stages_of_all_seeds]}}  # doctest: +SKIP
+    >>> write_aggregates(groups, Path("report/tensorboard"))  # doctest: +SKIP
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for number, (label, arms) in enumerate(groups.items()):
+        # Labels can differ in what a folder's name cannot hold.
+        group = re.sub(r"[^\w.,=+ -]+", "_", label).strip(". ") or "group"
+        group_folder = folder / (f"{group} ({number})" if (folder / group).exists() else group)
+        ends = []
+        for arm, seeds in arms.items():
+            epochs = [list(rows) for rows in zip(*seeds, strict=False)]
+            with SummaryWriter(str(group_folder / arm)) as writer:
+                writer.add_custom_scalars(_BANDS)
+                for rows in epochs:
+                    _write_bands(writer, rows)
+            if epochs:
+                ends.append([arm, str(len(seeds)), str(len(epochs)), *_last(epochs[-1])])
+        with SummaryWriter(str(group_folder)) as writer:
+            writer.add_text("summary", markdown(["arm", "seeds", "epoch", "mean top-1 %", "least", "greatest"], ends))
+
+
+def _write_bands(writer: SummaryWriter, rows: Rows) -> None:
+    """Write one epoch of all seeds."""
+    epoch = int(rows[0]["epoch"])
+    for name in SETS:
+        for measure in MEASURES:
+            values = [row[f"{name}_{measure}"] for row in rows if f"{name}_{measure}" in row]
+            if len(values) < len(rows):
+                continue
+            mean = fmean(values)
+            writer.add_scalar(f"{measure}/{name}", mean, epoch)
+            # Under other names as well: what "Custom scalars" draws must have all three or none of them in a run.
+            for kind, value in (("mean", mean), ("least", min(values)), ("greatest", max(values))):
+                writer.add_scalar(_band_tag(measure, name, kind), value, epoch)
+
+
+def _last(rows: Rows) -> list[str]:
+    top1 = [row["test_top1"] for row in rows]
+    return [f"{value:.2f}" for value in (fmean(top1), min(top1), max(top1))]
+
+
+def _band_tag(measure: str, name: str, kind: str) -> str:
+    return f"seeds/{measure}_{name}_{kind}"
 
 
 # What the "Custom scalars" tab shows: every arm of a study in one chart, by epoch and by computation.
@@ -79,5 +186,16 @@ _LAYOUT = {
         "top-1 by epoch": ["Multiline", ["^top1/test$"]],
         "top-1 by training GFLOPs": ["Multiline", ["^top1_by_gflops/test$"]],
         "training loss by epoch": ["Multiline", ["^loss/train$"]],
+    }
+}
+
+_BANDS = {
+    "Seeds: mean, least and greatest": {
+        f"{title} by epoch": ["Margin", [_band_tag(measure, name, kind) for kind in ("mean", "least", "greatest")]]
+        for title, measure, name in (
+            ("top-1", "top1", "test"),
+            ("test loss", "loss", "test"),
+            ("training loss", "loss", "train"),
+        )
     }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from contextlib import AbstractContextManager
 
 import torch
@@ -47,6 +48,13 @@ def _device_of(processes: Processes, name: str, devices: int) -> torch.device:
     if processes.local_world > devices:
         raise UserError(f"device={name}: {started}, which has {devices} CUDA devices; use --nproc-per-node={devices}")
     return torch.device(name if ":" in name else f"cuda:{processes.local_rank}")
+
+
+def describe_device(device: torch.device) -> str:
+    """Name a device as a person would."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def prepare_device(device: torch.device, *, deterministic: bool) -> None:
