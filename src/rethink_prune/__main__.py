@@ -10,7 +10,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rethink_prune.errors import Interrupted
+from rethink_prune import sweep
+from rethink_prune.command_line import check_arguments, end_quietly_unread
+from rethink_prune.errors import Interrupted, UserError
+from rethink_prune.training.interrupts import Interrupts
 
 
 def conf_dir() -> str:
@@ -23,16 +26,15 @@ def conf_dir() -> str:
 @hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")
 def run(tree: DictConfig) -> None:
     """Run the study that a composed configuration describes."""
-    # Imported here: Hydra's --help and its errors need no torch.
-    from rethink_prune.study import check_config, run_study
-    from rethink_prune.training.interrupts import Interrupts
-
-    plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
-    config = check_config(plain)
     job = HydraConfig.get()
-    with Interrupts() as interrupts:
+    with sweep.noted(job), sweep.left_to_submitit(), Interrupts(sweep.stop_signals()) as interrupts:
+        # Imported here: Hydra's --help and its errors need no torch.
+        from rethink_prune.study import check_config, run_study
+
+        plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+        plain["device"] = sweep.choose_device(plain["device"], job)
         run_study(
-            config,
+            check_config(plain),
             Path(job.runtime.output_dir),
             interrupts,
             experiment=job.runtime.choices.get("experiment"),
@@ -41,8 +43,13 @@ def run(tree: DictConfig) -> None:
 
 def main() -> None:
     """Run from the command line; a signal that was honoured ends the process with 128 + its number."""
+    end_quietly_unread(sys.argv)
     try:
-        run()
+        check_arguments(sys.argv, Path(conf_dir()))
+        with Interrupts(), sweep.judged():
+            run()
+    except UserError as error:
+        sys.exit(str(error))
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(128 + stop.signum)
