@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -14,9 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rethink_prune import files, store
+from harness import SMALL, configure
+from rethink_prune import files, status, store
 from rethink_prune.errors import UserError
 from rethink_prune.store import Stage, Started, Store, hash_key, save_weights
+from rethink_prune.study import run_study
+from rethink_prune.training.interrupts import Interrupts
 
 CONFIG = {"network": {}, "key": {}}
 
@@ -74,6 +78,44 @@ def test_a_file_in_the_stores_place_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"store\.root=.*cannot be written"):
         Store(tmp_path / "store").prepare()
     assert (tmp_path / "store").read_text() == "not a folder"
+
+
+def test_a_store_of_a_later_version_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "store"
+    Store(root).prepare()
+    assert json.loads((root / "format.json").read_text()) == {"format": store.FORMAT}
+    (root / "format.json").write_text(f'{{"format": {store.FORMAT + 1}, "new": "keys"}}')
+    with pytest.raises(UserError, match=f"has format {store.FORMAT + 1}, from a later version of rethink-prune"):
+        Store(root).prepare()
+    assert status.main([str(root), "--clean", "--yes"]) == 1
+    assert capsys.readouterr().err.startswith(f"store.root={root}: has format {store.FORMAT + 1}")
+    with pytest.raises(UserError, match="from a later version"), Interrupts() as interrupts:
+        run_study(configure(*SMALL, "dry_run=true", f"store.root={root}"), tmp_path / "run", interrupts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_made_before_formats_were_written_is_used_as_it_is(tmp_path: Path) -> None:
+    stage = finished(tmp_path)
+    (tmp_path / "format.json").unlink()
+    Store(tmp_path).prepare()
+    assert stage.result() == {"top1": 50.0}
+    assert not (tmp_path / "format.json").exists()
+
+
+def test_a_damaged_format_is_named(tmp_path: Path) -> None:
+    (tmp_path / "format.json").write_text("{}")
+    with pytest.raises(UserError, match=r"format\.json: is damaged"):
+        Store(tmp_path).check()
+
+
+def test_a_dry_run_leaves_a_store_as_it_is(tmp_path: Path) -> None:
+    stage = finished(tmp_path / "store")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    with Interrupts() as interrupts:
+        config = configure(*SMALL, "dry_run=true", f"store.root={tmp_path / 'store'}")
+        run_study(config, tmp_path / "run", interrupts)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
+    assert stage.result() == {"top1": 50.0}
 
 
 def test_full_disk_is_a_clear_error_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

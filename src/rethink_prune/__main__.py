@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from rethink_prune import sweep
+from rethink_prune.command_line import check_arguments, end_quietly_unread
 from rethink_prune.errors import Interrupted, UserError
-
-if TYPE_CHECKING:
-    from rethink_prune.training.distributed import Processes
+from rethink_prune.training.interrupts import Interrupts
 
 
 def conf_dir() -> str:
@@ -24,36 +24,30 @@ def conf_dir() -> str:
     return str(shipped if shipped.is_dir() else package.parents[1] / "conf")
 
 
-def run(processes: Processes | None = None) -> None:
-    """Run the study that the command line describes, or the studies of a sweep."""
-
-    @hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")
-    def run_job(tree: DictConfig) -> None:
+@hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")
+def run(tree: DictConfig) -> None:
+    """Run the study that a composed configuration describes."""
+    job = HydraConfig.get()
+    with sweep.noted(job), sweep.left_to_submitit(), Interrupts(sweep.stop_signals()) as interrupts:
         # Imported here: Hydra's --help and its errors need no torch.
         from rethink_prune.study import check_config, run_study
-        from rethink_prune.training.distributed import ALONE
-        from rethink_prune.training.interrupts import Interrupts
+        from rethink_prune.training.distributed import this_process
 
         plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
-        config = check_config(plain)
-        job = HydraConfig.get()
-        with Interrupts() as interrupts:
-            run_study(
-                config,
-                Path(job.runtime.output_dir),
-                interrupts,
-                experiment=job.runtime.choices.get("experiment"),
-                processes=processes or ALONE,
-            )
-
-    run_job()
+        plain["device"] = sweep.choose_device(plain["device"], job)
+        run_study(
+            check_config(plain),
+            Path(job.runtime.output_dir),
+            interrupts,
+            experiment=job.runtime.choices.get("experiment"),
+            processes=this_process(),
+        )
 
 
 def run_with_others() -> None:
     """Run the study as the first of the processes that ``torchrun`` has started, or take part in it as another."""
     from rethink_prune.study import join_study
     from rethink_prune.training.distributed import connected
-    from rethink_prune.training.interrupts import Interrupts
 
     command = sys.argv[1:]
     if _is_first() and {"-m", "--multirun", "hydra.mode=MULTIRUN"}.intersection(command):
@@ -61,24 +55,25 @@ def run_with_others() -> None:
             "-m: torchrun starts one study; start it once for every study, "
             "or run the sweep without it: python -m rethink_prune -m ..."
         )
-    with connected(command) as processes:
+    with Interrupts() as interrupts, connected(command) as processes:
         if processes.is_first:
-            run(processes)
+            run()
         else:
-            with Interrupts() as interrupts:
-                join_study(interrupts, processes)
+            join_study(interrupts, processes)
 
 
 def main() -> None:
     """Run from the command line; a signal that was honoured ends the process with 128 + its number."""
+    end_quietly_unread(sys.argv)
     try:
         if "RANK" in os.environ:
             run_with_others()
-        else:
+            return
+        check_arguments(sys.argv, Path(conf_dir()))
+        with Interrupts(), sweep.judged():
             run()
-    except UserError as error:  # those of a study are Hydra's to print
-        print(error, file=sys.stderr)
-        sys.exit(1)
+    except UserError as error:
+        sys.exit(str(error))
     except Interrupted as stop:
         if _is_first():
             print(stop, file=sys.stderr)

@@ -18,3 +18,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
+        # Launchers send what ends a job from process to process.
+        return type(self), (str(self), self.signum)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from rethink_prune.errors import UserError
-from rethink_prune.results.stages import list_stages, remove_stages, size, stages_table
+from rethink_prune.results.stages import list_stages, remove_remains, remove_stages, size, stages_table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _clean(store: Path, *, ask: bool) -> int:
     needless = [stage for stage in list_stages(store) if stage.needless]
+    remove_remains(store)
     if not needless:
         print("Nothing to remove.")
         return 0

@@ -2,7 +2,8 @@
 
 ``STORE/stages/<kind>-<key>/`` holds one stage. The key is a hash of exactly what decides the stage's result, so a
 stage that is there is never computed twice. One process works on a stage at a time (an OS-level lock, which the
-system drops when the process dies); ``status.json`` says who and since when.
+system drops when the process dies); ``status.json`` says who and since when. ``STORE/format.json`` says which versions
+of the software can use the store.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import socket
 import threading
 import time
@@ -20,17 +20,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import file_digest, write_atomically, write_json
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 log = logging.getLogger(__name__)
 
+# Counts up when an earlier version of the software would misread what keys, files or checkpoints mean.
+FORMAT = 1
+FORMAT_FILE = "format.json"
 MODEL_FILE = "model.safetensors"
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
@@ -56,13 +61,29 @@ class Store:
         self.root = root.absolute()
 
     def check(self) -> None:
-        """See, without writing, that nothing else is in the store's place."""
+        """See, without writing, that nothing else is in the store's place, and that this version can use it."""
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"store.root={self.root}: cannot be written (it is a file); name a folder instead")
+        file = self.root / FORMAT_FILE
+        try:
+            found = int(json.loads(file.read_text())["format"])
+        except FileNotFoundError:  # not made yet, or by the first versions, which did not write it
+            return
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{file}: is damaged; a store of this version has {{"format": {FORMAT}}} there') from None
+        if found > FORMAT:
+            raise UserError(
+                f"store.root={self.root}: has format {found}, from a later version of rethink-prune; this one reads "
+                f"formats up to {FORMAT}: update it, or name another folder"
+            )
 
     def prepare(self) -> None:
         """Make the folders of the store and see that they can be written."""
+        self.check()
         try:
+            if not (self.root / "stages").is_dir():
+                self.root.mkdir(parents=True, exist_ok=True)
+                write_json(self.root / FORMAT_FILE, {"format": FORMAT})
             for folder in (self.root / "stages", self.root / "runs", self.cache):
                 folder.mkdir(parents=True, exist_ok=True)
             probe = self.root / "runs" / f".probe-{uuid.uuid4().hex}"
@@ -199,9 +220,10 @@ class Stage:
         UserError
             If an earlier attempt started from other weights.
         """
+        self.check_owner()
         self._check_start(self.status(), started)
         for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
         self._write_status(
             {
@@ -227,22 +249,19 @@ class Stage:
 
     def stop(self) -> None:
         """Mark the stage as stopped on request; it goes on when it is asked for again."""
-        self._write_status({"state": "stopped"})
+        if self._is_owner():
+            self._write_status({"state": "stopped"})
 
     def check_owner(self) -> None:
         """Raise if another process has taken the stage over because this one seemed dead."""
-        owner = self.status().get("owner", self._owner)
-        if owner != self._owner:
+        if not self._is_owner():
             raise UserError(
                 f"{self.folder}: taken over by another process while this one did not respond for "
                 f"{STALE_SECONDS:.0f} s; run the same command again to wait for its result"
             )
 
-    def clear(self) -> None:
-        """Empty the held stage's folder, lock aside."""
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def _is_owner(self) -> bool:
+        return self.status().get("owner", self._owner) == self._owner
 
     def _damaged(self, digests: Mapping[str, str]) -> Path | None:
         """Return the first file whose content is not what it was when the stage was finished."""
@@ -264,52 +283,59 @@ class Stage:
 
     def _acquire(self) -> FileLock:
         path = self.folder / "lock"
-        waiting = False
+        seen, since, waiting = self._last_sign(), time.monotonic(), False
         while True:
             lock = FileLock(path)
             try:
                 lock.acquire(blocking=False)
             except Timeout:
-                if not waiting:
-                    status = self.status()
-                    log.info(
-                        "waiting for %s: process %s on %s works on it",
-                        self.name,
-                        status.get("pid", "?"),
-                        status.get("host", "?"),
-                    )
-                    waiting = True
-                self._break_if_stale(path)
-                time.sleep(POLL_SECONDS)
-                continue
-            with suppress(FileNotFoundError):
-                os.utime(self._status_file)
-            return lock
+                pass
+            except OSError as error:
+                raise UserError(
+                    f"{path}: cannot be locked ({error.strerror}); name a folder on a file system that has file locks "
+                    "with store.root=..."
+                ) from error
+            else:
+                self._write_status({"owner": self._owner})
+                return lock
+            if not waiting:
+                status = self.status()
+                who = f"process {status.get('pid', '?')} on {status.get('host', '?')}"
+                log.info("waiting for %s: %s works on it", self.name, who)
+                waiting = True
+            sign = self._last_sign()
+            if sign != seen:
+                seen, since = sign, time.monotonic()
+            elif time.monotonic() - since >= STALE_SECONDS:
+                self._take_over(path, seen)
+            time.sleep(POLL_SECONDS)
 
-    def _break_if_stale(self, path: Path) -> None:
+    def _take_over(self, path: Path, seen: int | None) -> None:
         # A killed process's lock can live on in its children, and on some network file systems; its heartbeat stops.
         # Unlinking the lock file frees the name; the guard keeps two waiters from both doing it.
-        if self._silence() < STALE_SECONDS:
-            return
         with FileLock(self.folder / "lock.break"):
-            if self._silence() >= STALE_SECONDS:
-                log.warning("%s: no heartbeat for %.0f s: taking it over", self.name, self._silence())
+            if self._last_sign() == seen:
+                log.warning("%s: no heartbeat for %.0f s: taking it over", self.name, STALE_SECONDS)
                 path.unlink(missing_ok=True)
-                os.utime(self._status_file)
+                self._write_status({"owner": self._owner})
 
-    def _silence(self) -> float:
-        """Seconds since the status was last written, which a living owner does all the time."""
+    def _last_sign(self) -> int | None:
+        """When the status was last written, which a living owner does all the time.
+
+        Only compared with itself: the clocks of machines that share a store differ.
+        """
         try:
-            return time.time() - self._status_file.stat().st_mtime
+            return self._status_file.stat().st_mtime_ns
         except FileNotFoundError:
-            return 0.0
+            return None
 
     def _beat(self, stop: threading.Event) -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
             with self._status_lock:
                 status = self.status()
                 if status.get("owner") == self._owner:
-                    write_json(self._status_file, {**status, "heartbeat": time.time()})
+                    with suppress(UserError):  # a disk that is full for a moment; the work itself says so if it stays
+                        write_json(self._status_file, {**status, "heartbeat": time.time()})
 
 
 @dataclass(frozen=True)

@@ -520,4 +520,5 @@ def _as_it_is(batch: Any) -> Any:
 def _outlive_signals(worker: int) -> None:
     # Ctrl-C and batch systems signal all processes, but the study wants to finish its step and save first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_GRACE))

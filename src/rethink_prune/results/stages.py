@@ -9,6 +9,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,13 @@ from filelock import FileLock, Timeout
 from rethink_prune.errors import UserError
 from rethink_prune.results.metrics import read_metrics
 from rethink_prune.results.tables import duration, markdown
-from rethink_prune.store import STALE_SECONDS, Stage
+from rethink_prune.store import STALE_SECONDS, Stage, Store
 
 State = Literal["done", "running", "stale", "stopped", "failed", "unfinished"]
 # In the order of the table: what wants attention first.
 STATES: tuple[State, ...] = ("running", "stale", "failed", "stopped", "unfinished", "done")
 COLUMNS = ("state", "stage", "network", "epoch", "remaining", "disk", "note")
+_REMOVED = ".removed-"  # begins the name of a stage on its way out
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,18 @@ def list_stages(root: Path) -> list[StageState]:
     Raises
     ------
     UserError
-        If `root` is no store.
+        If `root` is no store, or a later version's.
     """
+    Store(root).check()
     folder = root / "stages"
     if not folder.is_dir():
         raise UserError(f"{root}: is no store: it has no folder stages")
     used = _referenced(root)
-    # A name that begins with a dot is a stage that is being removed.
-    found = [_look(path, path.name in used) for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    found = []
+    for path in folder.iterdir():
+        if path.is_dir() and not path.name.startswith(_REMOVED):
+            with suppress(FileNotFoundError):  # removed since it was listed
+                found.append(_look(path, path.name in used))
     return sorted(found, key=lambda stage: (STATES.index(stage.state), stage.folder.name))
 
 
@@ -108,18 +114,23 @@ def remove_stages(stages: Sequence[StageState]) -> list[StageState]:
     """Remove stages from their store, but for those that a process works on by now; return what is gone."""
     gone = []
     for stage in stages:
-        lock = FileLock(stage.folder / "lock")
         try:
-            lock.acquire(blocking=False)
+            # Held until the lock file is gone, too: whoever waits for it then sees that, and makes a new one.
+            with FileLock(stage.folder / "lock", blocking=False):
+                # Out of the way at once: from here on, whoever asks for the stage makes a new one.
+                doomed = stage.folder.with_name(f"{_REMOVED}{stage.folder.name}-{uuid.uuid4().hex[:8]}")
+                stage.folder.rename(doomed)
+                shutil.rmtree(doomed)
         except Timeout:
             continue
-        # Out of the way at once: from here on, whoever asks for the stage makes a new one.
-        doomed = stage.folder.with_name(f".removed-{stage.folder.name}-{uuid.uuid4().hex[:8]}")
-        stage.folder.rename(doomed)
-        lock.release()
-        shutil.rmtree(doomed)
         gone.append(stage)
     return gone
+
+
+def remove_remains(root: Path) -> None:
+    """Remove what earlier removals left behind because they were stopped halfway."""
+    for doomed in (root / "stages").glob(f"{_REMOVED}*"):
+        shutil.rmtree(doomed, ignore_errors=True)  # another process may be at it
 
 
 def size(count: int) -> str:

@@ -226,6 +226,12 @@ class Processes:
 
 
 ALONE = Processes()
+_this_process = ALONE
+
+
+def this_process() -> Processes:
+    """Return this process as `connected` has found it, or `ALONE`."""
+    return _this_process
 
 
 @contextmanager
@@ -263,9 +269,12 @@ def connected(command: Sequence[str]) -> Iterator[Processes]:
         dist.init_process_group(
             backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=_TIMEOUT
         )
+    global _this_process
+    _this_process = processes
     try:
         yield processes
     finally:
+        _this_process = ALONE
         if processes.is_first:
             processes.end()
         if serves:

@@ -1,33 +1,34 @@
-"""SIGINT and SIGTERM as a request to stop at a point from which the work can go on."""
+"""Signals as a request to stop at a point from which the work can go on."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from rethink_prune.errors import Interrupted
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Turns SIGINT and SIGTERM into :class:`~rethink_prune.errors.Interrupted`.
+    """Turns `signals` into :class:`~rethink_prune.errors.Interrupted`.
 
     Use as a context manager. Inside :meth:`deferred` a signal is only noted in `requested`, and the body is expected
     to save and stop; a second signal does not wait. Outside the main thread nothing is installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
+        self.signals = signals
         self.requested: int | None = None
         self._deferring = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
         return self
 
     def __exit__(self, *error: object) -> None:
