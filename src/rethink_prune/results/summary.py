@@ -25,7 +25,7 @@ class Summary:
     run_dir : Path
         Where it is written.
     store : Store
-        Gets a record of which run uses which stages.
+        Gets a record of which run uses which stages, and a copy of the summary.
     described : mapping
         What is known about the study as a whole; ``warnings`` among it.
     """
@@ -36,6 +36,7 @@ class Summary:
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
         self.content: dict[str, Any] = {"study": dict(described)}
         self._stages: dict[str, str] = {}
+        self._write()
 
     def add_base(self, name: str, outcome: Done | Failed | None) -> None:
         """Add the unpruned network as trained plainly (``large``) or by the pruner (``sparse``), if it was needed."""
@@ -124,5 +125,5 @@ class Summary:
     def _write(self) -> None:
         write_json(self.run_dir / "summary.json", self.content)
         write_atomically(self.run_dir / "summary.md", f"{self._table()}\n".encode())
-        record = {"run_dir": str(self.run_dir.absolute()), "stages": self._stages}
+        record = {"run_dir": str(self.run_dir.absolute()), "stages": self._stages, "summary": self.content}
         self.store.record_run(self.run_id, record)
