@@ -7,5 +7,4 @@ python -m rethink_prune -m "${study[@]}" pruner=l1,random,thinet,regression,soft
     pruner.ratio=0.3 hydra.sweep.dir=digits_runs/ratio "$@"
 # Has no ratio; images this small need less than the default strength.
 python -m rethink_prune -m "${study[@]}" pruner=sss pruner.sparse.strength=0.2 hydra.sweep.dir=digits_runs/strength "$@"
-python -m rethink_prune.report digits_runs --json digits.json
-python table.py digits.json
+python -m rethink_prune.report digits_runs --out digits_report

@@ -14,5 +14,4 @@ python -m rethink_prune -m "${study[@]}" pruner=l1,random,thinet,regression,soft
     pruner.ratio=0.3 hydra.sweep.dir=runs/ratio "${@:2}"
 # Has no ratio: this strength removes about as much.
 python -m rethink_prune -m "${study[@]}" pruner=sss pruner.sparse.strength=0.1 hydra.sweep.dir=runs/strength "${@:2}"
-python -m rethink_prune.report runs --json results.json
-python table.py results.json
+python -m rethink_prune.report runs --out report

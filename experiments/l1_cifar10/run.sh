@@ -7,4 +7,4 @@ cd "$(dirname "$0")"
 python -m rethink_prune -m experiment=l1_resnet20_cifar10_cpu \
     dataset=folder dataset.root="$images" dataset.image_size=32 \
     seed=0,1,2 hydra.sweep.dir=runs "${@:2}"
-python -m rethink_prune.report runs --plot curves.png --json results.json
+python -m rethink_prune.report runs --out report

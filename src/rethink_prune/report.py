@@ -1,38 +1,59 @@
-"""``python -m rethink_prune.report RUN_DIR...``: one table over many runs."""
+"""``python -m rethink_prune.report RUN_OR_STORE...``: which arm wins over many runs, and how sure that is."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 from rethink_prune.errors import UserError
-from rethink_prune.files import write_json
-from rethink_prune.results.runs import find_summaries, runs_table, without_paths
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table of the given runs; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="rethink-prune-report", description="One table over many runs.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, folders that hold some, or a store")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the arms' curves (.png or .svg)")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the summaries, without paths of this machine"
+    """Write a report over the given runs; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="rethink-prune-report",
+        description="Compare the arms of many runs over their seeds: tables, statistics, pictures, and a page.",
     )
+    parser.add_argument(
+        "places",
+        nargs="+",
+        type=Path,
+        metavar="RUN_OR_STORE",
+        help="run folders, folders that hold some, stores, or results.json of earlier reports",
+    )
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="(%(default)s)")
+    parser.add_argument(
+        "--margin", type=float, default=0.5, metavar="POINTS", help="within which arms are equivalent (%(default)s)"
+    )
+    parser.add_argument(
+        "--by",
+        action="append",
+        default=[],
+        metavar="SETTING",
+        help="give each value of a setting, such as recipe.lr, rows of its own; can be repeated",
+    )
+    parser.add_argument("--mix", action="store_true", help="put runs into one row though their settings differ")
     options = parser.parse_args(arguments)
-    try:
-        summaries = find_summaries(options.runs)
-        print(runs_table(summaries))
-        if options.json:
-            write_json(options.json, [without_paths(summary) for summary in summaries])
-        if options.plot:
-            from rethink_prune.results.plots import plot_curves
+    if not (math.isfinite(options.margin) and options.margin > 0):
+        parser.error("--margin: must be a number of points above 0")
+    # Imported here: --help needs no SciPy.
+    from rethink_prune.results.comparison import compare
+    from rethink_prune.results.groups import group_runs
+    from rethink_prune.results.publish import PAGE_FILE, overview, publish
+    from rethink_prune.results.runs import gather
 
-            plot_curves(summaries, options.plot)
-            print(f"\nCurves: {options.plot}")
+    try:
+        gathered = gather(options.places)
+        groups = group_runs(gathered.runs, by=options.by, mix=options.mix)
+        report = compare(groups, margin=options.margin, problems=gathered.problems)
+        publish(report, groups, options.out)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
+    print(overview(report))
+    print(f"\nThe page: {options.out / PAGE_FILE}")
     return 0
 
 

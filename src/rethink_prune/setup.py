@@ -327,9 +327,24 @@ class Setup:
             "seed": config.seed,
             "device": self.device_name,
             "precision": self.runtime.precision,
+            "arms": list(config.arms),
+            "settings": self._settings(),
             "versions": _versions(),
             "commit": _commit(),
             "warnings": self._warnings(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what results depend on beside the seed, in full: runs that differ in it are different studies."""
+        config = self.config
+        dataset = config.dataset.model_dump(mode="json", exclude={"root", "workers"})
+        return {
+            "dataset": {**dataset, "fingerprint": self.dataset.fingerprint},
+            "model": self.network_key,
+            "pruner": {**config.pruner.model_dump(mode="json"), "source": self.pruner_source},
+            "recipe": config.recipe.model_dump(mode="json", exclude={"eval_batch_size"}),
+            "budget": config.budget.model_dump(mode="json"),
+            "large": {"checkpoint": self.checkpoint.digest if self.checkpoint else None},
         }
 
     def _warnings(self) -> list[str]:

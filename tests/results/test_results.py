@@ -1,8 +1,7 @@
-"""Tables, TensorBoard and the report, read back."""
+"""A study's metrics, table and TensorBoard files, read back."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rethink_prune.errors import UserError
-from rethink_prune.report import main
 from rethink_prune.results.metrics import read_metrics, write_metrics
-from rethink_prune.results.runs import find_summaries
 from rethink_prune.results.tables import COLUMNS, study_rows
 
 Run = Callable[..., dict[str, Any]]
@@ -72,41 +68,3 @@ def test_table_of_a_study() -> None:
     assert finetune["MACs"] == "2.50 M"
     assert (finetune["training FLOPs"], finetune["total FLOPs"]) == ("1e+12", "6e+12")
     assert scratch_b["top-1 %"] == "failed"
-
-
-def test_report_over_runs_and_over_a_store(
-    small_study: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small_study("arms=[scratch_e]")
-    second = small_study("arms=[finetune,scratch_e]", "seed=1")
-    capsys.readouterr()
-    for places in ([tmp_path / "run1", tmp_path / "run2"], [tmp_path], [tmp_path / "store"]):
-        assert main(list(map(str, places))) == 0
-        header, _, *rows = capsys.readouterr().out.splitlines()
-        assert "finetune" in header
-        assert len(rows) == 2
-        assert f"{second['arms']['finetune']['top1']:.2f}" in rows[1]
-    extras = ["--plot", str(tmp_path / "curves.png"), "--json", str(tmp_path / "results.json")]
-    assert main([str(tmp_path / "run2"), *extras]) == 0
-    assert str(tmp_path) not in (tmp_path / "results.json").read_text()
-    assert json.loads((tmp_path / "results.json").read_text())[0]["large"]["top1"] == second["large"]["top1"]
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_report_says_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "nowhere")]) == 1
-    assert "nowhere: no such folder" in capsys.readouterr().err
-    assert main([str(tmp_path)]) == 1
-    assert "holds no summary.json" in capsys.readouterr().err
-    (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json: is damaged"):
-        find_summaries([tmp_path])
-
-
-def test_a_diverged_run_is_in_the_table(small_study: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError):
-        small_study("arms=[finetune]", "recipe.finetune.lr=1e30")
-    capsys.readouterr()
-    assert main([str(tmp_path / "run1")]) == 0
-    assert "failed" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run1/summary.json").read_text())["arms"]["finetune"]["status"] == "failed"

@@ -25,7 +25,7 @@ class Summary:
     run_dir : Path
         Where it is written.
     store : Store
-        Gets a record of which run uses which stages.
+        Gets a record of which run uses which stages, and a copy of the summary.
     described : mapping
         What is known about the study as a whole; ``warnings`` among it.
     hparams : mapping
@@ -39,6 +39,7 @@ class Summary:
         self.content: dict[str, Any] = {"study": dict(described)}
         self._hparams = hparams
         self._stages: dict[str, str] = {}
+        self._write()
 
     def add_base(self, name: str, outcome: Done | Failed | None) -> None:
         """Add the unpruned network as trained plainly (``large``) or by the pruner (``sparse``), if it was needed."""
@@ -121,5 +122,5 @@ class Summary:
     def _write(self) -> None:
         write_json(self.run_dir / "summary.json", self.content)
         write_atomically(self.run_dir / "summary.md", f"{self._table()}\n".encode())
-        record = {"run_dir": str(self.run_dir.absolute()), "stages": self._stages}
+        record = {"run_dir": str(self.run_dir.absolute()), "stages": self._stages, "summary": self.content}
         self.store.record_run(self.run_id, record)

@@ -1,0 +1,139 @@
+"""What seeds can say: means, paired differences, how uncertain they are, and what their number allows.
+
+Arms of a study share the seed: its images, their order and their augmentation. So arms are compared seed by seed, and
+everything here but :func:`sample` looks at differences within seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.05
+EXACT_UP_TO = 16
+RESAMPLES = 99_999
+
+# Accuracies are shares of whole images: what comes after so many digits of a difference is rounding.
+_DIGITS = 9
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`n` values: their mean and standard deviation (ddof 1), None for one value."""
+
+    n: int
+    mean: float
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two arms over `n` seeds, in points.
+
+    Attributes
+    ----------
+    n : int
+    mean : float
+    sd : float or None
+        Of the differences, ddof 1; None with one seed.
+    interval : (float, float) or None
+        Paired-t interval of the mean at 95 %; None with one seed, or where all differences are equal.
+    p : float
+        Two-sided sign-flip permutation test: exact up to n = 16, from 99,999 random flips above.
+    p_floor : float
+        The smallest p that n allows, 2 / 2**n where the test is exact: no differences, however large, give less.
+    p_equivalent : float or None
+        TOST: the larger p of two one-sided paired t tests against the margin. None where there is no interval.
+    """
+
+    n: int
+    mean: float
+    sd: float | None
+    interval: tuple[float, float] | None
+    p: float
+    p_floor: float
+    p_equivalent: float | None
+
+
+def sample(values: Sequence[float]) -> Sample:
+    """Summarise at least one value."""
+    return Sample(len(values), float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], *, margin: float) -> Difference:
+    """Compare two arms over the seeds that both have.
+
+    Parameters
+    ----------
+    first, second : sequence of float
+        Accuracies in percent, of the same seeds in the same order; at least one.
+    margin : float
+        Points within which two arms count as equivalent.
+
+    Returns
+    -------
+    Difference
+        Of `first` minus `second`.
+
+    Examples
+    --------
+    >>> difference = paired_difference([93.0, 94.0, 95.0], [92.0, 92.0, 92.0], margin=0.5)
+    >>> difference.mean, difference.p, difference.p_floor
+    (2.0, 0.25, 0.25)
+    """
+    differences = np.round(np.subtract(first, second), _DIGITS)
+    n = len(differences)
+    interval = p_equivalent = None
+    if np.ptp(differences) > 0:
+        found = stats.ttest_1samp(differences, 0.0).confidence_interval(1 - LEVEL)
+        interval = (float(found.low), float(found.high))
+        above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
+        p_equivalent = float(max(above, below))
+    described = sample(differences.tolist())
+    return Difference(
+        n, described.mean, described.sd, interval, sign_flip_p(differences.tolist()), _floor(n), p_equivalent
+    )
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Return p values corrected for their number after Holm (1979): all true hypotheses together keep the level.
+
+    Examples
+    --------
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(ps, kind="stable")
+    stepped = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1))
+    corrected = np.empty(len(ps))
+    corrected[order] = np.minimum(stepped, 1.0)
+    return corrected.tolist()
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Return the two-sided p of the sign-flip permutation test: that the mean difference is zero.
+
+    Under that hypothesis, each difference might as well have had the other sign. Exact up to n = 16.
+    """
+    if len(differences) == 1:
+        return 1.0  # SciPy takes two or more
+    # Whole numbers, whose sums are exact: equal sums of flipped differences must count as equal.
+    counts = np.rint(np.asarray(differences) * 10**_DIGITS)
+    exact = len(counts) <= EXACT_UP_TO
+    result = stats.permutation_test(
+        (counts,),
+        lambda flipped, axis: np.sum(flipped, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=2**EXACT_UP_TO if exact else RESAMPLES,
+        rng=None if exact else np.random.default_rng(0),
+    )
+    return float(result.pvalue)
+
+
+def _floor(n: int) -> float:
+    return 2 / 2**n if n <= EXACT_UP_TO else 2 / (RESAMPLES + 1)
