@@ -15,6 +15,7 @@ from rethink_prune.results.groups import Group
 from rethink_prune.results.page import page
 from rethink_prune.results.plots import Picture, draw, save
 from rethink_prune.results.runs import FORMAT, FORMAT_VERSION
+from rethink_prune.results.tensorboard import write_aggregates
 
 PAGE_FILE = "report.html"
 TITLE = "Pruning and fine-tuning, or training from scratch"
@@ -23,8 +24,8 @@ TITLE = "Pruning and fine-tuning, or training from scratch"
 def publish(report: Report, groups: Sequence[Group], folder: Path) -> None:
     """Write a report into `folder`, over one that is there.
 
-    Writes ``report.html``, ``report.md``, ``results.json``, ``tables.tex``, a CSV file for each table, and each picture
-    as PNG and SVG.
+    Writes ``report.html``, ``report.md``, ``results.json``, ``tables.tex``, a CSV file for each table, each picture as
+    PNG and SVG, and ``tensorboard/``: the means over seeds.
 
     Parameters
     ----------
@@ -54,6 +55,7 @@ def publish(report: Report, groups: Sequence[Group], folder: Path) -> None:
         "runs": runs,
     }
     write_json(folder / "results.json", results)
+    write_aggregates({_label(group): _curves(group) for group in groups}, folder / "tensorboard")
     texts = {f"{grid.name}.csv": to_csv(grid) for grid in grids}
     texts["tables.tex"] = to_latex(grids)
     texts["report.md"] = "\n\n".join([f"# {TITLE}", overview(report), *_details(report, pictures)]) + "\n"
@@ -74,6 +76,22 @@ def overview(report: Report) -> str:
         parts += [to_markdown(accuracy_grid(table)), "\n".join(verdicts)]
     problems = "\n".join(f"- {escape_markdown(problem)}" for problem in report.problems)
     return "\n\n".join(filter(None, [*parts, problems and f"Left out:\n\n{problems}"]))
+
+
+def _label(group: Group) -> str:
+    settings = (f"{name}={value}" for name, value in group.by)
+    study = (group.dataset, group.model, group.pruner, group.target, *settings)
+    return " ".join([*study, f"{group.recipe} recipe", f"{group.budget} budget"])
+
+
+def _curves(group: Group) -> dict[str, list[tuple[float, ...]]]:
+    """Return, by arm, each seed's top-1 after every epoch."""
+    curves: dict[str, list[tuple[float, ...]]] = {}
+    for run in group.runs:
+        for arm, trained in run.trained.items():
+            if trained.curve is not None:
+                curves.setdefault(arm, []).append(trained.curve)
+    return curves
 
 
 def _details(report: Report, pictures: Sequence[Picture]) -> Iterator[str]:

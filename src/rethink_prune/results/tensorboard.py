@@ -11,12 +11,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rethink_prune.results.tables import markdown
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 SETS = ("test", "validation", "train")
 MEASURES = ("top1", "top5", "loss")
@@ -113,28 +110,19 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bo
             yield f"{prefix}{name}", value if isinstance(value, bool | int | float | str) else str(value)
 
 
-Rows = Sequence[Mapping[str, float]]
+def write_aggregates(groups: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], folder: Path) -> None:
+    """Write the mean, the least and the greatest top-1 over seeds, per arm and epoch.
 
-
-def write_aggregates(groups: Mapping[str, Mapping[str, Sequence[Rows]]], folder: Path) -> None:
-    """Write the mean, the least and the greatest over seeds, per arm and epoch.
-
-    Every arm of every group becomes a run ``<group>/<arm>``. Its mean has the tags that single runs have
+    Every arm of every group becomes a run ``<group>/<arm>``. Its mean has the tag that single runs have
     (``top1/test``), so both show in one chart; the "Custom scalars" tab shows it in a band from least to greatest. An
     epoch counts if all seeds have reached it. The Text tab says how many seeds there are and where they ended.
 
     Parameters
     ----------
-    groups : mapping of str to mapping of str to sequence of rows
-        By the group's label and the arm's name: of each seed the rows of ``metrics.csv``, as
-        :func:`~rethink_prune.results.metrics.read_metrics` gives them.
+    groups : mapping of str to mapping of str to sequence of sequences
+        By the group's label and the arm's name: of each seed the top-1 in percent after each epoch.
     folder : Path
         What is in it is replaced.
-
-    Examples
-    --------
-    >>> groups = {"l1 0.5": {"finetune": [read_metrics(stage) for stage in stages_of_all_seeds]}}  # doctest: +SKIP
-    >>> write_aggregates(groups, Path("report/tensorboard"))  # doctest: +SKIP
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -145,39 +133,23 @@ def write_aggregates(groups: Mapping[str, Mapping[str, Sequence[Rows]]], folder:
         group_folder = folder / (f"{group} ({number})" if (folder / group).exists() else group)
         ends = []
         for arm, seeds in arms.items():
-            epochs = [list(rows) for rows in zip(*seeds, strict=False)]
+            epochs = list(zip(*seeds, strict=False))
             with SummaryWriter(str(group_folder / arm)) as writer:
-                writer.add_custom_scalars(_BANDS)
-                for rows in epochs:
-                    _write_bands(writer, rows)
+                writer.add_custom_scalars(_BAND)
+                for epoch, values in enumerate(epochs, 1):
+                    band = {"mean": fmean(values), "least": min(values), "greatest": max(values)}
+                    writer.add_scalar("top1/test", band["mean"], epoch)
+                    # Under other names as well: "Custom scalars" draws runs that have all three tags or none of them.
+                    for kind, value in band.items():
+                        writer.add_scalar(_band_tag(kind), value, epoch)
             if epochs:
-                ends.append([arm, str(len(seeds)), str(len(epochs)), *_last(epochs[-1])])
+                ends.append([arm, str(len(seeds)), str(len(epochs)), *(f"{value:.2f}" for value in band.values())])
         with SummaryWriter(str(group_folder)) as writer:
             writer.add_text("summary", markdown(["arm", "seeds", "epoch", "mean top-1 %", "least", "greatest"], ends))
 
 
-def _write_bands(writer: SummaryWriter, rows: Rows) -> None:
-    """Write one epoch of all seeds."""
-    epoch = int(rows[0]["epoch"])
-    for name in SETS:
-        for measure in MEASURES:
-            values = [row[f"{name}_{measure}"] for row in rows if f"{name}_{measure}" in row]
-            if len(values) < len(rows):
-                continue
-            mean = fmean(values)
-            writer.add_scalar(f"{measure}/{name}", mean, epoch)
-            # Under other names as well: what "Custom scalars" draws must have all three or none of them in a run.
-            for kind, value in (("mean", mean), ("least", min(values)), ("greatest", max(values))):
-                writer.add_scalar(_band_tag(measure, name, kind), value, epoch)
-
-
-def _last(rows: Rows) -> list[str]:
-    top1 = [row["test_top1"] for row in rows]
-    return [f"{value:.2f}" for value in (fmean(top1), min(top1), max(top1))]
-
-
-def _band_tag(measure: str, name: str, kind: str) -> str:
-    return f"seeds/{measure}_{name}_{kind}"
+def _band_tag(kind: str) -> str:
+    return f"seeds/top1_test_{kind}"
 
 
 # What the "Custom scalars" tab shows: every arm of a study in one chart, by epoch and by computation.
@@ -189,13 +161,8 @@ _LAYOUT = {
     }
 }
 
-_BANDS = {
+_BAND = {
     "Seeds: mean, least and greatest": {
-        f"{title} by epoch": ["Margin", [_band_tag(measure, name, kind) for kind in ("mean", "least", "greatest")]]
-        for title, measure, name in (
-            ("top-1", "top1", "test"),
-            ("test loss", "loss", "test"),
-            ("training loss", "loss", "train"),
-        )
+        "top-1 by epoch": ["Margin", [_band_tag(kind) for kind in ("mean", "least", "greatest")]]
     }
 }
