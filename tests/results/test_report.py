@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rethink_prune.errors import UserError
 from rethink_prune.report import main
@@ -81,9 +82,11 @@ def test_json_holds_what_the_tables_show_and_no_paths_and_makes_the_same_report_
     assert [arm["arm"] for arm in row["arms"]] == ["large", "finetune", "scratch_e", "scratch_b", "pruned"]
     assert row["comparisons"][1]["difference"]["p_floor"] == 0.25
     assert main([str(written / "results.json"), "--out", str(tmp_path / "again")]) == 0
-    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == {
-        path.name: path.read_bytes() for path in written.iterdir()
-    }
+    again, before = (
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        for folder in (tmp_path / "again", written)
+    )
+    assert again == before
 
 
 def test_every_kind_of_picture_is_drawn_and_is_sound(written: Path) -> None:
@@ -143,6 +146,9 @@ def test_a_report_over_real_studies_and_over_their_store(
     assert "seed 1: fine-tuning failed: the training loss became" in printed
     assert "hold the same run" not in printed
     assert f"The page: {tmp_path / 'report/report.html'}" in printed
+    board = next((tmp_path / "report/tensorboard").glob("*lr=0.01*/scratch_e"))
+    last = EventAccumulator(str(board)).Reload().Scalars("top1/test")[-1]
+    assert (last.step, last.value) == (2, pytest.approx(summary["arms"]["scratch_e"]["top1"]))
 
 
 def test_what_is_wrong_is_said_in_words(

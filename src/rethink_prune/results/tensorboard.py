@@ -17,6 +17,7 @@ from rethink_prune.results.tables import markdown
 
 SETS = ("test", "validation", "train")
 MEASURES = ("top1", "top5", "loss")
+_LONGEST_NAME = 60  # of a folder; in bytes it may be four times as long
 
 
 class ArmEvents:
@@ -129,7 +130,7 @@ def write_aggregates(groups: Mapping[str, Mapping[str, Sequence[Sequence[float]]
     shutil.rmtree(folder, ignore_errors=True)
     for number, (label, arms) in enumerate(groups.items()):
         # Labels can differ in what a folder's name cannot hold.
-        group = re.sub(r"[^\w.,=+ -]+", "_", label).strip(". ") or "group"
+        group = re.sub(r"[^\w.,=+ -]+", "_", label)[:_LONGEST_NAME].strip(". ") or "group"
         group_folder = folder / (f"{group} ({number})" if (folder / group).exists() else group)
         ends = []
         for arm, seeds in arms.items():

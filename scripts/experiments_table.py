@@ -1,0 +1,80 @@
+"""Write the table of experiments/README.md from the results in its folders.
+
+python scripts/experiments_table.py            # writes it
+python scripts/experiments_table.py --check    # tells whether it is up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rethink_prune.files import write_atomically
+from rethink_prune.results.comparison import Row, compare
+from rethink_prune.results.groups import group_runs
+from rethink_prune.results.runs import gather
+from rethink_prune.results.tables import markdown
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+BEGIN, END = "<!-- the table: scripts/experiments_table.py writes it -->\n", "<!-- end of the table -->\n"
+ARMS = {"large": "unpruned", "finetune": "fine-tuned", "scratch_e": "Scratch-E", "scratch_b": "Scratch-B"}
+COLUMNS = ("folder", "images", "network", "pruned by", "n", *ARMS.values(), "Scratch-B minus fine-tuned")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the table is old")
+    options = parser.parse_args()
+    path = EXPERIMENTS / "README.md"
+    text = path.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    new = f"{before}{BEGIN}\n{table()}\n\n{END}{after}"
+    if options.check:
+        sys.exit(None if new == text else f"{path}: the table is old; run scripts/experiments_table.py")
+    write_atomically(path, new.encode())
+
+
+def table() -> str:
+    """Return the table over all experiments as Markdown."""
+    rows = [
+        cells(folder, found.dataset, row)
+        for folder in sorted(path for path in EXPERIMENTS.iterdir() if path.is_dir())
+        for results in sorted(folder.glob("*.json"))
+        for found in compare(group_runs(gather([results]).runs), margin=0.5).tables
+        for row in found.rows
+    ]
+    return markdown(COLUMNS, rows)
+
+
+def cells(folder: Path, dataset: str, row: Row) -> list[str]:
+    link = f"[{folder.name}]({folder.name}/README.md)"
+    return [link, dataset, row.network, row.pruned_by, str(len(row.seeds)), *accuracies(row), difference(row)]
+
+
+def accuracies(row: Row) -> Iterator[str]:
+    for name in ARMS:
+        result = row.arm(name)
+        top1 = result.top1 if result else None
+        if top1 is None:
+            yield ""
+        else:
+            yield f"{top1.mean:.2f}" if top1.sd is None else f"{top1.mean:.2f} ± {top1.sd:.2f}"
+
+
+def difference(row: Row) -> str:
+    for comparison in row.comparisons:
+        found = comparison.difference
+        if {comparison.first, comparison.second} == {"scratch_b", "finetune"} and found is not None:
+            sign = 1 if comparison.first == "scratch_b" else -1
+            if found.interval is None:
+                return f"{sign * found.mean:+.2f}"
+            low, high = sorted(sign * end for end in found.interval)
+            return f"{sign * found.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return ""
+
+
+if __name__ == "__main__":
+    main()
