@@ -12,15 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rethink_prune.files import write_atomically
-from rethink_prune.results.comparison import Row, compare
+from rethink_prune.results import verdicts
+from rethink_prune.results.comparison import PAPER_ARMS, Row, compare
 from rethink_prune.results.groups import group_runs
 from rethink_prune.results.runs import gather
 from rethink_prune.results.tables import markdown
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 BEGIN, END = "<!-- the table: scripts/experiments_table.py writes it -->\n", "<!-- end of the table -->\n"
-ARMS = {"large": "unpruned", "finetune": "fine-tuned", "scratch_e": "Scratch-E", "scratch_b": "Scratch-B"}
-COLUMNS = ("folder", "images", "network", "pruned by", "n", *ARMS.values(), "Scratch-B minus fine-tuned")
+TITLES = tuple(map(verdicts.TITLES.__getitem__, PAPER_ARMS))
+COLUMNS = ("folder", "images", "network", "pruned by", "n", *TITLES, "Scratch-B minus fine-tuned")
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def cells(folder: Path, dataset: str, row: Row) -> list[str]:
 
 
 def accuracies(row: Row) -> Iterator[str]:
-    for name in ARMS:
+    for name in PAPER_ARMS:
         result = row.arm(name)
         top1 = result.top1 if result else None
         if top1 is None:
@@ -67,12 +68,9 @@ def accuracies(row: Row) -> Iterator[str]:
 def difference(row: Row) -> str:
     for comparison in row.comparisons:
         found = comparison.difference
-        if {comparison.first, comparison.second} == {"scratch_b", "finetune"} and found is not None:
-            sign = 1 if comparison.first == "scratch_b" else -1
-            if found.interval is None:
-                return f"{sign * found.mean:+.2f}"
-            low, high = sorted(sign * end for end in found.interval)
-            return f"{sign * found.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+        if (comparison.first, comparison.second) == ("scratch_b", "finetune") and found is not None:
+            interval = " [{:+.2f}, {:+.2f}]".format(*found.interval) if found.interval else ""
+            return f"{found.mean:+.2f}{interval}"
     return ""
 
 

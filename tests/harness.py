@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rethink_prune.__main__ import conf_dir
+from rethink_prune.command_line import conf_dir
 from rethink_prune.config import StudyConfig
 from rethink_prune.study import check_config
 

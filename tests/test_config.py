@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness import configure
-from rethink_prune.__main__ import conf_dir
+from rethink_prune.command_line import conf_dir
 from rethink_prune.errors import UserError
 
 EXPERIMENTS = sorted(path.stem for path in (Path(conf_dir()) / "experiment").glob("*.yaml"))

@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from harness import configure
-from rethink_prune.__main__ import conf_dir
+from rethink_prune.command_line import conf_dir
 from rethink_prune.setup import Setup
 
 FOLDER = Path(conf_dir()) / "experiment"

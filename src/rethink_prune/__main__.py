@@ -12,16 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rethink_prune import sweep
-from rethink_prune.command_line import check_arguments, end_quietly_unread
+from rethink_prune.command_line import check_arguments, conf_dir, end_quietly_unread
 from rethink_prune.errors import Interrupted, UserError
 from rethink_prune.training.interrupts import Interrupts
-
-
-def conf_dir() -> str:
-    """Return the folder of the shipped configuration: in the wheel, or beside ``src`` in a checkout."""
-    package = Path(__file__).resolve().parent
-    shipped = package / "conf"
-    return str(shipped if shipped.is_dir() else package.parents[1] / "conf")
 
 
 @hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")

@@ -1,4 +1,4 @@
-"""What is wrong with a command before Hydra reads it, where Hydra's own answer would be a riddle."""
+"""The configuration that commands read, and what is wrong with a command where Hydra's answer would be a riddle."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ _PLUGINS = {
     "ray": ("hydra-ray-launcher", "ray"),
 }
 _PRINTING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
+
+
+def conf_dir() -> str:
+    """Return the folder of the shipped configuration: in the wheel, or beside ``src`` in a checkout."""
+    package = Path(__file__).resolve().parent
+    shipped = package / "conf"
+    return str(shipped if shipped.is_dir() else package.parents[1] / "conf")
 
 
 def check_arguments(arguments: Sequence[str], conf: Path) -> None:

@@ -10,7 +10,7 @@ class UserError(CompactHydraException):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A SIGINT or SIGTERM that was honoured: the step was finished and saved.
+    """A signal that was honoured, such as SIGINT or SIGTERM: the step was finished and saved.
 
     A ``KeyboardInterrupt``, so that it also ends a multirun instead of counting as one failed job.
     """

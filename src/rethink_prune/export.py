@@ -116,7 +116,7 @@ def _stage(folder: Path) -> Stage:
     if (folder / SUMMARY_FILE).is_file():
         stages = ", ".join(str(stage.folder) for stage in run_stages(folder).values())
         raise UserError(f"{folder}: is a run; give one of its stages: {stages or 'there is none yet'}")
-    return Stage(folder)
+    return Stage(folder.resolve())  # its name is the folder's
 
 
 def _evaluation_text(content: dict[str, Any]) -> str:

@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from rethink_prune.__main__ import conf_dir
 from rethink_prune.arms import ARMS
+from rethink_prune.command_line import conf_dir
 from rethink_prune.config import StudyConfig
 from rethink_prune.cost import count_cost, pass_memory, time_passes
 from rethink_prune.data import DatasetInfo, describe_dataset, eval_batches, load_dataset

@@ -64,6 +64,11 @@ class Setup:
     def __init__(self, config: StudyConfig, processes: Processes = ALONE) -> None:
         self.config = config
         self.processes = processes
+        if processes.world > 1 and config.recipe.batch_size < 2 * processes.world:
+            raise UserError(
+                f"recipe.batch_size={config.recipe.batch_size}: too few for {processes.world} processes, which need "
+                f"two images each; start at most {max(1, config.recipe.batch_size // 2)}"
+            )
         device = resolve_device(config.device, processes)
         precision = resolve_precision(config.precision, device)
         self.runtime = Runtime(
@@ -309,6 +314,8 @@ class Setup:
             "device": self.runtime.device.type,
             "precision": self.runtime.precision,
             "the dataset's fingerprint": self.dataset.fingerprint,
+            "the network's source": str(self.network_key["source"]),
+            "the pruner's source": str(self.pruner_source),
         }
 
     def describe(self, experiment: str | None) -> dict[str, Any]:
@@ -345,6 +352,7 @@ class Setup:
             "recipe": config.recipe.model_dump(mode="json", exclude={"eval_batch_size"}),
             "budget": config.budget.model_dump(mode="json"),
             "large": {"checkpoint": self.checkpoint.digest if self.checkpoint else None},
+            "sync_batchnorm": config.sync_batchnorm,
         }
 
     def _warnings(self) -> list[str]:

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -97,8 +98,10 @@ def run_study(
     if config.dry_run:
         print(plan_text(plan))
         return plan
+    # As plain values: the classes of options may be in a module that the others have not imported yet.
+    plain = config.model_dump(mode="json", serialize_as_any=True)
     # The others need no weights: these come with the start of a training.
-    processes.order(config.model_copy(update={"large": config.large.model_copy(update={"checkpoint": None})}))
+    processes.order({**plain, "large": {**plain["large"], "checkpoint": None}})
     setup.store.prepare()
     log.info("%s, %s", setup.device_name, setup.precision_note)
     study = Study(setup, run_dir, interrupts, plan)
@@ -153,9 +156,10 @@ def join_study(interrupts: Interrupts, processes: Processes) -> None:
         If this machine cannot, or if it has other images than the first process's.
     """
     orders = processes.orders()
-    config: StudyConfig | None = next(orders, None)
-    if config is None:
+    plain: Mapping[str, Any] | None = next(orders, None)
+    if plain is None:
         return
+    config = check_config(plain)
     setup = Setup(config, processes)
     order: Order
     for order in orders:
@@ -163,19 +167,21 @@ def join_study(interrupts: Interrupts, processes: Processes) -> None:
             if value != order.common[name]:
                 raise UserError(f"{name}: {value} here, {order.common[name]} in the first process; all have to agree")
         hooks = setup.sparse_hooks if order.sparse else HeldMasks(order.architecture.masks)
-        train(
-            setup.prepare(reshape(setup.build(), order.architecture), hooks),
-            setup.train_batches,
-            setup.evaluations,
-            order.spec,
-            runtime=setup.runtime,
-            hooks=hooks,
-            seed=config.seed,
-            checkpoints=None,
-            interrupts=interrupts,
-            processes=processes,
-            title=order.title,
-        )
+        # A loss that is not finite is so in all processes; the first one records it.
+        with suppress(Diverged):
+            train(
+                setup.prepare(reshape(setup.build(), order.architecture), hooks),
+                setup.train_batches,
+                setup.evaluations,
+                order.spec,
+                runtime=setup.runtime,
+                hooks=hooks,
+                seed=config.seed,
+                checkpoints=None,
+                interrupts=interrupts,
+                processes=processes,
+                title=order.title,
+            )
 
 
 @dataclass(frozen=True)
@@ -380,6 +386,8 @@ class Study:
                 **spec.key(),
                 "batch_size": recipe.batch_size,
                 "precision": setup.runtime.precision,
+                # Only where it is not the default, so that stages of earlier versions stay valid.
+                **({} if setup.config.sync_batchnorm else {"sync_batchnorm": False}),
             },
             "seed": setup.config.seed,
             "network": setup.network_key,
@@ -434,6 +442,7 @@ class Study:
         """Make a stage of the weights the user brought."""
         # What training the weights cost is known only if they come from a stage.
         known = {name: checkpoint.result.get(name) for name in ("epochs", "train_flops")}
+        processes = checkpoint.result.get("processes", [])
         key = {
             "checkpoint": checkpoint.digest,
             "known": known,
@@ -452,6 +461,7 @@ class Study:
                 **self._evaluated(model),
                 **asdict(self.setup.cost),
                 **known,
+                "processes": processes,
                 "seconds": time.monotonic() - start,
             }
 

@@ -66,6 +66,18 @@ FINETUNE = [93.0, 93.1, 92.9, 93.2, 92.8, 93.0, 93.1, 92.9]
         "Scratch-B is ahead by 0.31 points [-1.30, 1.93], n = 8.",
     ),
     (
+        (1.0, -1.0, 2.0, -2.0),
+        f"Scratch-B and fine-tuning {CONDITIONS} are not shown to differ, nor to be equivalent within 0.5 points: "
+        "their means are equal: 0.00 points [-2.91, 2.91], n = 4; 4 seeds cannot show a difference: the smallest p "
+        "they allow is 0.12.",
+    ),
+    (
+        (0.1, 0.1, 0.1, 0.1, 0.1, 5.1),
+        f"Scratch-B and fine-tuning {CONDITIONS}: Scratch-B is ahead by 0.93 points [-1.21, 3.08], n = 6; the "
+        "permutation test shows a difference (p = 0.031), the interval does not: the differences are spread too "
+        "unevenly to say more.",
+    ),
+    (
         (3.1, 3.2, 3.0),
         f"Scratch-B and fine-tuning {CONDITIONS} are not shown to differ, nor to be equivalent within 0.5 points: "
         "Scratch-B is ahead by 3.10 points [2.85, 3.35], n = 3; 3 seeds cannot show a difference: the smallest p they "

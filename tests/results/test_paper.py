@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rethink_prune.__main__ import conf_dir
+from rethink_prune.command_line import conf_dir
 from rethink_prune.results import paper
 from rethink_prune.results.paper import paper_row
 

@@ -164,12 +164,28 @@ def test_what_is_wrong_is_said_in_words(
     write_run(0, {"finetune": 93.0})
     write_run(1, {"finetune": 93.0}, precision="bf16")
     assert "they differ in precision (fp32 in runs/run0, bf16 in runs/run1)" in refused(str(tmp_path / "runs"))
+    assert main([str(tmp_path / "runs/run0"), "--out", str(tmp_path / "runs/run0")]) == 1
+    assert "run0: is a run's folder; name another one" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main([str(tmp_path / "runs/run0"), "--out", str(tmp_path / "file/report")]) == 1
     assert "cannot be made (Not a directory); name a folder you can write" in capsys.readouterr().err
     for margin in ("0", "-1", "nan", "half"):
         with pytest.raises(SystemExit):
             main([str(tmp_path / "runs"), "--margin", margin])
+
+
+def test_numbers_that_are_not_finite_are_left_out(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run(0, {"finetune": 93.0})
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "one")]) == 0
+    results = json.loads((tmp_path / "one/results.json").read_text())
+    (run,) = results["runs"]
+    run["arms"]["finetune"]["curve"] = [float("nan"), 93.0]
+    run["study"]["target"] = {"ratio": float("inf")}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert main([str(tmp_path / "results.json"), "--out", str(tmp_path / "two")]) == 0
+    (again,) = json.loads((tmp_path / "two/results.json").read_text())["runs"]
+    assert "curve" not in again["arms"]["finetune"]
+    assert again["arms"]["finetune"]["top1"] == 93.0
 
 
 def test_what_is_left_out_is_in_the_report(write_run: WriteRun, tmp_path: Path) -> None:

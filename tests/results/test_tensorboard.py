@@ -175,6 +175,13 @@ def test_labels_are_names_of_folders_inside(label: str, tmp_path: Path) -> None:
     assert all(len(run.parts) == 2 for run in runs)
 
 
+@pytest.mark.parametrize("arm", ["../../../outside", "/etc/outside"])
+def test_arms_are_names_of_folders_inside(arm: str, tmp_path: Path) -> None:
+    write_aggregates({"l1": {arm: [(80,)]}}, tmp_path / "x/y/board")
+    (events_file,) = (path for path in tmp_path.rglob("events*") if path.parent.name != "l1")
+    assert events_file.parent.parent == tmp_path / "x/y/board/l1"
+
+
 def test_labels_that_fall_together_stay_apart(tmp_path: Path) -> None:
     write_aggregates({"a/b": {"finetune": [(80,)]}, "a?b": {"finetune": [(70,)]}}, tmp_path)
     finals = [curve(path.parent, "top1/test")[0][1] for path in sorted(tmp_path.rglob("finetune/events*"))]

@@ -238,6 +238,15 @@ def test_batch_norms_masks_and_sparse_training_are_shared(folder: Path, pruner: 
         assert 0 <= entry["top1"] <= 100
 
 
+def test_an_arm_that_diverges_fails_alone(folder: Path) -> None:
+    done = torchrun(folder, *PLAIN, "recipe.finetune.lr=1e30", "arms=[finetune,scratch_e]", "hydra.run.dir=run")
+    assert done.returncode != 0
+    assert done.stdout.count("finetune failed: the training loss became") >= 1
+    assert "Traceback" not in done.stdout.split("torch/distributed/elastic", 1)[0]
+    arms = summary(folder, "run")["arms"]
+    assert (arms["finetune"]["status"], arms["scratch_e"]["status"]) == ("failed", "done")
+
+
 def test_one_process_of_torchrun_is_an_ordinary_study(folder: Path) -> None:
     done = torchrun(folder, *PLAIN, "hydra.run.dir=run", "arms=[scratch_e]", processes=1)
     assert done.returncode == 0, done.stdout

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from harness import configure
 from rethink_prune.errors import UserError
+from rethink_prune.setup import Setup
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.precision import _device_of, resolve_device
 
@@ -32,6 +34,30 @@ def test_batch_norms_are_synchronised_on_cuda_only_and_keep_their_names() -> Non
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_batch_that_is_too_small_for_all_processes_is_refused() -> None:
+    config = configure("recipe.batch_size=8", "device=cpu")
+    with pytest.raises(UserError) as error:
+        Setup(config, Processes(world=5, local_world=5))
+    assert str(error.value) == (
+        "recipe.batch_size=8: too few for 5 processes, which need two images each; start at most 4"
+    )
+
+
+def test_slimming_penalises_the_same_scales_when_norms_are_synchronised() -> None:
+    setup = Setup(configure("dataset=cifar10", "model=vgg16", "model.head=mlp", "pruner=slimming", "device=cpu"))
+    model, other = setup.build(), setup.build()
+    Processes(world=2).share_norms(other, CUDA)
+    kinds = {type(module) for module in model.modules()}
+    assert {nn.BatchNorm1d, nn.BatchNorm2d} <= kinds
+    grads = []
+    for network in (model, other):
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        setup.sparse_hooks.before_step(network, 0.1)
+        grads.append({name for name, parameter in network.named_parameters() if parameter.grad.any()})
+    assert grads[0] == grads[1] != set()
 
 
 def test_every_process_has_a_cuda_device_of_its_own() -> None:

@@ -50,7 +50,7 @@ HOOKS: list[Callable[[], TrainingHooks]] = [
     TrainingHooks,
     masked,
     factors,
-    lambda: ScalePenalty(0.01, linear=False),
+    lambda: ScalePenalty(0.01, ["1"]),
 ]
 
 

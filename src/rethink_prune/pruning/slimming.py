@@ -20,7 +20,7 @@ entry, because the authors report ratios, not widths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -57,7 +57,7 @@ class Slimming(Pruner):
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
         """Apply the options to a network; refuse one without scales to rank."""
         where = f"pruner.name={self.options.name}: ranks channels by the scales of batch norms, and"
-        if not any(True for _ in _scales(model, linear=self.options.linear)):
+        if not self._scaled_norms(model):
             raise UserError(f"{where} {network or type(model).__name__} has none")
         target = ChannelTarget(self, model, example, network)
         for norm in (norm for group in target.groups for norm in group.norms):
@@ -72,7 +72,13 @@ class Slimming(Pruner):
 
     def sparse(self, target: Any) -> TrainingHooks:
         """Return the L1 subgradient."""
-        return ScalePenalty(self.options.sparse.strength, linear=self.options.linear)
+        return ScalePenalty(self.options.sparse.strength, self._scaled_norms(target.shapes))
+
+    def _scaled_norms(self, model: nn.Module) -> list[str]:
+        """Return the names of the batch norms whose scales are penalised."""
+        kinds = (nn.BatchNorm2d, *((nn.BatchNorm1d,) if self.options.linear else ()))
+        modules = model.named_modules()
+        return [name for name, module in modules if isinstance(module, kinds) and module.weight is not None]
 
     def scores(
         self,
@@ -96,36 +102,30 @@ class Slimming(Pruner):
 
 
 class ScalePenalty(TrainingHooks):
-    """Adds the subgradient of ``strength * sum |gamma|`` over all batch norms.
+    """Adds the subgradient of ``strength * sum |gamma|`` over batch norms.
 
     Parameters
     ----------
     strength : float
-    linear : bool
-        Whether 1-D batch norms count too.
+    norms : sequence of str
+        Names of the batch norms: processes that train together may have replaced them by others.
     """
 
     replayable = True
 
-    def __init__(self, strength: float, *, linear: bool) -> None:
+    def __init__(self, strength: float, norms: Sequence[str]) -> None:
         self._strength = strength
-        self._linear = linear
+        self._norms = norms
 
     @property
     def key(self) -> Mapping[str, Any]:
         """The strength, and which batch norms it acts on."""
-        return {"strength": self._strength, "linear": self._linear}
+        return {"strength": self._strength, "norms": list(self._norms)}
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, lr: float) -> None:
         """Add ``strength * sign(gamma)`` to the gradients."""
-        for scale in _scales(model, linear=self._linear):
+        for name in self._norms:
+            scale = model.get_parameter(f"{name}.weight")
             if scale.grad is not None:
                 scale.grad.add_(scale.sign(), alpha=self._strength)
-
-
-def _scales(model: nn.Module, *, linear: bool) -> Iterator[nn.Parameter]:
-    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, *((nn.BatchNorm1d,) if linear else ()))
-    for module in model.modules():
-        if isinstance(module, kinds) and module.weight is not None:
-            yield module.weight

@@ -389,7 +389,8 @@ def _processes(runs: Sequence[Run]) -> Iterable[str]:
     numbers: dict[tuple[int, ...], set[str]] = defaultdict(set)
     for run in runs:
         for name, entry in run.trained.items():
-            numbers[entry.processes].add(name)
+            if entry.processes:
+                numbers[entry.processes].add(name)
     if len(numbers) > 1:
         parts = [f"{' and '.join(map(str, n))} in {', '.join(sorted(names))}" for n, names in sorted(numbers.items())]
         yield f"arms were trained by different numbers of processes: {'; '.join(parts)}"

@@ -95,7 +95,8 @@ def _settings(run: Run) -> dict[str, str]:
     for name in ("precision", "train_images", "test_images"):
         settings[name] = _text(getattr(study, name))
     for arm, entry in run.trained.items():
-        settings[f"processes.{arm}"] = _text(list(entry.processes))
+        if entry.processes:
+            settings[f"processes.{arm}"] = _text(list(entry.processes))
     if study.settings is None:
         # An older version wrote names only; lengths tell at least some recipes apart.
         settings |= {f"epochs.{arm}": _text(e.epochs) for arm, e in run.trained.items() if arm in ("large", "finetune")}

@@ -14,7 +14,7 @@ from rethink_prune.results.grids import accuracy_grid, escape_markdown, report_g
 from rethink_prune.results.groups import Group
 from rethink_prune.results.page import page
 from rethink_prune.results.plots import Picture, draw, save
-from rethink_prune.results.runs import FORMAT, FORMAT_VERSION
+from rethink_prune.results.runs import FORMAT, FORMAT_VERSION, SUMMARY_FILE
 from rethink_prune.results.tensorboard import write_aggregates
 
 PAGE_FILE = "report.html"
@@ -37,8 +37,10 @@ def publish(report: Report, groups: Sequence[Group], folder: Path) -> None:
     Raises
     ------
     UserError
-        If the folder cannot be made or written.
+        If the folder cannot be made or written, or is a run's own.
     """
+    if (folder / SUMMARY_FILE).exists():
+        raise UserError(f"--out {folder}: is a run's folder; name another one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

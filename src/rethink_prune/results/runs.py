@@ -29,6 +29,19 @@ def _number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _finite(value: Any) -> Any:
+    """Return nested values with None for NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return _number(value)
+
+
+def _whole_curve(value: Any) -> Any:
+    return None if isinstance(value, list | tuple) and None in _finite(value) else value
+
+
 Text = Annotated[str, AfterValidator(printable)]
 # NaN and infinity count as missing: JSON has neither.
 Number = Annotated[float | None, BeforeValidator(_number)]
@@ -55,7 +68,7 @@ class Trained(Record):
     stage : str or None
         Name of its stage.
     processes : tuple of int
-        The different numbers of processes its epochs were trained by.
+        The different numbers of processes its epochs were trained by; none if that is not known.
     curve : tuple of float or None
         ``top1`` after each epoch, where the stage is still there.
     """
@@ -71,7 +84,7 @@ class Trained(Record):
     train_flops_total: Number = None
     stage: Text | None = None
     processes: tuple[int, ...] = (1,)
-    curve: tuple[float, ...] | None = None
+    curve: Annotated[tuple[float, ...] | None, BeforeValidator(_whole_curve)] = None
 
     @property
     def finished(self) -> bool:
@@ -110,7 +123,7 @@ class Study(Record):
     dataset: Text
     model: Text
     pruner: Text
-    target: dict[str, Any]
+    target: Annotated[dict[str, Any], BeforeValidator(_finite)]
     recipe: Text
     budget: Text
     seed: int
@@ -119,7 +132,7 @@ class Study(Record):
     train_images: int | None = None
     test_images: int | None = None
     arms: tuple[Text, ...] = ()
-    settings: dict[str, Any] | None = None
+    settings: Annotated[dict[str, Any] | None, BeforeValidator(_finite)] = None
     versions: dict[Text, Text] = Field(default_factory=dict)
     ledger: Ledger = Ledger()
 

@@ -130,12 +130,12 @@ def write_aggregates(groups: Mapping[str, Mapping[str, Sequence[Sequence[float]]
     shutil.rmtree(folder, ignore_errors=True)
     for number, (label, arms) in enumerate(groups.items()):
         # Labels can differ in what a folder's name cannot hold.
-        group = re.sub(r"[^\w.,=+ -]+", "_", label)[:_LONGEST_NAME].strip(". ") or "group"
+        group = _folder_name(label)
         group_folder = folder / (f"{group} ({number})" if (folder / group).exists() else group)
         ends = []
         for arm, seeds in arms.items():
             epochs = list(zip(*seeds, strict=False))
-            with SummaryWriter(str(group_folder / arm)) as writer:
+            with SummaryWriter(str(group_folder / _folder_name(arm))) as writer:
                 writer.add_custom_scalars(_BAND)
                 for epoch, values in enumerate(epochs, 1):
                     band = {"mean": fmean(values), "least": min(values), "greatest": max(values)}
@@ -147,6 +147,10 @@ def write_aggregates(groups: Mapping[str, Mapping[str, Sequence[Sequence[float]]
                 ends.append([arm, str(len(seeds)), str(len(epochs)), *(f"{value:.2f}" for value in band.values())])
         with SummaryWriter(str(group_folder)) as writer:
             writer.add_text("summary", markdown(["arm", "seeds", "epoch", "mean top-1 %", "least", "greatest"], ends))
+
+
+def _folder_name(label: str) -> str:
+    return re.sub(r"[^\w.,=+ -]+", "_", label)[:_LONGEST_NAME].strip(". ") or "_"
 
 
 def _band_tag(kind: str) -> str:

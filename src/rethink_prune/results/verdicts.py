@@ -59,14 +59,20 @@ def verdict(comparison: Comparison, *, margin: float, family: int, recipe: str, 
         return f"{same}{_limit(comparison, family)}."
     low, high = difference.interval if mean >= 0 else (-difference.interval[1], -difference.interval[0])
     found = f"{points} [{low:.2f}, {high:.2f}], n = {n}"
+    ahead = f"{first} is ahead by {found}" if mean else f"their means are equal: {found}"
     equivalent = _reached(comparison.p_equivalent_holm)
+    if _reached(comparison.p_holm) and low <= 0:
+        return (
+            f"{pair}: {ahead}; the permutation test shows a difference (p = {comparison.p_holm:.2g}), the interval "
+            "does not: the differences are spread too unevenly to say more."
+        )
     if _reached(comparison.p_holm):
         within = f", a difference within the margin of {margin:g} points" if equivalent else ""
         return f"{_start(first)} is better than {second} {conditions} by {found}{within}."
     if equivalent:
-        return f"{pair} are equivalent within {margin:g} points: {first} is ahead by {found}."
+        return f"{pair} are equivalent within {margin:g} points: {ahead}."
     return (
-        f"{pair} are not shown to differ, nor to be equivalent within {margin:g} points: {first} is ahead by {found}"
+        f"{pair} are not shown to differ, nor to be equivalent within {margin:g} points: {ahead}"
         f"{_limit(comparison, family)}."
     )
 

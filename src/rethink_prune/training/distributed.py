@@ -190,7 +190,7 @@ class Processes:
             On the device. Takes over the first process's weights.
         device : torch.device
         static : bool
-            The same parameters have gradients in every step; some may have none.
+            Take it that every step is like the first, which costs less. Not for what will be compiled.
         """
         if self.world == 1:
             return model
@@ -203,6 +203,7 @@ class Processes:
                 device_ids=[device] if device.type == "cuda" else None,
                 broadcast_buffers=False,
                 static_graph=static,
+                find_unused_parameters=not static,
             )
 
     @contextmanager
@@ -217,7 +218,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if self.world == 1 or not _is_lost(error):
+            if self.world == 1 or not is_lost(error):
                 raise
             raise UserError(
                 f"process {self.rank} of {self.world}: another process of this training is gone; nothing finished is "
@@ -310,7 +311,8 @@ def _variable(name: str) -> int:
     return int(value)
 
 
-def _is_lost(error: RuntimeError) -> bool:
+def is_lost(error: RuntimeError) -> bool:
+    """Tell whether an error is that of a connection to another process."""
     # Gloo's errors have no class of their own.
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 

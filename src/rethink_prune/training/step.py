@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rethink_prune.errors import UserError
+from rethink_prune.training.distributed import is_lost
 from rethink_prune.training.precision import autocast
 
 if TYPE_CHECKING:
@@ -179,6 +180,8 @@ class CompiledStep:
             try:
                 return self._compiled(images, labels, weight)
             except RuntimeError as error:
+                if is_lost(error):
+                    raise
                 # What is no fault of compilation happens again in the plain step, and is raised there.
                 self._compiled = None
                 self._model.zero_grad(set_to_none=True)
@@ -206,7 +209,8 @@ class RecordedStep:
     changes nothing. Learning rates are part of a recording, which is made anew when they have changed. Gradients are
     None before and after a step, recorded or not, so the two can alternate.
 
-    Networks that draw random numbers (dropout) are not recorded: the draws of every step have a seed of their own.
+    Networks that draw random numbers (dropout) are not recorded: the draws of every step have a seed of their own. Nor
+    are steps of several processes, so a recorded step's weight is one.
 
     Parameters
     ----------
@@ -230,14 +234,14 @@ class RecordedStep:
         self._given_up = False
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossAndLogits:
-        """Train on one batch; one whose loss is weighted is not recorded."""
+        """Train on one batch."""
         if self._recording is None and images.shape != self._shape:
             self._shape, self._warm = images.shape, 0
-        if self._given_up or images.shape != self._shape or weight != 1.0:
+        if self._given_up or images.shape != self._shape:
             return self._step(images, labels, weight)
         if self._warm < WARM_UP:
             self._warm += 1
-            return self._recorder.warm_up(partial(self._step, images, labels))
+            return self._recorder.warm_up(partial(self._step, images, labels, weight))
         rates = [group["lr"] for group in self._optimizer.param_groups]
         if self._recording is None or self._recording.rates != rates:
             self._record(images, labels, rates)
