@@ -8,7 +8,6 @@ never stopped.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -16,9 +15,8 @@ from typing import Self
 import torch
 
 from rethink_prune.data.contract import AnyTrainBatches
-from rethink_prune.data.shard import Shard
+from rethink_prune.data.shard import DividedEpoch, Shard
 from rethink_prune.data.split import Split
-from rethink_prune.errors import UserError
 from rethink_prune.seeds import derive_generator
 
 
@@ -76,7 +74,7 @@ class Normalization:
         return rows.view(images.shape).permute(0, 3, 1, 2)
 
 
-class TrainBatches:
+class TrainBatches(DividedEpoch):
     """Shuffled batches with the usual augmentation: zero padding, random crop, horizontal flip.
 
     Padding is black before normalisation, as in the usual torchvision transforms. A partial last batch is
@@ -124,29 +122,13 @@ class TrainBatches:
         device: torch.device,
         seed: int,
     ) -> None:
-        total = len(split)
-        self.images_per_epoch = total - 1 if batch_size > 1 and total % batch_size == 1 else total
-        self.steps_per_epoch = math.ceil(self.images_per_epoch / batch_size)
-        if self.steps_per_epoch == 0:
-            raise UserError(f"recipe.batch_size={batch_size}: cannot train on a single image")
+        super().__init__(len(split), batch_size)
         self._images = split.images.to(device)
         self._labels = split.labels.to(device)
-        self._batch_size = batch_size
-        self._shard = Shard()
         self._pad = pad
         self._flip = flip
         self._seed = seed
         self._normalize = Normalization(mean, std, width=split.images.shape[2], device=device)
-
-    def size(self, step: int) -> int:
-        """Return how many images a batch has, of all processes together."""
-        return min(self._batch_size, self.images_per_epoch - step * self._batch_size)
-
-    def part(self, shard: Shard) -> Self:
-        """Return the same batches, of which one process takes its part; the images are shared."""
-        part = copy.copy(self)
-        part._shard = shard
-        return part
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches of an epoch, or this process's part of each.
@@ -167,23 +149,18 @@ class TrainBatches:
         """
         order, windows = self._plan(epoch)
         for step in range(start_step, self.steps_per_epoch):
-            batch = self._positions(step)
+            batch = self.positions(step)
             images = self._images.index_select(0, order[batch])
             if self._pad or self._flip:
                 images = self._augment(images, windows[batch])
             yield self._normalize(images), self._labels.index_select(0, order[batch])
-
-    def _positions(self, step: int) -> slice:
-        """Return where in the epoch this process's images of a batch are."""
-        start = step * self._batch_size
-        return self._shard.of_batch(start, start + self.size(step))
 
     def _plan(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the order of an epoch and, for `_augment`, the pixel at which each image's crop starts."""
         draws = draw_epoch(len(self._labels), pad=self._pad, flip=self._flip, seed=self._seed, epoch=epoch)
         height, width = self._padded_size()
         used = self.images_per_epoch
-        firsts = torch.tensor([self._positions(step).start for step in range(self.steps_per_epoch)])
+        firsts = torch.tensor([self.positions(step).start for step in range(self.steps_per_epoch)])
         slot = torch.arange(used) - firsts.repeat_interleave(self._batch_size)[:used]
         if self._flip:
             slot = 2 * slot + draws.flip[:used]

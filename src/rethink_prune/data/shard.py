@@ -1,8 +1,13 @@
-"""Which part of the images one process of a distributed training takes."""
+"""How an epoch is divided into batches, and a batch among the processes of a distributed training."""
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass
+from typing import Self
+
+from rethink_prune.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -56,3 +61,52 @@ class Shard:
             Images in this process's part, and in the batch.
         """
         return part * self.world / (images * self.copies(images))
+
+
+class DividedEpoch:
+    """The positions of an epoch, divided into batches, of which one process takes its part; at first it takes all.
+
+    A partial last batch is kept, except for a single image, from which batch normalisation has no variance to take.
+
+    Parameters
+    ----------
+    images : int
+        Training images.
+    batch_size : int
+        Images per batch, of all processes together.
+
+    Attributes
+    ----------
+    images_per_epoch : int
+        Images an epoch really uses, of all processes together.
+    steps_per_epoch : int
+        Batches of an epoch.
+
+    Raises
+    ------
+    UserError
+        There is a single image, and the batch size would drop it.
+    """
+
+    def __init__(self, images: int, batch_size: int) -> None:
+        self.images_per_epoch = images - 1 if batch_size > 1 and images % batch_size == 1 else images
+        self.steps_per_epoch = math.ceil(self.images_per_epoch / batch_size)
+        if self.steps_per_epoch == 0:
+            raise UserError(f"recipe.batch_size={batch_size}: cannot train on a single image")
+        self._batch_size = batch_size
+        self._shard = Shard()
+
+    def size(self, step: int) -> int:
+        """Return how many images a batch has, of all processes together."""
+        return min(self._batch_size, self.images_per_epoch - step * self._batch_size)
+
+    def part(self, shard: Shard) -> Self:
+        """Return the same batches, of which one process takes its part; images and workers are shared."""
+        part = copy.copy(self)
+        part._shard = shard
+        return part
+
+    def positions(self, step: int) -> slice:
+        """Return where in the epoch this process's images of a batch are."""
+        start = step * self._batch_size
+        return self._shard.of_batch(start, start + self.size(step))

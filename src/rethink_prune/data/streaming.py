@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rethink_prune.data.batches import Normalization
 from rethink_prune.data.decoding import convert, reason
-from rethink_prune.data.shard import Shard
+from rethink_prune.data.shard import DividedEpoch, Shard
 from rethink_prune.data.split import Files
 from rethink_prune.errors import UserError
 from rethink_prune.seeds import derive_generator
@@ -311,7 +311,7 @@ class _Stream:
         return iterator
 
 
-class StreamBatches:
+class StreamBatches(DividedEpoch):
     """Shuffled batches of random crops, resized and mirrored: the usual augmentation for ImageNet.
 
     The interface is that of :class:`~rethink_prune.data.batches.TrainBatches`; a single image left over at the end of
@@ -368,15 +368,9 @@ class StreamBatches:
         workers: int | None = None,
         prefetch: int = PREFETCH,
     ) -> None:
-        total = len(files)
-        self.images_per_epoch = total - 1 if batch_size > 1 and total % batch_size == 1 else total
-        self.steps_per_epoch = math.ceil(self.images_per_epoch / batch_size)
-        if self.steps_per_epoch == 0:
-            raise UserError(f"recipe.batch_size={batch_size}: cannot train on a single image")
-        self._images = total
-        self._batch_size = batch_size
+        super().__init__(len(files), batch_size)
+        self._images = len(files)
         self._seed = seed
-        self._shard = Shard()
         self._device = device
         self._normalize = Normalization(mean, std, width=image_size, device=device)
         self._stream = _Stream(
@@ -386,16 +380,6 @@ class StreamBatches:
             workers=default_workers() if workers is None else workers,
             prefetch=prefetch,
         )
-
-    def size(self, step: int) -> int:
-        """Return how many images a batch has, of all processes together."""
-        return min(self._batch_size, self.images_per_epoch - step * self._batch_size)
-
-    def part(self, shard: Shard) -> Self:
-        """Return the same batches, of which one process takes its part; the workers are shared."""
-        part = copy.copy(self)
-        part._shard = shard
-        return part
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches of an epoch, or this process's part of each, from a step on.
@@ -429,8 +413,7 @@ class StreamBatches:
     def _plan(self, epoch: int, start_step: int) -> Iterator[list[Place]]:
         order = torch.randperm(self._images, generator=derive_generator(self._seed, "order", epoch))
         for step in range(start_step, self.steps_per_epoch):
-            start = step * self._batch_size
-            part = self._shard.of_batch(start, start + self.size(step))
+            part = self.positions(step)
             images = order[part].tolist()
             yield [Place(image, epoch, part.start + row) for row, image in enumerate(images)]
 
