@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -240,3 +242,9 @@ def test_batch_norms_start_as_in_the_reference_code(name: str, gamma: float, pla
     norms = [module for module in planned(name)[0].build().modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
     assert all((norm.weight == gamma).all() for norm in norms)
+
+
+def test_the_table_of_all_experiments_is_up_to_date() -> None:
+    script = Path(__file__).parents[1] / "scripts/experiments_table.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
