@@ -166,6 +166,9 @@ def test_what_is_wrong_is_said_in_words(
     assert "they differ in precision (fp32 in runs/run0, bf16 in runs/run1)" in refused(str(tmp_path / "runs"))
     assert main([str(tmp_path / "runs/run0"), "--out", str(tmp_path / "runs/run0")]) == 1
     assert "run0: is a run's folder; name another one" in capsys.readouterr().err
+    (tmp_path / "mine/tensorboard").mkdir(parents=True)
+    assert main([str(tmp_path / "runs/run0"), "--out", str(tmp_path / "mine")]) == 1
+    assert "mine: holds a tensorboard folder that no report has made" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main([str(tmp_path / "runs/run0"), "--out", str(tmp_path / "file/report")]) == 1
     assert "cannot be made (Not a directory); name a folder you can write" in capsys.readouterr().err

@@ -41,6 +41,8 @@ def publish(report: Report, groups: Sequence[Group], folder: Path) -> None:
     """
     if (folder / SUMMARY_FILE).exists():
         raise UserError(f"--out {folder}: is a run's folder; name another one")
+    if (folder / "tensorboard").exists() and not (folder / PAGE_FILE).exists():
+        raise UserError(f"--out {folder}: holds a tensorboard folder that no report has made; name another one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
