@@ -6,26 +6,17 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_json
-from rethink_prune.finished import (
-    Factory,
-    evaluate_stage,
-    export_onnx,
-    export_stage,
-    measure_stage,
-    pruned_stage,
-    run_stages,
-)
 from rethink_prune.imports import import_object
 from rethink_prune.results.costs import COST_FILE, cost_table
 from rethink_prune.results.runs import SUMMARY_FILE
 from rethink_prune.store import Stage
-from rethink_prune.training.loop import Runtime
-from rethink_prune.training.precision import prepare_device, resolve_device, resolve_precision
-from rethink_prune.weights import load_model, read_config
+
+if TYPE_CHECKING:
+    from rethink_prune.finished import Factory
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,7 +62,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    factory = cast(Factory, import_object(options.factory, "--factory")) if options.factory else None
+    # Imported here: --help and wrong arguments need no torch.
+    from rethink_prune.finished import evaluate_stage, measure_stage, pruned_stage
+    from rethink_prune.training.loop import Runtime
+    from rethink_prune.training.precision import prepare_device, resolve_device, resolve_precision
+
+    factory = cast("Factory", import_object(options.factory, "--factory")) if options.factory else None
     place: Path = options.stage
     if not place.is_dir():
         raise UserError(f"{place}: no such folder")
@@ -101,6 +97,9 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _export(stage: Stage, options: argparse.Namespace, factory: Factory | None) -> None:
+    from rethink_prune.finished import export_onnx, export_stage
+    from rethink_prune.weights import load_model, read_config
+
     folder = options.out or Path("export") / stage.name
     export_stage(stage, folder, factory)
     print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
@@ -113,6 +112,8 @@ def _export(stage: Stage, options: argparse.Namespace, factory: Factory | None) 
 
 def _stage(folder: Path) -> Stage:
     """Return the stage in a folder; for a run, say which stages it has."""
+    from rethink_prune.finished import run_stages
+
     if (folder / SUMMARY_FILE).is_file():
         stages = ", ".join(str(stage.folder) for stage in run_stages(folder).values())
         raise UserError(f"{folder}: is a run; give one of its stages: {stages or 'there is none yet'}")

@@ -7,15 +7,13 @@ never stopped.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 
 from rethink_prune.data.contract import AnyTrainBatches
-from rethink_prune.data.shard import DividedEpoch, Shard
+from rethink_prune.data.shard import DividedEpoch, Shared
 from rethink_prune.data.split import Split
 from rethink_prune.seeds import derive_generator
 
@@ -77,8 +75,7 @@ class Normalization:
 class TrainBatches(DividedEpoch):
     """Shuffled batches with the usual augmentation: zero padding, random crop, horizontal flip.
 
-    Padding is black before normalisation, as in the usual torchvision transforms. A partial last batch is
-    kept, except for a single image, from which batch normalisation has no variance to take.
+    Padding is black before normalisation, as in the usual torchvision transforms.
 
     Parameters
     ----------
@@ -97,17 +94,10 @@ class TrainBatches(DividedEpoch):
     seed : int
         The study's seed. Nothing else decides the draws, so arms see the same batches.
 
-    Attributes
-    ----------
-    images_per_epoch : int
-        Images an epoch really uses, of all processes together.
-    steps_per_epoch : int
-        Batches of an epoch.
-
     Raises
     ------
     UserError
-        There is a single image, and the batch size would drop it.
+        As :class:`~rethink_prune.data.shard.DividedEpoch` does.
     """
 
     def __init__(
@@ -215,7 +205,7 @@ class Epoch:
         return self.batches.epoch(self.epoch)
 
 
-class EvalBatches:
+class EvalBatches(Shared):
     """Every image exactly once, in order, unchanged but for normalisation.
 
     Parameters
@@ -242,18 +232,11 @@ class EvalBatches:
         self._images = split.images.to(device)
         self._labels = split.labels.to(device)
         self._batch_size = batch_size
-        self._shard = Shard()
         self._normalize = Normalization(mean, std, width=split.images.shape[2], device=device)
 
     def __len__(self) -> int:
         """Return the number of images, of all processes together."""
         return len(self._labels)
-
-    def part(self, shard: Shard) -> Self:
-        """Return the images of one process, which share memory with these."""
-        part = copy.copy(self)
-        part._shard = shard
-        return part
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield images (float32, B x C x H x W, channels_last) and labels (int64, B)."""

@@ -63,8 +63,20 @@ class Shard:
         return part * self.world / (images * self.copies(images))
 
 
-class DividedEpoch:
-    """The positions of an epoch, divided into batches, of which one process takes its part; at first it takes all.
+class Shared:
+    """Images that the processes of a distributed training take parts of; at first, one process takes all."""
+
+    _shard = Shard()
+
+    def part(self, shard: Shard) -> Self:
+        """Return the same images, of which one process takes its part; memory and workers are shared."""
+        part = copy.copy(self)
+        part._shard = shard
+        return part
+
+
+class DividedEpoch(Shared):
+    """The positions of an epoch, divided into batches, of which a process takes its part.
 
     A partial last batch is kept, except for a single image, from which batch normalisation has no variance to take.
 
@@ -94,17 +106,10 @@ class DividedEpoch:
         if self.steps_per_epoch == 0:
             raise UserError(f"recipe.batch_size={batch_size}: cannot train on a single image")
         self._batch_size = batch_size
-        self._shard = Shard()
 
     def size(self, step: int) -> int:
         """Return how many images a batch has, of all processes together."""
         return min(self._batch_size, self.images_per_epoch - step * self._batch_size)
-
-    def part(self, shard: Shard) -> Self:
-        """Return the same batches, of which one process takes its part; images and workers are shared."""
-        part = copy.copy(self)
-        part._shard = shard
-        return part
 
     def positions(self, step: int) -> slice:
         """Return where in the epoch this process's images of a batch are."""

@@ -7,7 +7,6 @@ it had never stopped.
 
 from __future__ import annotations
 
-import copy
 import errno
 import io
 import math
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rethink_prune.data.batches import Normalization
 from rethink_prune.data.decoding import convert, reason
-from rethink_prune.data.shard import DividedEpoch, Shard
+from rethink_prune.data.shard import DividedEpoch, Shared
 from rethink_prune.data.split import Files
 from rethink_prune.errors import UserError
 from rethink_prune.seeds import derive_generator
@@ -314,8 +313,7 @@ class _Stream:
 class StreamBatches(DividedEpoch):
     """Shuffled batches of random crops, resized and mirrored: the usual augmentation for ImageNet.
 
-    The interface is that of :class:`~rethink_prune.data.batches.TrainBatches`; a single image left over at the end of
-    an epoch is dropped likewise.
+    The interface is that of :class:`~rethink_prune.data.batches.TrainBatches`.
 
     Parameters
     ----------
@@ -340,17 +338,10 @@ class StreamBatches(DividedEpoch):
     prefetch : int
         Batches under way per worker.
 
-    Attributes
-    ----------
-    images_per_epoch : int
-        Images an epoch really uses, of all processes together.
-    steps_per_epoch : int
-        Batches of an epoch.
-
     Raises
     ------
     UserError
-        There is a single image, and the batch size would drop it; or shared memory is too small for the workers.
+        As :class:`~rethink_prune.data.shard.DividedEpoch` does; or shared memory is too small for the workers.
     """
 
     def __init__(
@@ -418,7 +409,7 @@ class StreamBatches(DividedEpoch):
             yield [Place(image, epoch, part.start + row) for row, image in enumerate(images)]
 
 
-class StreamEvalBatches:
+class StreamEvalBatches(Shared):
     """Every image exactly once, in order: the centre, as ImageNet is tested on.
 
     The interface is that of :class:`~rethink_prune.data.batches.EvalBatches`.
@@ -445,7 +436,6 @@ class StreamEvalBatches:
     ) -> None:
         self._images = len(files)
         self._batch_size = batch_size
-        self._shard = Shard()
         self._device = device
         self._normalize = Normalization(mean, std, width=image_size, device=device)
         self._stream = _Stream(
@@ -459,12 +449,6 @@ class StreamEvalBatches:
     def __len__(self) -> int:
         """Return the number of images, of all processes together."""
         return self._images
-
-    def part(self, shard: Shard) -> Self:
-        """Return the images of one process; the workers are shared."""
-        part = copy.copy(self)
-        part._shard = shard
-        return part
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield images (float32, B x C x H x W, channels_last) and labels (int64, B); raises as training does."""
