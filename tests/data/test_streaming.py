@@ -1,10 +1,12 @@
 import errno
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -350,6 +352,23 @@ def test_shared_memory_that_gives_way_is_told(photographs: Files) -> None:
     os.kill(batches._stream._processes[0].pid or 0, signal.SIGBUS)
     with pytest.raises(UserError, match=r"^dataset\.workers: /dev/shm is full; set dataset\.workers=0 or to fewer"):
         list(passing)
+
+
+@pytest.mark.parametrize("broken", [ConnectionResetError(errno.ECONNRESET, "reset by peer"), EOFError()])
+def test_a_connection_that_breaks_before_its_worker_has_died_is_told(photographs: Files, broken: Exception) -> None:
+    batches = train_batches(photographs, workers=1)
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+
+    def breaking() -> Iterator[None]:
+        threading.Timer(0.3, os.kill, (worker.pid, signal.SIGKILL)).start()
+        raise broken
+        yield
+
+    batches._stream._start = breaking  # type: ignore[assignment,method-assign]
+    batches._stream._processes = [worker]
+    with pytest.raises(UserError, match=r"^dataset\.workers: a process that reads images died"):
+        next(batches.epoch(0))
 
 
 def test_no_room_for_what_workers_talk_through_is_told(photographs: Files, monkeypatch: pytest.MonkeyPatch) -> None:

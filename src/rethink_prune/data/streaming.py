@@ -17,6 +17,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from rethink_prune.seeds import derive_generator
 PREFETCH = 2  # batches under way per worker
 _MOST_WORKERS = 16
 _GRACE = 10  # seconds for which a worker goes on after a SIGTERM
+_DYING = 2.0  # seconds that a dying worker may take
 _SHARED_MEMORY = Path("/dev/shm")
 _MORE_SHARED_MEMORY = (
     "set dataset.workers=0 or to fewer, or enlarge it "
@@ -272,8 +274,10 @@ class _Stream:
                 if isinstance(batch, Fault):
                     raise UserError(batch.message)
                 yield batch
-        except (RuntimeError, OSError) as error:  # what the loader raises for workers that died or do not start
+        # What the loader raises for workers that died or do not start.
+        except (RuntimeError, OSError, EOFError) as error:
             self._loader = None
+            self._wait_for_the_dying()
             full = isinstance(error, OSError) and error.errno == errno.ENOSPC
             if full or any(process.exitcode == -signal.SIGBUS for process in self._processes):
                 raise UserError(f"dataset.workers: /dev/shm is full; {_MORE_SHARED_MEMORY}") from error
@@ -283,6 +287,16 @@ class _Stream:
                     f"dataset.workers below {self._workers}); nothing finished is lost: run the same command again"
                 ) from error
             raise
+
+    def _wait_for_the_dying(self) -> None:
+        """Wait until a worker has ended, for a moment: its connection can break before the system knows how it died."""
+        if any(process.exitcode for process in self._processes):
+            return
+        living = [process for process in self._processes if process.exitcode is None]
+        ended = wait([process.sentinel for process in living], timeout=_DYING)
+        for process in living:
+            if process.sentinel in ended:
+                process.join()  # it has closed its files, but may not have ended yet
 
     def _start(self) -> Iterator[RawBatch | Fault]:
         if self._loader is None:
