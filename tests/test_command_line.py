@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -132,3 +133,26 @@ def test_what_is_printed_need_not_be_read_to_the_end(arguments: str, tmp_path: P
         check=True,
     )
     assert result.stderr == ""
+
+
+def test_a_signal_does_not_hide_the_error_that_it_follows(tmp_path: Path) -> None:
+    """As when one of several processes is gone: the others fail, and torchrun signals them to end."""
+    program = """
+import os, signal, sys
+import rethink_prune.study
+from rethink_prune.__main__ import main
+from rethink_prune.errors import UserError
+
+def failing(*arguments, **options):
+    try:
+        raise UserError("another process is gone")
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+rethink_prune.study.run_study = failing
+sys.argv = ["rethink_prune"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "another process is gone\n"

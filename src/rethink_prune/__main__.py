@@ -68,8 +68,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(str(error))
     except Interrupted as stop:
-        if _is_first():
-            print(stop, file=sys.stderr)
+        if stop.overtaken is not None or _is_first():
+            print(stop.overtaken or stop, file=sys.stderr)
         sys.exit(128 + stop.signum)
 
 

@@ -19,6 +19,14 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(message)
         self.signum = signum
 
+    @property
+    def overtaken(self) -> UserError | None:
+        """The error that was on its way to the user when the signal came; then it is the reason for the end."""
+        error = self.__context__
+        while error is not None and not isinstance(error, UserError):
+            error = error.__context__
+        return error
+
     def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
         # Launchers send what ends a job from process to process.
         return type(self), (str(self), self.signum)
