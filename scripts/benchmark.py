@@ -78,11 +78,11 @@ from rethink_prune.config import parse_pruner
 from rethink_prune.data import Files, Split, StreamBatches
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS, find_pruner, surgery
-from rethink_prune.pruning.channels import analyse
+from rethink_prune.surgery.channels import analyse
 from rethink_prune.training import loop
-from rethink_prune.training.loop import Runtime
 from rethink_prune.training.precision import autocast, resolve_device
 from rethink_prune.training.schedule import build_optimizer
+from rethink_prune.training.train import Runtime
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Least speed relative to the usual script, on a CPU.

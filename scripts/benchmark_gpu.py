@@ -39,13 +39,13 @@ from benchmark_sides import (
 )
 from rethink_prune import build_model, count_cost, prune
 from rethink_prune.data import EvalBatches, Split
-from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.loop import Row, Runtime, train
 from rethink_prune.training.precision import prepare_device
 from rethink_prune.training.schedule import build_optimizer
 from rethink_prune.training.step import build_step
+from rethink_prune.training.train import Row, Runtime, train
 
 # The study that is projected: the epochs of `large`, and of `finetune`, `scratch_e` and `scratch_b` together.
 LARGE_EPOCHS, PRUNED_EPOCHS = 160, 40 + 160 + 243

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rethink_prune.files import write_atomically
-from rethink_prune.results import verdicts
-from rethink_prune.results.comparison import PAPER_ARMS, Row, compare
-from rethink_prune.results.groups import group_runs
-from rethink_prune.results.runs import gather
-from rethink_prune.results.tables import markdown
+from rethink_prune.report import verdicts
+from rethink_prune.report.comparison import PAPER_ARMS, Row, compare
+from rethink_prune.report.groups import group_runs
+from rethink_prune.report.runs import gather
+from rethink_prune.text import markdown
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 BEGIN, END = "<!-- the table: scripts/experiments_table.py writes it -->\n", "<!-- end of the table -->\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from harness import SMALL, configure
-from rethink_prune.study import run_study
+from rethink_prune.study.run import run_study
 from rethink_prune.training.interrupts import Interrupts
 
 # The networks are too small for two threads to help, and threads that wait for each other suffer from any other load.

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rethink_prune.command_line import conf_dir
 from rethink_prune.config import StudyConfig
-from rethink_prune.study import check_config
+from rethink_prune.files import conf_dir
+from rethink_prune.study.run import check_config
 
 # Digits at their own size, a few hundred of them, a few epochs: a study of four stages in about two seconds.
 SMALL = (

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from harness import configure
-from rethink_prune.command_line import conf_dir
 from rethink_prune.errors import UserError
+from rethink_prune.files import conf_dir
 
 EXPERIMENTS = sorted(path.stem for path in (Path(conf_dir()) / "experiment").glob("*.yaml"))
 

@@ -14,8 +14,8 @@ import pytest
 from torch import nn
 
 from harness import configure
-from rethink_prune.command_line import conf_dir
-from rethink_prune.setup import Setup
+from rethink_prune.files import conf_dir
+from rethink_prune.study.setup import Setup
 
 FOLDER = Path(conf_dir()) / "experiment"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))

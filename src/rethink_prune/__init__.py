@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rethink_prune.cost import Cost, count_cost
+    from rethink_prune.finished.load import load_model
     from rethink_prune.models import build_model
     from rethink_prune.pruning import PruneResult, prune
-    from rethink_prune.weights import load_model
 
 __all__ = ["Cost", "PruneResult", "build_model", "count_cost", "load_model", "prune"]
 
@@ -19,7 +19,7 @@ _HOMES = {
     "PruneResult": "rethink_prune.pruning",
     "build_model": "rethink_prune.models",
     "count_cost": "rethink_prune.cost",
-    "load_model": "rethink_prune.weights",
+    "load_model": "rethink_prune.finished.load",
     "prune": "rethink_prune.pruning",
 }
 

@@ -11,9 +11,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rethink_prune import sweep
-from rethink_prune.command_line import check_arguments, conf_dir, end_quietly_unread
+from rethink_prune.commands import sweeps as sweep
+from rethink_prune.commands.arguments import check_arguments, end_quietly_unread
 from rethink_prune.errors import Interrupted, UserError
+from rethink_prune.files import conf_dir
 from rethink_prune.training.interrupts import Interrupts
 
 
@@ -23,7 +24,7 @@ def run(tree: DictConfig) -> None:
     job = HydraConfig.get()
     with sweep.noted(job), sweep.left_to_submitit(), Interrupts(sweep.stop_signals()) as interrupts:
         # Imported here: Hydra's --help and its errors need no torch.
-        from rethink_prune.study import check_config, run_study
+        from rethink_prune.study.run import check_config, run_study
         from rethink_prune.training.distributed import this_process
 
         plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
@@ -39,7 +40,7 @@ def run(tree: DictConfig) -> None:
 
 def run_with_others() -> None:
     """Run the study as the first of the processes that ``torchrun`` has started, or take part in it as another."""
-    from rethink_prune.study import join_study
+    from rethink_prune.study.run import join_study
     from rethink_prune.training.distributed import connected
 
     command = sys.argv[1:]

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rethink_prune.errors import UserError
-from rethink_prune.files import write_json
+from rethink_prune.files import SUMMARY_FILE, write_json
+from rethink_prune.finished.costs import COST_FILE, cost_table
 from rethink_prune.imports import import_object
-from rethink_prune.results.costs import COST_FILE, cost_table
-from rethink_prune.results.runs import SUMMARY_FILE
-from rethink_prune.store import Stage
+from rethink_prune.store.stages import Stage
 
 if TYPE_CHECKING:
-    from rethink_prune.finished import Factory
+    from rethink_prune.finished.finished import Factory
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     # Imported here: --help and wrong arguments need no torch.
-    from rethink_prune.finished import evaluate_stage, measure_stage, pruned_stage
-    from rethink_prune.training.loop import Runtime
+    from rethink_prune.finished.finished import evaluate_stage, measure_stage, pruned_stage
     from rethink_prune.training.precision import prepare_device, resolve_device, resolve_precision
+    from rethink_prune.training.train import Runtime
 
     factory = cast("Factory", import_object(options.factory, "--factory")) if options.factory else None
     place: Path = options.stage
@@ -97,8 +96,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _export(stage: Stage, options: argparse.Namespace, factory: Factory | None) -> None:
-    from rethink_prune.finished import export_onnx, export_stage
-    from rethink_prune.weights import load_model, read_config
+    from rethink_prune.finished.finished import export_onnx, export_stage
+    from rethink_prune.finished.load import load_model, read_config
 
     folder = options.out or Path("export") / stage.name
     export_stage(stage, folder, factory)
@@ -112,7 +111,7 @@ def _export(stage: Stage, options: argparse.Namespace, factory: Factory | None) 
 
 def _stage(folder: Path) -> Stage:
     """Return the stage in a folder; for a run, say which stages it has."""
-    from rethink_prune.finished import run_stages
+    from rethink_prune.finished.finished import run_stages
 
     if (folder / SUMMARY_FILE).is_file():
         stages = ", ".join(str(stage.folder) for stage in run_stages(folder).values())

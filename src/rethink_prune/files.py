@@ -1,4 +1,4 @@
-"""Files that are either the old content or the new, whenever the machine stops."""
+"""Files that are either the old content or the new, whenever the machine stops; and where shared ones are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from rethink_prune.errors import UserError
+
+SUMMARY_FILE = "summary.json"  # what a run leaves
+
+
+def conf_dir() -> str:
+    """Return the folder of the shipped configuration: in the wheel, or beside ``src`` in a checkout."""
+    package = Path(__file__).resolve().parent
+    shipped = package / "conf"
+    return str(shipped if shipped.is_dir() else package.parents[1] / "conf")
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

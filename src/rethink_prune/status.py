@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from rethink_prune.errors import UserError
-from rethink_prune.results.stages import list_stages, remove_remains, remove_stages, size, stages_table
+from rethink_prune.store.listing import list_stages, remove_remains, remove_stages, size, stages_table
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,8 +16,8 @@ from rethink_prune import build_model, count_cost
 from rethink_prune.errors import UserError
 from rethink_prune.models import MODELS
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
-from rethink_prune.pruning.channels import analyse
 from rethink_prune.seeds import seeded
+from rethink_prune.surgery.channels import analyse
 
 CONFIGS = Path(__file__).parents[2] / "conf/model"
 

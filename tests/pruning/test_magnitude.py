@@ -16,7 +16,7 @@ from rethink_prune.errors import UserError
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import find_pruner
 from rethink_prune.pruning.pruner import PruneResult
-from rethink_prune.pruning.surgery import Architecture, reshape
+from rethink_prune.surgery.cut import Architecture, reshape
 
 SIZE = 16
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)

@@ -20,7 +20,7 @@ from rethink_prune.errors import UserError
 from rethink_prune.pruning import regression as module
 from rethink_prune.pruning.pruner import Choice
 from rethink_prune.pruning.regression import Products, Regression, ridge_towards, select_by_lasso
-from rethink_prune.pruning.surgery import mask
+from rethink_prune.surgery.cut import mask
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 

@@ -8,8 +8,6 @@ from torch import nn
 
 from rethink_prune import build_model
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.channels import analyse
-from rethink_prune.pruning.graph import select_inputs
 from rethink_prune.pruning.samples import (
     FirstImages,
     WorkingCopy,
@@ -18,7 +16,9 @@ from rethink_prune.pruning.samples import (
     read_outputs,
     read_patches,
 )
-from rethink_prune.pruning.surgery import mask
+from rethink_prune.surgery.channels import analyse
+from rethink_prune.surgery.cut import mask
+from rethink_prune.surgery.graph import select_inputs
 
 CPU = torch.device("cpu")
 LAYERS = [

@@ -16,9 +16,9 @@ from rethink_prune import build_model, count_cost, prune
 from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import find_pruner
-from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.pruning.pruner import PruneResult
-from rethink_prune.pruning.surgery import Architecture, reshape
+from rethink_prune.surgery.cut import Architecture, reshape
+from rethink_prune.training.hooks import TrainingHooks
 
 SIZE = 16
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)

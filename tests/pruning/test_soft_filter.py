@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from rethink_prune import build_model, count_cost, prune
-from rethink_prune.budget import scratch_b_epochs
 from rethink_prune.config import ChannelOptions
 from rethink_prune.errors import UserError
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import find_pruner
 from rethink_prune.pruning.pruner import PruneResult
 from rethink_prune.pruning.soft_filter import SoftFilter, SoftFilterTarget
-from rethink_prune.pruning.surgery import Architecture, reshape
+from rethink_prune.study.budget import scratch_b_epochs
+from rethink_prune.surgery.cut import Architecture, reshape
 
 SIZE = 16
 SHAPE = (3, SIZE, SIZE)

@@ -16,14 +16,14 @@ from torch import nn
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
-from pruning.conftest import randomise
+from harness import randomise
 from rethink_prune import build_model, prune
 from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PruneResult
 from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.pruning.sss import SSS, SSSOptions, SSSTarget
-from rethink_prune.pruning.surgery import Architecture, reshape
+from rethink_prune.surgery.cut import Architecture, reshape
 
 NAME = "rethink_prune.pruning.sss:SSS"
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -18,7 +18,7 @@ import pytest
 from filelock import FileLock
 
 from harness import SMALL, command
-from rethink_prune.results.metrics import read_metrics
+from rethink_prune.store.metrics import read_metrics
 
 # Without batch norm, whose statistics are those of each process's part of a batch. One layer takes no part in the loss.
 NETWORK = """

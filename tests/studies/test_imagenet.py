@@ -22,7 +22,7 @@ from torchvision.models import resnet34
 from harness import configure
 from rethink_prune.data import StreamBatches
 from rethink_prune.errors import UserError
-from rethink_prune.setup import Setup
+from rethink_prune.study.setup import Setup
 
 Run = Callable[..., dict[str, Any]]
 

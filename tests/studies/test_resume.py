@@ -45,7 +45,7 @@ KILLER = """
         (path.parent / f".{path.name}-half.tmp").write_bytes(bytes(content)[: len(content) // 2])
         die()
 
-    checkpoint, store = rethink_prune.training.checkpoint, rethink_prune.store
+    checkpoint, store = rethink_prune.training.checkpoint, rethink_prune.store.stages
     step = rethink_prune.training.step.PlainStep
     if point == "step":
         step.__call__ = after(count, step.__call__, lambda *args: die())

@@ -24,7 +24,7 @@ from torch import nn
 
 from harness import SMALL, configure
 from rethink_prune import build_model
-from rethink_prune.study import run_study
+from rethink_prune.study.run import run_study
 from rethink_prune.training.interrupts import Interrupts
 
 PINS = Path(__file__).with_name("stage_names.json")

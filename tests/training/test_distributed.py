@@ -6,7 +6,7 @@ from torch import nn
 
 from harness import configure
 from rethink_prune.errors import UserError
-from rethink_prune.setup import Setup
+from rethink_prune.study.setup import Setup
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.precision import _device_of, resolve_device
 

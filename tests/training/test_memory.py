@@ -20,10 +20,10 @@ EPOCHS = """
     import torch
     from rethink_prune.data import EvalBatches, Split, TrainBatches
     from rethink_prune.models import build_model
-    from rethink_prune.pruning.hooks import TrainingHooks
+    from rethink_prune.training.hooks import TrainingHooks
     from rethink_prune.training.checkpoint import Checkpoints
     from rethink_prune.training.interrupts import Interrupts
-    from rethink_prune.training.loop import Runtime, train
+    from rethink_prune.training.train import Runtime, train
     from rethink_prune.training.schedule import OptimizerSpec
 
     torch.set_num_threads(1)

@@ -13,10 +13,9 @@ from torch import nn
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.pruning.factors import ScalingFactors
-from rethink_prune.pruning.hooks import TrainingHooks
-from rethink_prune.pruning.masks import HeldMasks
 from rethink_prune.pruning.slimming import ScalePenalty
 from rethink_prune.training import step as step_module
+from rethink_prune.training.hooks import HeldMasks, TrainingHooks
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer
 from rethink_prune.training.step import WARM_UP, LossAndLogits, RecordedStep, Step, build_step
 

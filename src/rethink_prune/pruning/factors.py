@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rethink_prune.pruning.channels import Positions
-from rethink_prune.pruning.hooks import TrainingHooks
+from rethink_prune.surgery.channels import Positions
+from rethink_prune.training.hooks import TrainingHooks
 
 # Exact classes: a subclass may compute something that no weights express when it is scaled.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from rethink_prune.pruning.channels import ChannelGroup
 from rethink_prune.pruning.pruner import Batches, Pruner
+from rethink_prune.surgery.channels import ChannelGroup
 
 
 def _resnet(blocks: Sequence[int], stage_ratios: Sequence[float], skipped_convs: Iterable[int]) -> Mapping[str, Any]:

@@ -25,8 +25,6 @@ from torch import nn
 from rethink_prune.config import PerLayerRatio, Positive, TargetOptions, check_ratio
 from rethink_prune.cost import Cost, layer_macs, weight_macs
 from rethink_prune.errors import UserError
-from rethink_prune.pruning import surgery
-from rethink_prune.pruning.masks import apply_masks
 from rethink_prune.pruning.pruner import (
     Batches,
     LayerWidth,
@@ -36,6 +34,8 @@ from rethink_prune.pruning.pruner import (
     Target,
 )
 from rethink_prune.pruning.selection import check_reach, widths_for_global_ratio, widths_for_ratio, widths_for_target
+from rethink_prune.surgery import cut as surgery
+from rethink_prune.surgery.masks import apply_masks
 
 
 class MagnitudeOptions(TargetOptions):

@@ -17,9 +17,6 @@ from torch import nn
 from rethink_prune.config import ChannelOptions, PrunerOptions
 from rethink_prune.cost import Cost, count_cost, on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.pruning import surgery
-from rethink_prune.pruning.channels import ChannelGroup, Channels, analyse
-from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.pruning.selection import (
     Limits,
     check_reach,
@@ -32,6 +29,9 @@ from rethink_prune.pruning.selection import (
     widths_for_ratio,
     widths_for_target,
 )
+from rethink_prune.surgery import cut as surgery
+from rethink_prune.surgery.channels import ChannelGroup, Channels, analyse
+from rethink_prune.training.hooks import TrainingHooks
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Variants = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -133,7 +133,7 @@ class Pruner:
     variants : mapping
         Published targets: network name -> variant name -> options that say the same (``widths``, ``ratio``, ``skip``).
     selecting : {"norm", "conv"}, optional
-        Which modules select channels from streams that stay whole; see :func:`rethink_prune.pruning.channels.analyse`.
+        Which modules select channels from streams that stay whole; see :func:`rethink_prune.surgery.channels.analyse`.
     trains_sparse : bool
         Whether it trains the network its own way; then :meth:`sparse` says how.
     needs_data : bool

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from rethink_prune.pruning.channels import ChannelGroup
 from rethink_prune.pruning.pruner import Batches, Pruner
+from rethink_prune.surgery.channels import ChannelGroup
 
 
 class Random(Pruner):

@@ -44,7 +44,6 @@ from torch import nn
 
 from rethink_prune.config import ChannelOptions, Count
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.channels import ChannelGroup
 from rethink_prune.pruning.pruner import Batches, ChannelTarget, Choice, Pruner, PruneResult
 from rethink_prune.pruning.samples import (
     FirstImages,
@@ -56,6 +55,7 @@ from rethink_prune.pruning.samples import (
     read_outputs,
     read_patches,
 )
+from rethink_prune.surgery.channels import ChannelGroup
 
 log = logging.getLogger(__name__)
 

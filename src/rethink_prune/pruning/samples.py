@@ -20,10 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.channels import ChannelGroup, Channels
-from rethink_prune.pruning.graph import evaluate, selects, trace
 from rethink_prune.pruning.pruner import Batches
-from rethink_prune.pruning.rules import operation_name
+from rethink_prune.surgery.channels import ChannelGroup, Channels
+from rethink_prune.surgery.graph import evaluate, selects, trace
+from rethink_prune.surgery.rules import operation_name
 
 # Float64 values of one piece of a sample that are in memory at a time: 32 MB.
 _PIECE = 2**22

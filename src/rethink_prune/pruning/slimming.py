@@ -28,9 +28,9 @@ from torch import nn
 
 from rethink_prune.config import ChannelOptions, Frozen, Positive
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.channels import ChannelGroup
-from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.pruning.pruner import Batches, ChannelTarget, Pruner
+from rethink_prune.surgery.channels import ChannelGroup
+from rethink_prune.training.hooks import TrainingHooks
 
 
 class SlimmingTraining(Frozen):

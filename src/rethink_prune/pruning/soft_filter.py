@@ -33,13 +33,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.config import ChannelOptions
 from rethink_prune.cost import on_meta
-from rethink_prune.pruning import surgery
-from rethink_prune.pruning.channels import ChannelGroup
-from rethink_prune.pruning.graph import trace
-from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.pruning.l1 import sums_over_filters
-from rethink_prune.pruning.masks import apply_masks
 from rethink_prune.pruning.pruner import Batches, ChannelTarget, Pruner
+from rethink_prune.surgery import cut as surgery
+from rethink_prune.surgery.channels import ChannelGroup
+from rethink_prune.surgery.graph import trace
+from rethink_prune.surgery.masks import apply_masks
+from rethink_prune.training.hooks import TrainingHooks
 
 
 class SoftFilterTarget(ChannelTarget):

@@ -31,11 +31,7 @@ from torch.nn.modules.conv import _ConvNd
 from rethink_prune.config import Frozen, Positive, PrunerOptions
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.pruning import surgery
-from rethink_prune.pruning.channels import ChannelGroup, Positions, analyse
 from rethink_prune.pruning.factors import ScalingFactors, can_scale, unit_magnitudes
-from rethink_prune.pruning.graph import evaluate, trace
-from rethink_prune.pruning.hooks import TrainingHooks
 from rethink_prune.pruning.pruner import (
     Batches,
     LayerWidth,
@@ -45,7 +41,11 @@ from rethink_prune.pruning.pruner import (
     Target,
     find_variant,
 )
-from rethink_prune.pruning.rules import operation_name
+from rethink_prune.surgery import cut as surgery
+from rethink_prune.surgery.channels import ChannelGroup, Positions, analyse
+from rethink_prune.surgery.graph import evaluate, trace
+from rethink_prune.surgery.rules import operation_name
+from rethink_prune.training.hooks import TrainingHooks
 
 Kind = Literal["blocks", "groups", "channels"]
 KINDS: tuple[Kind, ...] = ("blocks", "groups", "channels")

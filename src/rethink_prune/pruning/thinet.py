@@ -32,7 +32,6 @@ from torch import nn
 
 from rethink_prune.config import ChannelOptions, Count
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.channels import ChannelGroup
 from rethink_prune.pruning.pruner import Batches, ChannelTarget, Choice, Pruner, PruneResult
 from rethink_prune.pruning.samples import (
     FirstImages,
@@ -41,6 +40,7 @@ from rethink_prune.pruning.samples import (
     draw_places,
     read_patches,
 )
+from rethink_prune.surgery.channels import ChannelGroup
 
 Matrix = npt.NDArray[np.float64]
 

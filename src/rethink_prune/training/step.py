@@ -25,7 +25,7 @@ from rethink_prune.training.distributed import is_lost
 from rethink_prune.training.precision import autocast
 
 if TYPE_CHECKING:
-    from rethink_prune.training.loop import Hooks
+    from rethink_prune.training.train import Hooks
 
 log = logging.getLogger(__name__)
 

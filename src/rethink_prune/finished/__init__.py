@@ -1,0 +1,1 @@
+"""What can be done with a finished network: load it, take it along, test it elsewhere, measure it."""

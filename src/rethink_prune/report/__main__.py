@@ -1,0 +1,61 @@
+"""``python -m rethink_prune.report RUN_OR_STORE...``: which arm wins over many runs, and how sure that is."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from rethink_prune.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write a report over the given runs; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="rethink-prune-report",
+        description="Compare the arms of many runs over their seeds: tables, statistics, pictures, and a page.",
+    )
+    parser.add_argument(
+        "places",
+        nargs="+",
+        type=Path,
+        metavar="RUN_OR_STORE",
+        help="run folders, folders that hold some, stores, or results.json of earlier reports",
+    )
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="(%(default)s)")
+    parser.add_argument(
+        "--margin", type=float, default=0.5, metavar="POINTS", help="within which arms are equivalent (%(default)s)"
+    )
+    parser.add_argument(
+        "--by",
+        action="append",
+        default=[],
+        metavar="SETTING",
+        help="give each value of a setting, such as recipe.lr, rows of its own; can be repeated",
+    )
+    parser.add_argument("--mix", action="store_true", help="put runs into one row though their settings differ")
+    options = parser.parse_args(arguments)
+    if not (math.isfinite(options.margin) and options.margin > 0):
+        parser.error("--margin: must be a number of points above 0")
+    # Imported here: --help needs no SciPy.
+    from rethink_prune.report.comparison import compare
+    from rethink_prune.report.groups import group_runs
+    from rethink_prune.report.publish import PAGE_FILE, overview, publish
+    from rethink_prune.report.runs import gather
+
+    try:
+        gathered = gather(options.places)
+        groups = group_runs(gathered.runs, by=options.by, mix=options.mix)
+        report = compare(groups, margin=options.margin, problems=gathered.problems)
+        publish(report, groups, options.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(overview(report))
+    print(f"\nThe page: {options.out / PAGE_FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""What a study leaves behind: metrics, tables, pictures, TensorBoard."""

@@ -1,0 +1,102 @@
+"""The table of a study, as Markdown and for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rethink_prune.text import markdown
+
+COLUMNS = (
+    "arm",
+    "top-1 %",
+    "top-5 %",
+    "vs large",
+    "parameters",
+    "MACs",
+    "epochs",
+    "training FLOPs",
+    "total FLOPs",
+    "seconds",
+)
+PLAN_COLUMNS = ("arm", "epochs", "milestones", "training FLOPs")
+
+
+def study_table(summary: Mapping[str, Any]) -> str:
+    """Return a study's table as Markdown: large, the pruned network before training, and every arm.
+
+    ``training FLOPs`` is the row's own training, ``total FLOPs`` adds what it built on. Top-5 has a column if it is
+    known for any row.
+    """
+    table = [list(COLUMNS), *study_rows(summary)]
+    top5 = COLUMNS.index("top-5 %")
+    if not any(row[top5] for row in table[1:]):
+        table = [row[:top5] + row[top5 + 1 :] for row in table]
+    return markdown(table[0], table[1:])
+
+
+def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Return the cells of that table, one for each of the `COLUMNS`."""
+    large = summary.get("large") or {}
+    rows = [_row("large", large, None)] if large else []
+    if "sparse" in summary:
+        rows.append(_row("sparse", summary["sparse"], large.get("top1")))
+    pruned = summary.get("pruned") or {}
+    if "top1" in pruned:
+        rows.append(_row("pruned, not retrained", pruned, large.get("top1")))
+    rows += [_row(name, entry, large.get("top1")) for name, entry in summary.get("arms", {}).items()]
+    return rows
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """Return a plan for the terminal: the networks, and what every arm will train."""
+    large, pruned = plan["large"], plan["pruned"]
+    networks = [f"large: {large['params']:,} parameters, {_millions(large['macs'])} MACs"]
+    if pruned["known"]:
+        networks.append(f"pruned: {pruned['params']:,} parameters, {_millions(pruned['macs'])} MACs")
+    return "\n\n".join(["; ".join(networks), markdown(PLAN_COLUMNS, _plan_rows(plan))])
+
+
+def _plan_rows(plan: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for name in ("large", "sparse"):
+        if name in plan:
+            base = plan[name]
+            milestones = " ".join(map(str, base["milestones"]))
+            title = name if base["trained"] else f"{name} (not trained)"
+            rows.append([title, str(base["epochs"]), milestones, _flops(base["train_flops"])])
+    for name, arm in plan["arms"].items():
+        milestones = " ".join(map(str, arm["milestones"])) if arm["milestones"] is not None else "after pruning"
+        rows.append([name, _number(arm["epochs"]), milestones, _flops(arm["train_flops"])])
+    return rows
+
+
+def _row(name: str, entry: Mapping[str, Any], large_top1: float | None) -> list[str]:
+    if entry.get("status") == "failed":
+        return [name, "failed", *[""] * (len(COLUMNS) - 2)]
+    top1 = entry.get("top1")
+    change = top1 - large_top1 if top1 is not None and large_top1 is not None else None
+    return [
+        name,
+        "" if top1 is None else f"{top1:.2f}",
+        "" if entry.get("top5") is None else f"{entry['top5']:.2f}",
+        "" if change is None else f"{change:+.2f}",
+        f"{entry['params']:,}",
+        _millions(entry["macs"]),
+        _number(entry.get("epochs")),
+        _flops(entry.get("train_flops")),
+        _flops(entry.get("train_flops_total")),
+        "" if entry.get("seconds") is None else f"{entry['seconds']:.1f}",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _flops(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:,.2f} M"

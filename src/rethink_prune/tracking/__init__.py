@@ -1,0 +1,1 @@
+"""Curves and tables for the programs that show them: TensorBoard."""

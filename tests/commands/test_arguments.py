@@ -1,0 +1,158 @@
+"""The command line, in processes of its own: from any folder, from a wheel, with wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from harness import SMALL, command
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["pruner.ratio=1.2", "recipe.epochs=0"],
+            ["pruner.ratio=1.2: must be in (0, 1)", "recipe.epochs=0: must be"],
+        ),
+        (["+nonsense=1"], ["nonsense: unknown key"]),
+        (["nonsense=1"], ["Key 'nonsense' is not in struct"]),
+        (["model.name=resnet57"], ["model.name=resnet57: no such network"]),
+        (["pruner=null"], ["pruner=null: must be one of l1, magnitude,"]),
+        (["device=cuda:9"], ["device=cuda:9: no such CUDA device"]),
+        (["dataset=folder", "dataset.root=nowhere"], ["dataset.root=nowhere"]),
+        (["store.root=a_file"], ["store.root=", "a_file: cannot be written"]),
+    ],
+)
+def test_wrong_input_ends_with_status_1_and_its_message_alone(
+    arguments: list[str], message: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a_file").write_text("precious")
+    result = command(*arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    for text in message:
+        assert text in result.stderr
+    assert (tmp_path / "a_file").read_text() == "precious"
+    assert not (tmp_path / "store").exists()
+
+
+def test_users_add_configurations_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/tiny.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: vgg11\npruner:\n  ratio: 0.25\n"
+    )
+    result = command("--config-dir", "mine", "experiment=tiny", "dry_run=true", "hydra.run.dir=run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert [layer["kept"] for layer in plan["pruned"]["layers"]][:3] == [48, 96, 192]
+
+
+def test_the_store_can_be_named_by_an_environment_variable(tmp_path: Path) -> None:
+    environment = {**os.environ, "RETHINK_PRUNE_STORE": str(tmp_path / "elsewhere")}
+    subprocess.run(
+        [sys.executable, "-m", "rethink_prune", *SMALL, "arms=[scratch_e]", "recipe.epochs=1"],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    assert list((tmp_path / "elsewhere/stages").glob("scratch-*"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_wheel_finds_its_configuration_from_an_empty_folder(tmp_path: Path) -> None:
+    """The dependencies come from the test's environment by a path file; the package itself only from the wheel."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    packages = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(packages),
+            str(wheel),
+        ],
+        check=True,
+    )
+    (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def run(*arguments: str) -> str:
+        return subprocess.run(
+            [str(tmp_path / "venv/bin/python"), *arguments],
+            cwd=empty,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    home = run("-c", "import rethink_prune; print(rethink_prune.__file__)").strip()
+    assert Path(home).is_relative_to(packages)
+    output = run("-m", "rethink_prune", "experiment=l1_vgg16_cifar10", "dry_run=true")
+    assert "| scratch_b" in output
+    assert "243" in output
+
+
+def test_help_lists_the_groups(tmp_path: Path) -> None:
+    result = command("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    for group in ("dataset:", "model:", "pruner:", "recipe:", "budget:", "launcher:", "experiment:"):
+        assert group in result.stdout
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--cfg job"])
+def test_what_is_printed_need_not_be_read_to_the_end(arguments: str, tmp_path: Path) -> None:
+    # `true` is gone long before the first line.
+    result = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m rethink_prune {arguments} | true"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stderr == ""
+
+
+def test_a_signal_does_not_hide_the_error_that_it_follows(tmp_path: Path) -> None:
+    """As when one of several processes is gone: the others fail, and torchrun signals them to end."""
+    program = """
+import os, signal, sys
+import rethink_prune.study.run
+from rethink_prune.__main__ import main
+from rethink_prune.errors import UserError
+
+def failing(*arguments, **options):
+    try:
+        raise UserError("another process is gone")
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+rethink_prune.study.run.run_study = failing
+sys.argv = ["rethink_prune"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "another process is gone\n"

@@ -1,0 +1,106 @@
+"""Run folders as studies leave them, without the studies: seeds, accuracies and settings as a test wants them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rethink_prune.report.__main__ import main
+from rethink_prune.store.metrics import write_metrics
+
+WriteRun = Callable[..., Path]
+
+
+def writer(root: Path) -> WriteRun:
+    """Return a function that writes a run folder and its stages below `root`, from last-epoch accuracies by arm."""
+
+    def write(
+        seed: int,
+        top1: Mapping[str, float | str],
+        *,
+        folder: str | None = None,
+        large_stage: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        processes: Mapping[str, list[int]] | None = None,
+        **study: Any,
+    ) -> Path:
+        place = root / "runs" / (folder or f"run{len(list((root / 'runs').glob('*')))}")
+        place.mkdir(parents=True, exist_ok=True)
+        target = study.pop("target", {"ratio": 0.5})
+        recipe = {"name": "paper", "lr": 0.1, **(settings or {}).get("recipe", {})}
+        described = {
+            "experiment": None,
+            "dataset": "cifar10",
+            "train_images": 50_000,
+            "test_images": 10_000,
+            "model": "vgg16",
+            "pruner": "l1",
+            "target": target,
+            "recipe": "paper",
+            "budget": "paper",
+            "seed": seed,
+            "device": "CPU",
+            "precision": "fp32",
+            "arms": ["finetune", "scratch_e", "scratch_b"],
+            "settings": {"dataset": {"train_limit": None}, **(settings or {}), "recipe": recipe},
+            "versions": {"torch": "2.15.0"},
+            "ledger": {"macs_reference": 1000},
+            **study,
+        }
+
+        def entry(arm: str, value: float | str) -> dict[str, Any]:
+            if isinstance(value, str):
+                return {"status": "failed", "reason": value, "epoch": 2}
+            name = large_stage if arm == "large" and large_stage else f"{arm}-{seed}-{value}-{json.dumps(target)}"
+            stage = root / "stages" / name
+            stage.mkdir(parents=True, exist_ok=True)
+            epochs = 4
+            write_metrics(stage, [{"epoch": e, "test_top1": value - 10 / e**2 + 10 / epochs**2} for e in range(1, 5)])
+            own = 2e15 if arm == "large" else 1e15
+            return {
+                "status": "done",
+                "top1": value,
+                "top1_best": value + 0.1,
+                "epochs": epochs,
+                "params": 200 if arm == "large" else 50,
+                "macs": 1000 if arm == "large" else 400,
+                "train_flops": own,
+                "train_flops_total": own + (2e15 if arm == "finetune" else 0),
+                "stage": str(stage),
+                **({"processes": processes[arm]} if processes else {}),
+            }
+
+        summary: dict[str, Any] = {"study": described}
+        arms = {arm: entry(arm, value) for arm, value in top1.items()}
+        if "large" in arms:
+            summary["large"] = arms.pop("large")
+        layers = [{"layer": f"features.{i}", "kept": 16 + i, "full": 32} for i in range(3)]
+        summary |= {"pruned": {"params": 50, "macs": 400, "top1": 20.0, "layers": layers}, "arms": arms}
+        (place / "summary.json").write_text(json.dumps(summary))
+        return place
+
+    return write
+
+
+@pytest.fixture
+def write_run(tmp_path: Path) -> WriteRun:
+    """Return a function that writes runs below the test's folder."""
+    return writer(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a report over two targets, three seeds each, and a row of the paper; not to be changed."""
+    root = tmp_path_factory.mktemp("written")
+    write = writer(root)
+    for seed in range(3):
+        for ratio in (0.3, 0.5):
+            top1 = {"large": 94 - 0.1 * seed, "finetune": 93 + ratio, "scratch_e": 92.5 + 0.1 * seed, "scratch_b": 94.0}
+            write(seed, top1, target={"ratio": ratio})
+    write(0, {"large": 93.6, "scratch_b": 93.9}, experiment="l1_vgg16_cifar10", target={"variant": "A"})
+    assert main([str(root / "runs"), "--out", str(root / "report")]) == 0
+    return root / "report"

@@ -1,0 +1,213 @@
+"""The command: what it writes, from what, and how it says that something is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rethink_prune.errors import UserError
+from rethink_prune.report.__main__ import main
+
+WriteRun = Callable[..., Path]
+Run = Callable[..., dict[str, Any]]
+
+HOSTILE = "<script>alert('$x^{2$')</script>|*_&%\\#~--> \u00e9\U0001f600"
+
+
+def test_markdown_has_the_table_of_the_paper_with_the_best_arm_in_bold(written: Path) -> None:
+    text = (written / "report.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    assert rows[0][:6] == ["network", "pruned by", "unpruned", "fine-tuned", "Scratch-E", "Scratch-B"]
+    by_target = {row[1]: row for row in rows if row[0] == "vgg16" and len(row) == len(rows[0])}
+    assert by_target["l1 ratio 0.3"][2:] == [
+        *("93.90 ± 0.10 (3)", "93.30 ± 0.00 (3)", "92.60 ± 0.10 (3)", "**94.00 ± 0.00 (3)**", "20.00 ± 0.00 (3)"),
+        *("40.0 ± 0.0 (3)", "25.0 ± 0.0 (3)"),
+    ]
+    assert (
+        "- vgg16, l1 ratio 0.3: Scratch-B is ahead of fine-tuning (paper recipe, paper budget) by 0.70 points" in text
+    )
+    assert "significant" not in text
+    assert "- vgg16, l1 variant A: seed 0: fine-tuning is not finished." in text
+    pictures = re.findall(r"\]\((.*\.png)\)", text)
+    assert pictures
+    assert all((written / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_the_paper_is_compared_by_the_best_epoch_and_that_is_said(written: Path) -> None:
+    text = (written / "report.md").read_text()
+    _, part = text.split("## Beside the paper")
+    assert "best epoch on the test images, which is what the paper reports" in part
+    rows = list(csv.DictReader((written / "paper-1.csv").open()))
+    assert [row["arm"] for row in rows] == ["unpruned", "Scratch-B"]
+    scratch_b = rows[1]
+    assert (float(scratch_b["best epoch on test"]), float(scratch_b["paper"])) == (94.0, 93.78)
+    assert float(scratch_b["difference"]) == pytest.approx(0.22)
+    assert (scratch_b["paper sd"], scratch_b["paper n"]) == ("0.15", "5")
+
+
+def test_csv_has_all_digits_in_columns_of_their_own(written: Path) -> None:
+    rows = list(csv.DictReader((written / "accuracy-1.csv").open()))
+    assert [row["pruned by"] for row in rows] == ["l1 ratio 0.3", "l1 ratio 0.5", "l1 variant A"]
+    assert float(rows[0]["unpruned"]) == pytest.approx(93.9)
+    assert float(rows[0]["unpruned sd"]) == pytest.approx(0.1)
+    assert (rows[0]["unpruned n"], rows[2]["fine-tuned"]) == ("3", "")
+    difference = next(csv.DictReader((written / "differences-1.csv").open()))
+    assert (difference["arm"], difference["against"], difference["p"]) == ("Scratch-E", "fine-tuned", "0.25")
+    middle = (float(difference["95 % interval low"]) + float(difference["95 % interval high"])) / 2
+    assert middle == pytest.approx(float(difference["difference"])) == pytest.approx(-0.7)
+
+
+def test_json_holds_what_the_tables_show_and_no_paths_and_makes_the_same_report_again(
+    written: Path, tmp_path: Path
+) -> None:
+    text = (written / "results.json").read_text()
+    assert str(written.parent) not in text
+    results = json.loads(text)
+    assert (results["format"], results["version"], results["margin"], len(results["runs"])) == (
+        *("rethink-prune results", 1, 0.5),
+        7,
+    )
+    row = results["tables"][0]["rows"][0]
+    assert [arm["arm"] for arm in row["arms"]] == ["large", "finetune", "scratch_e", "scratch_b", "pruned"]
+    assert row["comparisons"][1]["difference"]["p_floor"] == 0.25
+    assert main([str(written / "results.json"), "--out", str(tmp_path / "again")]) == 0
+    again, before = (
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        for folder in (tmp_path / "again", written)
+    )
+    assert again == before
+
+
+def test_every_kind_of_picture_is_drawn_and_is_sound(written: Path) -> None:
+    names = {path.stem for path in written.glob("*.svg")}
+    assert {name.split("-")[0] for name in names} == {"curves", "targets", "differences", "widths", "ledger"}
+    assert names == {path.stem for path in written.glob("*.png")}
+    for path in written.glob("*.svg"):
+        assert ET.parse(path).getroot().tag.endswith("svg")
+        assert not re.search(
+            r"<dc:date>|https?://(?!www\.w3\.org|purl\.org|creativecommons\.org|matplotlib)", path.read_text()
+        )
+
+
+def test_markdown_takes_hostile_names_for_text(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run(0, {"large": 94.0, "finetune": 93.0}, model="a|b`*c* [d](javascript:e) <b>\\|")
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| a\\|b\\`\\*c\\* [d]\\(javascript:e) &lt;b&gt;\\\\\\| |" in text
+    assert "<b>" not in text
+
+
+def test_latex_has_a_booktabs_table_for_each_grid(written: Path) -> None:
+    text = (written / "tables.tex").read_text()
+    for part in ("\\begin{table}", "\\toprule", "\\midrule", "\\bottomrule", "\\end{table}"):
+        assert text.count(part) == len(list(written.glob("*.csv")))
+    assert "\\textbf{94.00 $\\pm$ 0.00 (3)}" in text
+
+
+def test_latex_compiles_even_with_hostile_names(write_run: WriteRun, tmp_path: Path) -> None:
+    if shutil.which("pdflatex") is None:
+        pytest.skip("pdflatex is not installed (Debian: texlive-latex-recommended)")
+    write_run(0, {"large": 94.0, "finetune": 93.0, "scratch_b": 94.0}, model=HOSTILE)
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
+    (tmp_path / "paper.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\\input{tables}\\end{document}"
+    )
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-1000:]
+
+
+def test_a_report_over_real_studies_and_over_their_store(
+    small_study: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = small_study("arms=[scratch_e]")
+    with pytest.raises(UserError):
+        small_study("arms=[finetune,scratch_e]", "seed=1", "recipe.finetune.lr=1e30")
+    capsys.readouterr()
+    places = [str(tmp_path / name) for name in ("run1", "run2", "store")]
+    assert main([*places, "--by", "recipe.finetune.lr", "--out", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    assert f" {summary['arms']['scratch_e']['top1']:.2f} (1) |" in printed
+    assert "seed 1: fine-tuning failed: the training loss became" in printed
+    assert "hold the same run" not in printed
+    assert f"The page: {tmp_path / 'report/report.html'}" in printed
+    board = next((tmp_path / "report/tensorboard").glob("*lr=0.01*/scratch_e"))
+    last = EventAccumulator(str(board)).Reload().Scalars("top1/test")[-1]
+    assert (last.step, last.value) == (2, pytest.approx(summary["arms"]["scratch_e"]["top1"]))
+
+
+def test_what_is_wrong_is_said_in_words(
+    write_run: WriteRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: str) -> str:
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert "nowhere: no such folder" in refused(str(tmp_path / "nowhere"))
+    assert "holds no summary.json" in refused(str(tmp_path))
+    write_run(0, {"finetune": 93.0})
+    write_run(1, {"finetune": 93.0}, precision="bf16")
+    assert "they differ in precision (fp32 in runs/run0, bf16 in runs/run1)" in refused(str(tmp_path / "runs"))
+    assert main([str(tmp_path / "runs/run0"), "--out", str(tmp_path / "runs/run0")]) == 1
+    assert "run0: is a run's folder; name another one" in capsys.readouterr().err
+    (tmp_path / "mine/tensorboard").mkdir(parents=True)
+    assert main([str(tmp_path / "runs/run0"), "--out", str(tmp_path / "mine")]) == 1
+    assert "mine: holds a tensorboard folder that no report has made" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([str(tmp_path / "runs/run0"), "--out", str(tmp_path / "file/report")]) == 1
+    assert "cannot be made (Not a directory); name a folder you can write" in capsys.readouterr().err
+    for margin in ("0", "-1", "nan", "half"):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "runs"), "--margin", margin])
+
+
+def test_numbers_that_are_not_finite_are_left_out(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run(0, {"finetune": 93.0})
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "one")]) == 0
+    results = json.loads((tmp_path / "one/results.json").read_text())
+    (run,) = results["runs"]
+    run["arms"]["finetune"]["curve"] = [float("nan"), 93.0]
+    run["study"]["target"] = {"ratio": float("inf")}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert main([str(tmp_path / "results.json"), "--out", str(tmp_path / "two")]) == 0
+    (again,) = json.loads((tmp_path / "two/results.json").read_text())["runs"]
+    assert "curve" not in again["arms"]["finetune"]
+    assert again["arms"]["finetune"]["top1"] == 93.0
+
+
+def test_what_is_left_out_is_in_the_report(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run(0, {"finetune": 93.0})
+    (tmp_path / "runs/broken").mkdir()
+    (tmp_path / "runs/broken/summary.json").write_text('{"study": ')
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
+    for name in ("report.md", "report.html", "results.json"):
+        assert "broken/summary.json: left out: is damaged" in (tmp_path / "report" / name).read_text()
+
+
+def test_help_needs_no_library(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "rethink_prune.report", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "--margin POINTS" in done.stdout
+    assert not imported & {"torch", "numpy", "scipy", "matplotlib", "pydantic", "jinja2"}
