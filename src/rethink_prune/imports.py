@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import sys
 from pathlib import Path
@@ -58,25 +57,3 @@ def import_object(path: str, what: str) -> object:
     if not callable(found):
         raise UserError(f"{what}={path}: is a {type(found).__name__}, not something that can be called")
     return found
-
-
-def source_digest(obj: object) -> str:
-    """Return the SHA-256 of the file that defines `obj`, in hexadecimal.
-
-    It stands for the user's code in stage keys. Files that this one imports are not covered.
-
-    Parameters
-    ----------
-    obj : object
-        A function, a class, or an instance of a class.
-
-    Raises
-    ------
-    UserError
-        `obj` was not defined in a file.
-    """
-    name = getattr(obj, "__module__", None) or type(obj).__module__
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None:
-        raise UserError(f"{name}: was not loaded from a file, so its results cannot be told apart from others'")
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from harness import SMALL, configure
-from rethink_prune import files, status, store
+from rethink_prune import files, status
+from rethink_prune.store import stages as store
 from rethink_prune.errors import UserError
-from rethink_prune.store.stages import Stage, Started, Store, hash_key, save_weights
+from rethink_prune.study.keys import stage_name
+from rethink_prune.store.stages import Stage, Started, Store, save_weights
 from rethink_prune.study.run import run_study
 from rethink_prune.training.interrupts import Interrupts
 
@@ -28,7 +30,7 @@ CONFIG = {"network": {}, "key": {}}
 def finished(root: Path, key: int = 1) -> Stage:
     made = Store(root)
     made.prepare()
-    stage = made.stage("large", {"n": key})
+    stage = made.stage(f"large-{key}")
     with stage.hold():
         stage.begin(CONFIG, None)
         save_weights(stage.model_file, {"w": torch.arange(4.0)})
@@ -37,14 +39,14 @@ def finished(root: Path, key: int = 1) -> Stage:
 
 
 def test_keys_do_not_depend_on_order_but_on_everything_else() -> None:
-    assert hash_key({"a": 1, "b": {"c": 2, "d": 3}}) == hash_key({"b": {"d": 3, "c": 2}, "a": 1})
-    assert hash_key({"a": 1}) != hash_key({"a": 1.5})
-    assert Store(Path("s")).stage("large", {"a": 1}).name != Store(Path("s")).stage("scratch", {"a": 1}).name
+    assert stage_name("large", {"a": 1, "b": {"c": 2, "d": 3}}) == stage_name("large", {"b": {"d": 3, "c": 2}, "a": 1})
+    assert stage_name("large", {"a": 1}) != stage_name("large", {"a": 1.5})
+    assert stage_name("large", {"a": 1}).split("-")[1] != stage_name("scratch", {"a": 1}).split("-")[1]
 
 
 def test_a_finished_stage_is_found_again(tmp_path: Path) -> None:
     finished(tmp_path)
-    again = Store(tmp_path).stage("large", {"n": 1})
+    again = Store(tmp_path).stage("large-1")
     assert again.result() == {"top1": 50.0}
     assert again.digest == files.file_digest(again.model_file)
 
@@ -66,7 +68,7 @@ def test_a_damaged_status_means_not_done(tmp_path: Path, caplog: pytest.LogCaptu
 def test_a_stage_that_started_from_other_weights_is_an_error(tmp_path: Path) -> None:
     made = Store(tmp_path)
     made.prepare()
-    stage = made.stage("finetune", {})
+    stage = made.stage("finetune-1")
     with stage.hold():
         stage.begin(CONFIG, Started("prune-1", "a" * 64))
     with pytest.raises(UserError, match="started from other weights than prune-1 holds now"):
@@ -152,7 +154,7 @@ HOLDER = """
     from pathlib import Path
     from rethink_prune.store.stages import Store
     made = Store(Path(sys.argv[1])); made.prepare()
-    stage = made.stage("large", {"n": 1})
+    stage = made.stage("large-1")
     with stage.hold():
         stage.begin({"network": {}, "key": {}}, None)
         print("held", flush=True)
@@ -174,7 +176,7 @@ def holder(root: Path, seconds: float) -> subprocess.Popen[str]:
 def test_a_second_process_waits_for_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     process = holder(tmp_path, 2)
     start = time.monotonic()
-    with caplog.at_level("INFO"), Store(tmp_path).stage("large", {"n": 1}).hold():
+    with caplog.at_level("INFO"), Store(tmp_path).stage("large-1").hold():
         waited = time.monotonic() - start
     assert process.wait() == 0
     assert waited > 1
@@ -186,7 +188,7 @@ def test_a_killed_process_frees_its_stage_at_once(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     start = time.monotonic()
-    with Store(tmp_path).stage("large", {"n": 1}).hold():
+    with Store(tmp_path).stage("large-1").hold():
         assert time.monotonic() - start < 5
 
 
@@ -195,7 +197,7 @@ def test_a_silent_owner_is_replaced_and_told_so(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(store, "STALE_SECONDS", 3.0)
     process = holder(tmp_path, 60)
     process.send_signal(signal.SIGSTOP)
-    stage = Store(tmp_path).stage("large", {"n": 1})
+    stage = Store(tmp_path).stage("large-1")
     try:
         with stage.hold():
             stage.begin(CONFIG, None)

@@ -20,7 +20,7 @@ PROCESSES, STAGES, KILLS = 8, 50, 24
 WORKER = """
     import os, random, sys, time
     from pathlib import Path
-    from rethink_prune import store
+    from rethink_prune.store import stages as store
     from rethink_prune.files import write_atomically
 
     root, seed, stages = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -34,7 +34,7 @@ WORKER = """
     made.prepare()
     note("starts", seed)
     for number in random.Random(seed).sample(range(stages), stages):
-        stage = made.stage("scratch", {"n": number})
+        stage = made.stage(f"scratch-{number}")
         if stage.result() is None:
             with stage.hold():
                 if stage.result() is None:
@@ -89,7 +89,7 @@ def test_kills_at_random_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None
 
     store = Store(tmp_path / "store")
     for number in range(STAGES):
-        stage = store.stage("scratch", {"n": number})
+        stage = store.stage(f"scratch-{number}")
         assert stage.result() == {"top1": number}
         assert (stage.folder / "work").read_bytes() == f"{number}: 4".encode() * 1000
         assert stage.status()["digests"] == {"work": file_digest(stage.folder / "work")}

@@ -23,7 +23,8 @@ KILLER = """
     import os, signal, sys
     import torch
     torch.set_num_threads(1)
-    import rethink_prune.files, rethink_prune.store, rethink_prune.training.checkpoint, rethink_prune.training.step
+    import rethink_prune.files, rethink_prune.store.stages
+    import rethink_prune.training.checkpoint, rethink_prune.training.step
     from rethink_prune.__main__ import main
 
     def die():

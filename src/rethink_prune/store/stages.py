@@ -8,7 +8,6 @@ of the software can use the store.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -40,12 +39,6 @@ MODEL_FILE = "model.safetensors"
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 POLL_SECONDS = 0.5
-
-
-def hash_key(parts: Mapping[str, Any]) -> str:
-    """Return a 16-digit hexadecimal hash of a JSON-able mapping, independent of the order of its keys."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Store:
@@ -100,10 +93,9 @@ class Store:
         """Folder for what can be made again at any time: decoded images."""
         return self.root / "cache"
 
-    def stage(self, kind: str, key_parts: Mapping[str, Any]) -> Stage:
-        """Return the stage of this kind and key, whether it exists or not."""
-        key = hash_key({"kind": kind, **key_parts})
-        return Stage(self.root / "stages" / f"{kind}-{key}")
+    def stage(self, name: str) -> Stage:
+        """Return the stage of this name, ``<kind>-<key>``, whether it exists or not."""
+        return Stage(self.root / "stages" / name)
 
     def record_run(self, run_id: str, record: Mapping[str, Any]) -> None:
         """Note which run folder uses which stages."""

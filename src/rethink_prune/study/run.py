@@ -30,6 +30,7 @@ from rethink_prune.store.metrics import read_metrics, write_metrics
 from rethink_prune.store.stages import MODEL_FILE, Done, Failed, Stage, Started, load_stage_weights, save_weights
 from rethink_prune.study.arms import ARMS
 from rethink_prune.study.budget import Training, phase_training
+from rethink_prune.study.keys import optimizer_key, stage_name
 from rethink_prune.study.pretrained import Checkpoint
 from rethink_prune.study.setup import Setup
 from rethink_prune.study.summary import Summary
@@ -325,7 +326,7 @@ class Study:
         """Return a stage from the store, or do its work while holding its lock."""
         if self.interrupts.requested is not None:
             self.interrupts.stop(f"before {title}")
-        stage = self.setup.store.stage(kind, key)
+        stage = self.setup.store.stage(stage_name(kind, key))
         result = stage.result(started)
         if result is None:
             with stage.hold():
@@ -383,7 +384,7 @@ class Study:
         key = {
             "data": setup.data_key,
             "training": {
-                **spec.key(),
+                **optimizer_key(spec),
                 "batch_size": recipe.batch_size,
                 "precision": setup.runtime.precision,
                 # Only where it is not the default, so that stages of earlier versions stay valid.

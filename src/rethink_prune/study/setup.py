@@ -29,7 +29,6 @@ from rethink_prune.data import (
     load_dataset,
 )
 from rethink_prune.errors import UserError
-from rethink_prune.imports import source_digest
 from rethink_prune.models import asked_options, build_model, model_factory
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
 from rethink_prune.pruning import PRUNERS, Target, find_pruner
@@ -37,6 +36,7 @@ from rethink_prune.seeds import derive_seed, seeded
 from rethink_prune.store.stages import Store
 from rethink_prune.study.arms import ARMS
 from rethink_prune.study.budget import Budget, Training, phase_training
+from rethink_prune.study.keys import source_digest
 from rethink_prune.study.pretrained import Checkpoint, read_checkpoint
 from rethink_prune.surgery.cut import Architecture, reshape
 from rethink_prune.surgery.masks import draw_masked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -57,15 +57,6 @@ class OptimizerSpec:
     warmup: int = 0
     decay_norms: bool = True
     label_smoothing: float = 0.0
-
-    def key(self) -> dict[str, Any]:
-        """Return what decides a training; later options count where they are used, so that older stages stay valid."""
-        later = {"warmup", "decay_norms", "label_smoothing"}
-        return {
-            option.name: getattr(self, option.name)
-            for option in fields(self)
-            if not (option.name in later and getattr(self, option.name) == option.default)
-        }
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, fused: bool) -> Optimizer:

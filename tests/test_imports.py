@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from rethink_prune.errors import UserError
-from rethink_prune.imports import import_object, source_digest
+from rethink_prune.imports import import_object
+from rethink_prune.study.keys import source_digest
 
 
 @pytest.fixture(autouse=True)

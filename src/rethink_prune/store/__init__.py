@@ -1,0 +1,1 @@
+"""Finished and unfinished stages on disk. ``stages.py`` is the page to read."""
