@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -14,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.config import StudyConfig
 from rethink_prune.files import conf_dir
-from rethink_prune.study.run import check_config
+from rethink_prune.study.plan import plan_content
+from rethink_prune.study.prepare import check_config, prepare_study
 
 # Digits at their own size, a few hundred of them, a few epochs: a study of four stages in about two seconds.
 SMALL = (
@@ -33,6 +35,12 @@ def configure(*overrides: str) -> StudyConfig:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         tree = compose("config", overrides=list(overrides))
     return check_config(OmegaConf.to_container(tree, resolve=True))  # type: ignore[arg-type]
+
+
+def plan_of(config: StudyConfig) -> dict[str, Any]:
+    """Return the content of ``plan.json``."""
+    study = prepare_study(config)
+    return plan_content(study.budget, study.plan(), study.target, trains_sparse=study.pruner.trains_sparse)
 
 
 def command(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from harness import configure
 from rethink_prune.errors import UserError
-from rethink_prune.study.setup import Setup
+from rethink_prune.study.prepare import prepare_study
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.precision import _device_of, resolve_device
 
@@ -39,15 +39,17 @@ def test_batch_norms_are_synchronised_on_cuda_only_and_keep_their_names() -> Non
 def test_a_batch_that_is_too_small_for_all_processes_is_refused() -> None:
     config = configure("recipe.batch_size=8", "device=cpu")
     with pytest.raises(UserError) as error:
-        Setup(config, Processes(world=5, local_world=5))
+        prepare_study(config, Processes(world=5, local_world=5))
     assert str(error.value) == (
         "recipe.batch_size=8: too few for 5 processes, which need two images each; start at most 4"
     )
 
 
 def test_slimming_penalises_the_same_scales_when_norms_are_synchronised() -> None:
-    setup = Setup(configure("dataset=cifar10", "model=vgg16", "model.head=mlp", "pruner=slimming", "device=cpu"))
-    model, other = setup.build(), setup.build()
+    study = prepare_study(
+        configure("dataset=cifar10", "model=vgg16", "model.head=mlp", "pruner=slimming", "device=cpu")
+    )
+    model, other = study.networks.large(), study.networks.large()
     Processes(world=2).share_norms(other, CUDA)
     kinds = {type(module) for module in model.modules()}
     assert {nn.BatchNorm1d, nn.BatchNorm2d} <= kinds
@@ -55,7 +57,7 @@ def test_slimming_penalises_the_same_scales_when_norms_are_synchronised() -> Non
     for network in (model, other):
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        setup.sparse_hooks.before_step(network, 0.1)
+        study.pruner.sparse(study.target).before_step(network, 0.1)
         grads.append({name for name, parameter in network.named_parameters() if parameter.grad.any()})
     assert grads[0] == grads[1] != set()
 

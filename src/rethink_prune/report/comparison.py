@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rethink_prune.study.arms import ARMS
 from rethink_prune.report.groups import Group
 from rethink_prune.report.paper import PaperRow, paper_row
 from rethink_prune.report.runs import Layer, Run, Trained, printable
 from rethink_prune.report.statistics import Difference, Sample, holm, paired_difference, sample
 from rethink_prune.report.verdicts import NAMES, verdict
+from rethink_prune.study.arms import ARMS
 
 # The columns of a table, in their order; other arms come after those of the paper.
 PAPER_ARMS = ("large", "finetune", "scratch_e", "scratch_b")

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from rethink_prune.report.comparison import PRUNED, ArmResult, Comparison, Report, Table
 from rethink_prune.report.statistics import Sample
-from rethink_prune.text import markdown
 from rethink_prune.report.verdicts import TITLES
+from rethink_prune.text import markdown
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ class Checkpoint:
     digest: str
     result: Mapping[str, Any]
 
+    @property
+    def training_cost(self) -> dict[str, Any]:
+        """Epochs and FLOPs of their training; None where they do not come from a stage."""
+        return {name: self.result.get(name) for name in ("epochs", "train_flops")}
+
 
 def read_checkpoint(source: str, model: nn.Module, network: str) -> Checkpoint:
     """Read ``large.checkpoint`` and see that it fits `model`, whose present weights are overwritten.
