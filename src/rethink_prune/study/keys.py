@@ -178,7 +178,14 @@ def stage_name(kind: str, key: Mapping[str, Any]) -> str:
 
 
 def optimizer_key(spec: OptimizerSpec) -> dict[str, Any]:
-    """Return the options of an optimiser and its schedule that decide a training."""
+    """Return the options of an optimiser and its schedule that decide a training.
+
+    Examples
+    --------
+    >>> spec = OptimizerSpec("sgd", 0.1, 0.9, False, 1e-4, "cosine", epochs=8, milestones=(), gammas=(), warmup=2)
+    >>> sorted(set(optimizer_key(spec)) & {"lr", "warmup", "label_smoothing"})
+    ['lr', 'warmup']
+    """
     return {
         option.name: getattr(spec, option.name)
         for option in fields(spec)
@@ -187,7 +194,13 @@ def optimizer_key(spec: OptimizerSpec) -> dict[str, Any]:
 
 
 def architecture_key(architecture: Architecture) -> dict[str, Any]:
-    """Return an architecture as plain values; its masks, which are large, by their SHA-256."""
+    """Return an architecture as plain values; its masks, which are large, by their SHA-256.
+
+    Examples
+    --------
+    >>> architecture_key(Architecture(removed=("layer1.1.conv2",)))["removed"]
+    ('layer1.1.conv2',)
+    """
     masks = {name: hashlib.sha256(mask.numpy().tobytes()).hexdigest() for name, mask in architecture.masks.items()}
     return {
         "modules": architecture.modules,
@@ -237,6 +250,11 @@ def source_digest(obj: object) -> str:
     ------
     UserError
         `obj` was not defined in a file.
+
+    Examples
+    --------
+    >>> source_digest(json.dumps) == hashlib.sha256(Path(json.__file__).read_bytes()).hexdigest()
+    True
     """
     name = getattr(obj, "__module__", None) or type(obj).__module__
     file = getattr(sys.modules.get(name), "__file__", None)

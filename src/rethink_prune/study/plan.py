@@ -108,6 +108,16 @@ def plan_arms(
         Their names.
     architecture, pruned
         The pruned network and its cost, if they are known.
+
+    Examples
+    --------
+    >>> from rethink_prune.config import BudgetConfig, Phase, RecipeConfig
+    >>> recipe = RecipeConfig(name="short", epochs=10, lr=0.1, finetune=Phase(epochs=2, lr=0.01))
+    >>> budget = Budget(recipe, BudgetConfig(name="paper"), Cost(80, 600), macs_reference=600, train_images=100)
+    >>> [spec.optimizer.epochs for spec in plan_arms(budget, ["finetune", "scratch_b"], UNPRUNED, Cost(40, 300))]
+    [2, 20]
+    >>> [spec.optimizer is None for spec in plan_arms(budget, ["finetune", "scratch_b"], None, None)]
+    [False, True]
     """
     stages = []
     for name in arms:
