@@ -40,11 +40,13 @@ from rethink_prune.text import duration
 from rethink_prune.tracking.tensorboard import ArmEvents
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.distributed import ALONE, Processes
+from rethink_prune.training.evaluate import evaluate
 from rethink_prune.training.hooks import HeldMasks, TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.memory import peak_memory, reset_peak_memory
+from rethink_prune.training.progress import Row
 from rethink_prune.training.schedule import OptimizerSpec
-from rethink_prune.training.train import Diverged, Row, evaluate, train
+from rethink_prune.training.train import Diverged, train
 
 log = logging.getLogger(__name__)
 

@@ -1,11 +1,10 @@
-"""Which device a study runs on, and in which arithmetic."""
+"""Which device a study runs on, and in which precision."""
 
 from __future__ import annotations
 
 import logging
 import os
 import platform
-from contextlib import AbstractContextManager
 
 import torch
 
@@ -28,15 +27,19 @@ def resolve_device(name: str, processes: Processes = ALONE) -> torch.device:
     ------
     UserError
         If a CUDA device is named and there is none of that number, or fewer devices than processes.
+
+    Examples
+    --------
+    >>> resolve_device("cpu")
+    device(type='cpu')
     """
-    available = torch.cuda.is_available()
-    if name == "cpu" or (name == "auto" and not available):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
-    if processes.world > 1 and available:
-        return _device_of(processes, name, torch.cuda.device_count())
+    if processes.world > 1 and count > 0:
+        return _device_of(processes, name, count)
     device = torch.device("cuda" if name == "auto" else name)
-    if device.type == "cuda" and not (available and (device.index or 0) < torch.cuda.device_count()):
-        count = torch.cuda.device_count() if available else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"device={name}: no such CUDA device; this machine has {count}; use device=auto or device=cpu")
     return device
 
@@ -51,10 +54,34 @@ def _device_of(processes: Processes, name: str, devices: int) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """Name a device as a person would."""
+    """Return the name of a device and, of a CPU, the number of threads.
+
+    Examples
+    --------
+    >>> describe_device(torch.device("cpu")).startswith("CPU (")
+    True
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Turn ``auto`` into ``bf16`` where the hardware computes in bfloat16, else ``fp32``.
+
+    Examples
+    --------
+    >>> resolve_precision("bf16", torch.device("cpu"))
+    'bf16'
+    """
+    if name != "auto":
+        return name
+    # Look for the instructions, not for whether torch can run the type: emulated bfloat16 is slower than float32.
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return "bf16" if has_bf16 else "fp32"
 
 
 def prepare_device(device: torch.device, *, deterministic: bool) -> None:
@@ -64,6 +91,10 @@ def prepare_device(device: torch.device, *, deterministic: bool) -> None:
     ------
     UserError
         If CUDA has started already in a way that is not deterministic.
+
+    Examples
+    --------
+    >>> prepare_device(torch.device("cpu"), deterministic=False)
     """
     if device.type == "cuda" and deterministic:
         _make_cublas_deterministic()
@@ -72,34 +103,15 @@ def prepare_device(device: torch.device, *, deterministic: bool) -> None:
         torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
+    # cuDNN times its kernels and takes the fastest, which may be another one in the next run.
     torch.backends.cudnn.benchmark = not deterministic
 
 
 def _make_cublas_deterministic() -> None:
-    # Read once, when CUDA starts.
+    # cuBLAS reads the variable once, when CUDA starts: setting it later changes nothing.
     value = os.environ.get(_CUBLAS)
     if value is None and not torch.cuda.is_initialized():
         value = os.environ[_CUBLAS] = _DETERMINISTIC_CUBLAS[0]
     if value not in _DETERMINISTIC_CUBLAS:
         found = f"{_CUBLAS} is {value}" if value else f"CUDA has started without {_CUBLAS}"
         raise UserError(f"deterministic=true: {found}; start again with {_CUBLAS}={_DETERMINISTIC_CUBLAS[0]} set")
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """Turn ``auto`` into ``bf16`` where the hardware computes in bfloat16, else ``fp32``.
-
-    Software emulation of bfloat16 is slower than float32, so ``auto`` looks for the instructions, not for whether
-    torch can run the type.
-    """
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-    return "bf16" if has_bf16 else "fp32"
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Return the context in which the forward pass runs; weights and their updates stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
