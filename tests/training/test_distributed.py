@@ -7,8 +7,8 @@ from torch import nn
 from harness import configure
 from rethink_prune.errors import UserError
 from rethink_prune.study.setup import Setup
-from rethink_prune.training.device import _device_of, resolve_device
 from rethink_prune.training.distributed import ALONE, Processes
+from rethink_prune.training.runtime import _device_of, resolve_device
 
 CUDA = torch.device("cuda")
 

@@ -14,8 +14,7 @@ from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.pruning.slimming import ScalePenalty
-from rethink_prune.training.accelerate import build_step
-from rethink_prune.training.cuda_graph import WARM_UP, RecordedStep
+from rethink_prune.training.accelerate import WARM_UP, RecordedStep, build_step
 from rethink_prune.training.hooks import HeldMasks, TrainingHooks
 from rethink_prune.training.runtime import Runtime
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer
@@ -89,16 +88,13 @@ class FakeRecorder:
     """Keeps the work and does it when it is replayed, as a recording would: on its own tensors, into its own."""
 
     def __init__(self, *, random: bool = False, fails: str | None = None) -> None:
-        self.random = random
+        self.draws = random
         self.fails = fails
         self.recorded = self.replayed = self.warmed = 0
 
     def warm_up(self, work: Callable[[], LossAndLogits]) -> LossAndLogits:
         self.warmed += 1
         return work()
-
-    def draws(self) -> bool:
-        return self.random
 
     def record(self, work: Callable[[], LossAndLogits]) -> tuple[Callable[[], None], LossAndLogits]:
         if self.fails:

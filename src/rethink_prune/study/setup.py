@@ -40,10 +40,9 @@ from rethink_prune.study.keys import source_digest
 from rethink_prune.study.pretrained import Checkpoint, read_checkpoint
 from rethink_prune.surgery.cut import Architecture, reshape
 from rethink_prune.surgery.masks import draw_masked
-from rethink_prune.training.device import describe_device, prepare_device, resolve_device, resolve_precision
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.hooks import TrainingHooks
-from rethink_prune.training.runtime import Runtime
+from rethink_prune.training.runtime import Runtime, describe_device, prepare_device, resolve_device, resolve_precision
 
 
 class Setup:

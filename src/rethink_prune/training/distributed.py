@@ -31,7 +31,6 @@ Value = TypeVar("Value")
 POLL_INTERVAL = 0.2  # seconds between two looks into the key-value store
 # Steps between two looks at whether any process has to stop: each costs the fastest one a wait for the slowest.
 _STEPS_TOGETHER = 8
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass
@@ -156,7 +155,7 @@ class Processes:
             return
         for name, module in list(model.named_modules()):
             # The exact class: a subclass may do more than batch normalisation, and a replacement would lose that.
-            if type(module) in _NORMS:
+            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
                 model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
 
     def wrap(self, model: nn.Module, device: torch.device, *, static: bool) -> nn.Module:

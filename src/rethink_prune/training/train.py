@@ -11,14 +11,13 @@ from torch import nn
 from rethink_prune.data.contract import AnyEvalBatches, AnyTrainBatches
 from rethink_prune.seeds import derive_seed
 from rethink_prune.training.accelerate import build_step
-from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.checkpoint import Checkpoints, Parts, TrainingSaver
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.evaluate import Evaluation, evaluate, loss_and_correct
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress, Row, progress_bar
 from rethink_prune.training.runtime import Runtime
-from rethink_prune.training.saver import Parts, TrainingSaver
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
 
 
@@ -28,7 +27,6 @@ class Diverged(Exception):
     def __init__(self, name: str, loss: float, epoch: int, lr: float) -> None:
         super().__init__(f"the {name} loss became {loss} in epoch {epoch} at learning rate {lr:g}")
         self.epoch = epoch
-        self.lr = lr
 
 
 def train(

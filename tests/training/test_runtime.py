@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from rethink_prune.errors import UserError
-from rethink_prune.training.device import prepare_device, resolve_device, resolve_precision
-from rethink_prune.training.runtime import Runtime
+from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
 
