@@ -25,7 +25,7 @@ from rethink_prune.training.step import LossAndLogits, PlainStep, Step
 
 log = logging.getLogger(__name__)
 
-# Before a recording, so that the optimiser's state, cuDNN's choices and cuBLAS's work space are there.
+# Plain steps before a recording: they create the optimiser's state and cuBLAS's work space, and let cuDNN choose.
 WARM_UP = 3
 _NOT_RECORDED = "accelerate: no CUDA graph, because %s; kernels are launched one by one"
 
@@ -39,7 +39,7 @@ def build_step(
     forward: nn.Module | None = None,
     label_smoothing: float = 0.0,
 ) -> Step:
-    """Return what trains `model` on one batch: images and labels in, the mean loss and the logits out.
+    """Return the fastest step that `runtime` asks for and that can train `model`.
 
     Parameters
     ----------
@@ -85,25 +85,24 @@ class CompiledStep:
     """The step through ``torch.compile``, and the plain step from the first failure on."""
 
     def __init__(self, plain: PlainStep) -> None:
-        # What was compiled for a network before would be taken for this one, even where its forward hooks differ.
+        # Without a reset, code compiled for another network could be taken for this one, whose forward hooks differ.
         torch.compiler.reset()
-        # Not dynamic: there are two shapes, the full batch and the last one.
-        self._compiled: Step | None = replace(plain, forward=torch.compile(plain.forward, dynamic=False))
+        # There are two shapes only, the full batch and the last one: each gets code of its own, which is faster.
+        self._step = replace(plain, forward=torch.compile(plain.forward, dynamic=False))
         self._plain = plain
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossAndLogits:
         """Train on one batch."""
-        if self._compiled is not None:
-            try:
-                return self._compiled(images, labels, weight)
-            except RuntimeError as error:
-                if is_connection_error(error):
-                    raise
-                # An error that has nothing to do with compilation comes again in the plain step, and is raised there.
-                self._compiled = None
-                # The failed backward pass may have left gradients, to which the plain step would add its own.
-                self._plain.model.zero_grad(set_to_none=True)
-                log.warning("accelerate=compile: torch.compile failed: %s; going on without it", first_line(error))
+        try:
+            return self._step(images, labels, weight)
+        except RuntimeError as error:
+            if self._step is self._plain or is_connection_error(error):
+                raise
+            # An error that has nothing to do with compilation comes again in the plain step, and is raised there.
+            self._step = self._plain
+            # The failed backward pass may have left gradients, to which the plain step would add its own.
+            self._plain.model.zero_grad(set_to_none=True)
+            log.warning("accelerate=compile: torch.compile failed: %s; going on without it", first_line(error))
         return self._plain(images, labels, weight)
 
 
@@ -188,7 +187,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # CUDA records no work of the default stream; the work is warmed up where it will be recorded.
+        # CUDA records no work of the default stream. Warm-up runs here as well, so that memory is reused.
         self._stream = torch.cuda.Stream(device)
         self.draws = False
 
@@ -206,7 +205,7 @@ class CudaRecorder:
     def record(self, work: Callable[[], LossAndLogits]) -> tuple[Callable[[], None], LossAndLogits]:
         """Return what launches the graph, and the tensors that a launch fills; nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
-        # The strict default would also fail on what other threads do meanwhile, such as loading images.
+        # The default mode, global, would also fail on what other threads do meanwhile, such as loading images.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             outputs = work()
         return graph.replay, outputs

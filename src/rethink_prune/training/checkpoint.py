@@ -1,7 +1,7 @@
-"""The state of an unfinished training: the newest checkpoint and the one before.
+"""Save the state of an unfinished training, and go on from it.
 
-A file's name holds the epoch, the step and the SHA-256 of its content, so one atomic rename publishes a checkpoint
-together with its checksum. Loading executes nothing (``weights_only=True``).
+The name of a checkpoint's file holds the epoch, the step and the SHA-256 of the content, so one atomic rename
+publishes a checkpoint together with its checksum.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Optimizer, lr_scheduler
 
 from rethink_prune.files import write_atomically
 from rethink_prune.training.distributed import Processes
@@ -27,9 +26,10 @@ from rethink_prune.training.progress import Progress
 
 log = logging.getLogger(__name__)
 
+# The newest checkpoint, and the one before in case the newest is damaged.
 KEPT = 2
 
-Parts = Mapping[str, nn.Module | Optimizer | LRScheduler]
+Parts = Mapping[str, nn.Module | Optimizer | lr_scheduler.LRScheduler]
 
 
 class Checkpoints:
@@ -41,6 +41,16 @@ class Checkpoints:
         The stage's folder.
     still_owner : callable
         Called before every write; raises if the stage has been taken over by another process.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     checkpoints = Checkpoints(Path(folder))
+    ...     for step in (1, 2, 3):
+    ...         checkpoints.save({"step": step}, epoch=0, step=step)
+    ...     len(checkpoints.files()), checkpoints.latest()
+    (2, {'step': 3})
     """
 
     def __init__(self, folder: Path, still_owner: Callable[[], None] = lambda: None) -> None:
@@ -53,6 +63,7 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any], *, epoch: int, step: int) -> None:
         """Write `state` as the newest checkpoint and remove all but the one before."""
+        # In memory first: the name needs the checksum of the whole content.
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
@@ -63,10 +74,11 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def latest(self) -> dict[str, Any] | None:
-        """Return the newest intact state, or None; a damaged file is named and passed over."""
+        """Return the newest intact state, or None; name a damaged file in the log and remove it."""
         for path in reversed(self.files()):
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest()[:16] == path.stem.rsplit("-", 1)[-1]:
+                # With `weights_only`, loading a file executes nothing, whoever wrote it.
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             log.warning("%s is damaged (its checksum does not match): going back to the state before it", path)
             path.unlink()

@@ -29,7 +29,7 @@ from rethink_prune.errors import UserError
 Value = TypeVar("Value")
 
 POLL_INTERVAL = 0.2  # seconds between two looks into the key-value store
-# Steps between two looks at whether any process has to stop: each costs the fastest one a wait for the slowest.
+# Steps between two looks at whether any process has to stop: at each look the fastest process waits for the slowest.
 _STEPS_TOGETHER = 8
 
 
@@ -150,7 +150,7 @@ class Processes:
                 dist.broadcast(tensor, src=0)
 
     def share_norms(self, model: nn.Module, device: torch.device) -> None:
-        """Have batch norms normalise by the batches of all processes, in place, where the device can (CUDA)."""
+        """Replace batch norms, in place, by those that normalise over the batches of all processes; on CUDA only."""
         if self.world == 1 or device.type != "cuda":
             return
         for name, module in list(model.named_modules()):
@@ -159,14 +159,14 @@ class Processes:
                 model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
 
     def wrap(self, model: nn.Module, device: torch.device, *, static: bool) -> nn.Module:
-        """Return the network's forward pass, after whose backward pass all processes have the mean gradients.
+        """Return the network to call in training: its backward pass gives every process the mean of all gradients.
 
         Parameters
         ----------
         model : torch.nn.Module
             On the device. Takes over the first process's weights.
         static : bool
-            Take it that every step is like the first, which costs less. Not for what will be compiled.
+            Assume that every step uses the same parameters as the first, which is faster; not with ``torch.compile``.
         """
         if self.world == 1:
             return model
@@ -174,13 +174,10 @@ class Processes:
             self.share_state(model)
             # PyTorch 2.15 has another name for `broadcast_buffers`, which 2.11 does not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            devices = [device] if device.type == "cuda" else None
+            # Buffers (running statistics) are read at the end of an epoch alone, where `share_state` sends them.
             return DistributedDataParallel(
-                model,
-                device_ids=[device] if device.type == "cuda" else None,
-                # Running statistics are read at the end of an epoch alone, where `share_state` sends them.
-                broadcast_buffers=False,
-                static_graph=static,
-                find_unused_parameters=not static,
+                model, devices, broadcast_buffers=False, static_graph=static, find_unused_parameters=not static
             )
 
     @contextmanager
@@ -208,5 +205,5 @@ def is_connection_error(error: RuntimeError) -> bool:
     >>> is_connection_error(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
     True
     """
-    # Gloo's errors have no class of their own.
+    # Errors of gloo, the backend for CPUs, are plain RuntimeErrors: only the message tells.
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
-from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, 
             momentum, decay = spec.momentum, spec.weight_decay
             return SGD(groups, spec.lr, momentum, weight_decay=decay, nesterov=spec.nesterov, fused=fused)
         case "adamw":
-            # Not capturable, AdamW counts its steps on the host, where a recorded step cannot count.
+            # `capturable` has AdamW count its steps on the device: a recorded step runs no Python that could count.
             return AdamW(groups, lr=spec.lr, weight_decay=spec.weight_decay, fused=fused, capturable=fused)
     raise ValueError(f"optimizer={spec.optimizer}: must be sgd or adamw")
 
@@ -79,7 +78,7 @@ def _parameter_groups(parameters: list[nn.Parameter], spec: OptimizerSpec) -> li
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
 
-def build_scheduler(optimizer: Optimizer, spec: OptimizerSpec) -> LRScheduler:
+def build_scheduler(optimizer: Optimizer, spec: OptimizerSpec) -> lr_scheduler.LRScheduler:
     """Return the schedule, to be stepped once after every epoch.
 
     Examples
@@ -104,7 +103,7 @@ def build_scheduler(optimizer: Optimizer, spec: OptimizerSpec) -> LRScheduler:
     return lr_scheduler.SequentialLR(optimizer, [rise, decay], milestones=[spec.warmup])
 
 
-def _build_decay(optimizer: Optimizer, spec: OptimizerSpec) -> LRScheduler:
+def _build_decay(optimizer: Optimizer, spec: OptimizerSpec) -> lr_scheduler.LRScheduler:
     match spec.schedule:
         case "multistep":
             if len(set(spec.gammas)) == 1:

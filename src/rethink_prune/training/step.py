@@ -1,4 +1,4 @@
-"""One step of training, as every textbook has it: forward, loss, backward, update."""
+"""One step of training: forward, loss, backward, update."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PlainStep:
     model : torch.nn.Module
         What the hooks see.
     forward : callable
-        The same network, wrapped for several processes or compiled where that is so.
+        The same network, perhaps wrapped for several processes, or compiled.
     """
 
     model: nn.Module

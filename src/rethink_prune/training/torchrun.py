@@ -1,4 +1,4 @@
-"""Join the processes that ``torchrun`` has started, and part from them."""
+"""Connect the processes that ``torchrun`` has started, and disconnect them at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rethink_prune.errors import UserError, first_line
 from rethink_prune.training.distributed import ALONE, POLL_INTERVAL, Processes
 
 _TIMEOUT = timedelta(minutes=30)  # of a collective: more than a checkpoint takes on a slow file system
-_GOODBYE_SECONDS = 10.0
+_GOODBYE_SECONDS = 10.0  # for the others to read the last message of the first process
 
 # Kept here because Hydra calls the function that runs the study, and passes it the configuration alone.
 _this_process = ALONE
@@ -35,12 +35,12 @@ def this_process() -> Processes:
 
 @contextmanager
 def connected(command: Sequence[str]) -> Iterator[Processes]:
-    """Join the other processes, and when the body of the first one ends, let the others end.
+    """Connect to the other processes; when the body of the first process ends, tell the others to end.
 
     Parameters
     ----------
     command : sequence of str
-        The arguments of this process, which have to be those of all.
+        The arguments of this process; all processes must have the same.
 
     Raises
     ------
@@ -54,14 +54,8 @@ def connected(command: Sequence[str]) -> Iterator[Processes]:
     # torchrun keeps the store in a process of its own, which outlives the first process.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = _open_store(world, serves=serves)
-    processes = Processes(
-        rank=rank,
-        world=world,
-        local_rank=_read_variable("LOCAL_RANK"),
-        local_world=_read_variable("LOCAL_WORLD_SIZE"),
-        machine=_read_variable("GROUP_RANK"),
-        store=store,
-    )
+    local_rank, local_world, machine = map(_read_variable, ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"))
+    processes = Processes(rank, world, local_rank, local_world, machine, store)
     _check_same_start(processes, command)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with processes.translate_connection_errors():
@@ -112,7 +106,7 @@ def _check_same_start(processes: Processes, command: Sequence[str]) -> None:
 
 
 def _wait_for_goodbyes(processes: Processes) -> None:
-    # The messages are gone when the process that serves them ends: the others get some time to read the last one.
+    # The messages are lost when the process that serves them ends, so the others need some time to read the last one.
     assert processes.store is not None
     deadline = time.monotonic() + _GOODBYE_SECONDS
     missing = [f"goodbye/{rank}" for rank in range(1, processes.world)]

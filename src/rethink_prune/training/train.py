@@ -123,7 +123,7 @@ def train(
             for images, labels in own_batches.epoch(progress.epoch, progress.step):
                 size = batches.size(progress.step)
                 _seed_noise(seed, progress, shard.rank, runtime.device)
-                # One step on one batch: PlainStep in step.py has its lines, from forward(images) to zero_grad().
+                # Forward, loss, backward, optimizer.step() and optimizer.zero_grad(): see PlainStep in step.py.
                 loss, logits = step(images, labels, shard.weight(len(labels), size))
                 progress.totals += loss_and_correct(loss * len(labels), logits, labels) / shard.copies(size)
                 progress.step += 1
@@ -155,8 +155,8 @@ def train(
 
 
 def _seed_noise(seed: int, progress: Progress, rank: int, device: torch.device) -> None:
-    # Dropout and the like draw from a seed per step, so a resumed run needs no generator state. Every process has other
-    # images, and draws for itself; one alone draws what the first of several does.
+    # Dropout draws from a seed per step, so a resumed run needs no generator state. Every process has other images and
+    # needs other draws; the first one draws what a process alone does.
     others = (rank,) if rank else ()
     noise = derive_seed(seed, "noise", progress.epoch, progress.step, *others)
     torch.random.default_generator.manual_seed(noise)
