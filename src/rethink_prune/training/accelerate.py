@@ -67,6 +67,7 @@ def build_step(
     >>> bool(second < first), logits.shape
     (True, torch.Size([4, 3]))
     """
+    # The network itself goes to the hooks, which know its parameters by their own names.
     plain = PlainStep(model, forward or model, optimizer, hooks, runtime, label_smoothing)
     step = CompiledStep(plain) if runtime.accelerate == "compile" else plain
     if not runtime.accelerates_cuda:
@@ -146,6 +147,7 @@ class RecordedStep:
         if self._warm < WARM_UP:
             self._warm += 1
             return self.recorder.warm_up(partial(self.step, images, labels, weight))
+        # A graph holds the learning rates as constants.
         rates = [group["lr"] for group in self.optimizer.param_groups]
         if self._replay is None or self._rates != rates:
             self._rates = rates

@@ -78,6 +78,7 @@ class Checkpoints:
         for path in reversed(self.files()):
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest()[:16] == path.stem.rsplit("-", 1)[-1]:
+                # On the CPU, so that the device has no second copy of the weights while they are loaded.
                 # With `weights_only`, loading a file executes nothing, whoever wrote it.
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             log.warning("%s is damaged (its checksum does not match): going back to the state before it", path)
@@ -147,6 +148,7 @@ class TrainingSaver:
         totals = self.processes.sum(progress.totals)
         if self.checkpoints is not None:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
+            # Earlier versions wrote the same names: their checkpoints can be read, and they can read these.
             state = {**vars(replace(progress, totals=totals)), **parts}
             self.checkpoints.save(state, epoch=progress.epoch, step=progress.step)
         self._last_save = time.monotonic()

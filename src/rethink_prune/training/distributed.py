@@ -110,6 +110,7 @@ class Processes:
 
     def one_after_another(self, load: Callable[[], Value]) -> Value:
         """Load what is kept on a machine's disk: one process of every machine first, then the others."""
+        # The first one may download or unpack, and the others would do it at the same time.
         key = f"loaded/{self.machine}"
         if self.local_rank > 0:
             self.wait_for(key)
@@ -122,6 +123,7 @@ class Processes:
         """Return the first process's value on all processes."""
         if self.world == 1:
             return value
+        # Through the CPU's backend: pickled objects need no memory of a GPU.
         box = [value]
         with self.translate_connection_errors():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
@@ -131,6 +133,7 @@ class Processes:
         """Return, value by value, the largest of any process."""
         if self.world == 1:
             return list(values)
+        # A tensor on the CPU: with one on CUDA the host would wait for all kernels before it.
         largest = torch.tensor(values)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()

@@ -38,6 +38,7 @@ def peak_memory(device: torch.device) -> int | None:
         found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
         return int(found[0]) * 1024 if found else None
     if sys.platform == "darwin":
+        # Imported here because Windows has no such module.
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -60,11 +60,13 @@ class Runtime:
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move `model` to the device, in the memory format in which its convolutions are fastest."""
+        # The fastest convolutions of cuDNN and oneDNN read images in the channels-last format.
         memory_format = torch.contiguous_format if self.accelerate == "off" else torch.channels_last
         return model.to(self.device).to(memory_format=memory_format)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which the forward pass runs; weights and their updates stay in float32."""
+        # Gradients need no scaling: bfloat16 has the range of float32, unlike float16.
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
@@ -149,6 +151,7 @@ def prepare_device(device: torch.device, *, deterministic: bool) -> None:
     if device.type == "cuda" and deterministic:
         _make_cublas_deterministic()
         log.info("deterministic=true: CUDA takes slower kernels; scripts/benchmark.py train measures what that costs")
+    # So that what names no device, such as cuBLAS's work space, is on this one as well.
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(deterministic)

@@ -74,6 +74,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, 
 def _parameter_groups(parameters: list[nn.Parameter], spec: OptimizerSpec) -> list[dict[str, Any]]:
     if spec.decay_norms:
         return [{"params": parameters}]
+    # Scales, shifts and biases have one dimension.
     decayed, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 

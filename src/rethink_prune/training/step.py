@@ -48,6 +48,7 @@ class PlainStep:
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossAndLogits:
         """Train on one batch; raise `UserError` if ``deterministic=true`` refuses an operation."""
         with _translate_refused_operations():
+            # Forward alone: the backward pass takes the types that the forward pass has chosen.
             with self.runtime.autocast():
                 logits = self.forward(images)
             # In float32 also where the logits are bfloat16, whose 8 bits are too few for a softmax.

@@ -67,6 +67,7 @@ def connected(command: Sequence[str]) -> Iterator[Processes]:
         yield processes
     finally:
         _this_process = ALONE
+        # After an error as well, or the others would wait for ever.
         if processes.is_first:
             processes.end()
         if serves:

@@ -115,16 +115,21 @@ def train(
     step = build_step(model, optimizer, hooks, runtime=runtime, forward=forward, label_smoothing=spec.label_smoothing)
     shard, own_batches = processes.shard, batches.part(processes.shard)
     bar = progress_bar(progress, batches, epochs=spec.epochs, title=title, shown=runtime.show_progress)
+    # A signal does not break a step: `saver.pause` looks for it where the training can stop.
     with bar as drawn, interrupts.deferred(), processes.translate_connection_errors():
         while progress.epoch < spec.epochs:
+            # Evaluation has left the network in evaluation mode.
             model.train()
+            # Summed on the device: reading a loss after every step would make the host wait for it.
             progress.totals = progress.totals.to(runtime.device)
             lr = optimizer.param_groups[0]["lr"]
             for images, labels in own_batches.epoch(progress.epoch, progress.step):
                 size = batches.size(progress.step)
                 _seed_noise(seed, progress, shard.rank, runtime.device)
+                # The parts of a batch may differ in size: weighted, their mean gradient is that of the whole batch.
+                weight = shard.weight(len(labels), size)
                 # Forward, loss, backward, optimizer.step() and optimizer.zero_grad(): see PlainStep in step.py.
-                loss, logits = step(images, labels, shard.weight(len(labels), size))
+                loss, logits = step(images, labels, weight)
                 progress.totals += loss_and_correct(loss * len(labels), logits, labels) / shard.copies(size)
                 progress.step += 1
                 drawn.update(size)
@@ -137,6 +142,7 @@ def train(
             loss_sum, correct = processes.sum(progress.totals).tolist()
             count = batches.images_per_epoch
             trained = Evaluation(loss_sum / count, 100.0 * correct / count)
+            # Once an epoch, not once a step, for the same reason as above; all processes see the same sum.
             _check_finite("training", trained, progress, lr)
             row: Row = {"epoch": progress.epoch + 1, "lr": lr, "images": count, **trained.columns("train")}
             for name, batches_of_set in evaluations.items():
@@ -159,6 +165,7 @@ def _seed_noise(seed: int, progress: Progress, rank: int, device: torch.device) 
     # needs other draws; the first one draws what a process alone does.
     others = (rank,) if rank else ()
     noise = derive_seed(seed, "noise", progress.epoch, progress.step, *others)
+    # Not torch.manual_seed, which would seed every device of the machine at every step.
     torch.random.default_generator.manual_seed(noise)
     if device.type == "cuda":
         torch.cuda.manual_seed(noise)
