@@ -63,8 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     # Imported here: --help and wrong arguments need no torch.
     from rethink_prune.finished.finished import evaluate_stage, measure_stage, pruned_stage
-    from rethink_prune.training.precision import prepare_device, resolve_device, resolve_precision
-    from rethink_prune.training.train import Runtime
+    from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision
 
     factory = cast("Factory", import_object(options.factory, "--factory")) if options.factory else None
     place: Path = options.stage

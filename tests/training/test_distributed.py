@@ -8,7 +8,7 @@ from harness import configure
 from rethink_prune.errors import UserError
 from rethink_prune.study.prepare import prepare_study
 from rethink_prune.training.distributed import ALONE, Processes
-from rethink_prune.training.precision import _device_of, resolve_device
+from rethink_prune.training.runtime import _device_of, resolve_device
 
 CUDA = torch.device("cuda")
 
@@ -85,14 +85,17 @@ def test_every_process_has_a_cuda_device_of_its_own() -> None:
 def test_one_process_alone_sends_nothing() -> None:
     values = torch.ones(2)
     assert ALONE.sum(values) is values
-    assert ALONE.most(3, 0) == [3, 0]
+    assert ALONE.max(3, 0) == [3, 0]
     assert ALONE.broadcast("x") == "x"
     assert ALONE.wrap(model := nn.Linear(1, 1), torch.device("cpu"), static=True) is model
 
 
 def test_errors_of_the_body_are_not_taken_for_lost_processes() -> None:
     two = Processes(world=2)
-    with pytest.raises(RuntimeError, match="shapes"), two.explained():
+    with pytest.raises(RuntimeError, match="shapes"), two.translate_connection_errors():
         raise RuntimeError("shapes do not fit")
-    with pytest.raises(UserError, match="process 0 of 2: another process of this training is gone"), two.explained():
+    with (
+        pytest.raises(UserError, match="process 0 of 2: another process of this training is gone"),
+        two.translate_connection_errors(),
+    ):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242")

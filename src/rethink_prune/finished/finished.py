@@ -30,8 +30,8 @@ from rethink_prune.study.arms import ARMS
 from rethink_prune.study.prepare import check_config
 from rethink_prune.surgery.cut import Architecture, reshape
 from rethink_prune.surgery.masks import apply_masks
-from rethink_prune.training.precision import describe_device
-from rethink_prune.training.train import Runtime, evaluate
+from rethink_prune.training.evaluate import evaluate
+from rethink_prune.training.runtime import Runtime, describe_device
 
 Factory = Callable[..., nn.Module]
 

@@ -12,7 +12,7 @@ from rethink_prune.config import StudyConfig
 from rethink_prune.study.arms import ARMS
 from rethink_prune.study.keys import settings
 from rethink_prune.study.prepare import PreparedStudy
-from rethink_prune.training.precision import describe_device
+from rethink_prune.training.runtime import describe_device
 
 
 def describe_study(study: PreparedStudy, experiment: str | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rethink_prune.data import (
 )
 from rethink_prune.study.tmpdata import describe_dataset, eval_batches, load_dataset, train_batches
 from rethink_prune.training.distributed import Processes
-from rethink_prune.training.train import Runtime
+from rethink_prune.training.runtime import Runtime
 
 
 class Inputs:

@@ -23,8 +23,7 @@ from rethink_prune.study.networks import Networks, reference_macs
 from rethink_prune.study.plan import StageSpec, needs_pruning, plan_study
 from rethink_prune.study.pretrained import Checkpoint, read_checkpoint
 from rethink_prune.training.distributed import ALONE, Processes
-from rethink_prune.training.precision import prepare_device, resolve_device, resolve_precision
-from rethink_prune.training.train import Runtime
+from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision
 
 
 @dataclass(frozen=True)

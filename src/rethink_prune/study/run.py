@@ -25,7 +25,7 @@ from rethink_prune.study.tables import plan_text
 from rethink_prune.study.work import pruned_network
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.precision import describe_device
+from rethink_prune.training.runtime import describe_device
 
 log = logging.getLogger(__name__)
 

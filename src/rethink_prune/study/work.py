@@ -19,9 +19,11 @@ from rethink_prune.study.plan import UNPRUNED, StageSpec
 from rethink_prune.study.prepare import PreparedStudy
 from rethink_prune.surgery.cut import Architecture
 from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.evaluate import evaluate
 from rethink_prune.training.hooks import HeldMasks
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.train import Progress, Row, evaluate, train
+from rethink_prune.training.progress import Progress, Row
+from rethink_prune.training.train import train
 
 
 @dataclass(frozen=True)
