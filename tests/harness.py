@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import runpy
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +76,44 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                     module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 2)
                     module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
     return model
+
+
+def run_forked(
+    words: Sequence[str], folder: Path, environment: Mapping[str, str], *, preload: Sequence[str], timeout: float
+) -> tuple[int, str]:
+    """Run ``python -m`` with `words`, in a process forked from one that has imported `preload`; see `command`.
+
+    Importing the libraries takes longer than a small study does, so tests of many commands import them once. The first
+    call decides what is imported.
+
+    Returns
+    -------
+    tuple of int and str
+        The exit status, and what was printed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*preload])
+    with tempfile.TemporaryDirectory() as place:
+        output = Path(place) / "output"
+        process = context.Process(target=_run_module, args=(words, folder, dict(environment), output))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        status = process.exitcode
+        assert status is not None
+        return status, output.read_text() if output.exists() else ""
+
+
+def _run_module(words: Sequence[str], folder: Path, environment: dict[str, str], output: Path) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.chdir(folder)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    # As `python -m` does, before the module is run: its folder comes first.
+    sys.path.insert(0, str(folder))
+    sys.argv = list(words)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
