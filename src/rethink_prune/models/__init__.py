@@ -99,10 +99,12 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
             raise UserError(f"model.{option}: {name} has no such option; it has: {', '.join(known)}")
         if name in MODELS:
             _check_kind(option, value, type(parameters[option].default))
+    # A network of the user's own may take images of one kind only, and has no such parameter then.
     if "in_channels" in parameters:
         options["in_channels"] = in_channels
     try:
         model = factory(num_classes=num_classes, **options)
+    # The user's factory may raise anything.
     except Exception as error:
         if name in MODELS and isinstance(error, ValueError):
             # Our networks' messages begin with the option whose value is wrong.

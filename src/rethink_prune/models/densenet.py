@@ -86,6 +86,7 @@ class DenseNet(nn.Module):
 
         added = layers * growth_rate
         first = 2 * growth_rate
+        # The sizes round down, and at least one channel is left, however strong the compression.
         second = max(1, int((first + added) * compression))
         third = max(1, int((second + added) * compression))
         self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
@@ -107,6 +108,7 @@ class DenseNet(nn.Module):
 
 
 def _norm_relu_conv(in_channels: int, out_channels: int, *, kernel_size: int) -> list[nn.Module]:
+    # The convolution needs no bias: a batch norm comes after it, before the next convolution or the classifier.
     return [
         nn.BatchNorm2d(in_channels),
         nn.ReLU(inplace=True),

@@ -75,6 +75,7 @@ def draw_weights(
     >>> model[0].bias.tolist(), model[1].weight.tolist()
     ([0.0, 0.0], [0.5, 0.5])
     """
+    # All draws come from one generator: another order of modules would give other weights for the same seed.
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and conv_std is not None:
             _draw_normal(module, conv_std(module))
@@ -82,6 +83,7 @@ def draw_weights(
             _draw_normal(module, linear_std(module))
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
+        # Only the module's own parameters: those of its children are drawn when their turn comes.
         elif any(True for _ in module.parameters(recurse=False)):
             raise ValueError(f"{name or 'the network'} ({type(module).__name__}) has no reset_parameters()")
         if isinstance(module, half_gamma):

@@ -42,6 +42,7 @@ class PreActBottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output, N x `out_channels` x H / stride x W / stride."""
+        # ReLU works in place. It changes what batch norm has just returned, so that `x` stays whole for the addition.
         activated = self.relu(self.bn1(x))
         out = self.conv1(activated)
         out = self.conv2(self.relu(self.bn2(out)))
@@ -74,10 +75,12 @@ class PreResNet(nn.Module):
         super().__init__()
         blocks = count_blocks(depth, layers_per_block=9, other_layers=2)
         block = partial(PreActBottleneck, project_preactivated=False)
+        # No batch norm follows: the first block begins with one.
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.layer1 = stack_blocks(block, 16, 64, blocks=blocks, stride=1)
         self.layer2 = stack_blocks(block, 64, 128, blocks=blocks, stride=2)
         self.layer3 = stack_blocks(block, 128, 256, blocks=blocks, stride=2)
+        # The blocks end with an addition, whose result no batch norm has seen.
         self.bn = nn.BatchNorm2d(256)
         self.relu = nn.ReLU(inplace=True)
         self.pool = nn.AdaptiveAvgPool2d(1)

@@ -47,6 +47,7 @@ class BasicBlock(nn.Module):
         if self.stride == 2:
             # The first convolution rounds odd sizes up, so the shortcut has to.
             x = F.avg_pool2d(x, 2, ceil_mode=True)
+        # Pairs of (before, after), from the last dimension to the first: width, height, channels.
         return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

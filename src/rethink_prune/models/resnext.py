@@ -73,6 +73,7 @@ class ResNeXt(ThreeStageNetwork):
                 raise ValueError(f"{option}={value}: must be at least 1")
 
         def block(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+            # By convention, `base_width` is meant for the stage with 256 output channels.
             width = cardinality * base_width * out_channels // 256
             return ResNeXtBlock(in_channels, width, out_channels, groups=cardinality, stride=stride)
 
