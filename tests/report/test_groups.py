@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from rethink_prune.errors import UserError
-from rethink_prune.report.groups import Group, group_runs
-from rethink_prune.report.runs import gather
+from rethink_prune.report.gather import gather
+from rethink_prune.report.groups import RunGroup, group_runs
 
 WriteRun = Callable[..., Path]
 Run = Callable[..., dict[str, Any]]
 
 
-def groups_of(*places: Path, by: tuple[str, ...] = (), mix: bool = False) -> list[Group]:
+def groups_of(*places: Path, by: tuple[str, ...] = (), mix: bool = False) -> list[RunGroup]:
     return group_runs(gather(places).runs, by=by, mix=mix)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rethink_prune.errors import UserError
-from rethink_prune.store.listing import StageState, list_stages, size, stages_table
 from rethink_prune.status import main
+from rethink_prune.store.listing import StageState, list_stages, size, stages_table
 from rethink_prune.store.stages import Stage
 
 Run = Callable[..., dict[str, Any]]

@@ -17,10 +17,10 @@ import torch
 
 from harness import SMALL, configure
 from rethink_prune import files, status
-from rethink_prune.store import stages as store
 from rethink_prune.errors import UserError
-from rethink_prune.study.keys import stage_name
+from rethink_prune.store import stages as store
 from rethink_prune.store.stages import Stage, Started, Store, save_weights
+from rethink_prune.study.keys import stage_name
 from rethink_prune.study.run import run_study
 from rethink_prune.training.interrupts import Interrupts
 

@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 
 from rethink_prune.errors import UserError
 from rethink_prune.store.metrics import read_metrics
-from rethink_prune.text import duration, markdown, size
 from rethink_prune.store.stages import STALE_SECONDS, Stage, Store
+from rethink_prune.text import duration, markdown, size
 
 State = Literal["done", "running", "stale", "stopped", "failed", "unfinished"]
 # In the order of the table: what wants attention first.
