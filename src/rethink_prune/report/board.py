@@ -24,13 +24,13 @@ def seed_curves(groups: Iterable[RunGroup]) -> dict[str, dict[str, list[tuple[fl
     labelled = {}
     for group in groups:
         settings = (f"{name}={value}" for name, value in group.by)
-        study = (group.dataset, group.model, group.pruner, group.target, *settings)
+        study = (group.study.dataset, group.study.model, group.study.pruner, group.study.target_text, *settings)
         curves: dict[str, list[tuple[float, ...]]] = defaultdict(list)
         for run in group.runs:
             for arm, trained in run.trained.items():
                 if trained.curve is not None:
                     curves[arm].append(trained.curve)
-        labelled[f"{' '.join(study)} {group.recipe} recipe {group.budget} budget"] = curves
+        labelled[f"{' '.join(study)} {group.study.recipe} recipe {group.study.budget} budget"] = curves
     return labelled
 
 

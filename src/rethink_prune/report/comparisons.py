@@ -70,26 +70,23 @@ def compare_arms(runs: Sequence[RunRecord], *, margin: float) -> Iterator[ArmCom
 
 def correct_for_table(rows: Sequence[Sequence[ArmComparison]]) -> list[list[ArmComparison]]:
     """Return the comparisons of a table's rows with p values corrected for all that are tested."""
-    tested = [difference for row in rows for comparison in row if (difference := comparison.tested) is not None]
-    p = _holm_by_value([difference.p for difference in tested])
-    floor = _holm_by_value([difference.p_floor for difference in tested])
-    equivalent = _holm_by_value([d.p_equivalent for d in tested if d.p_equivalent is not None])
-    return [
-        [
-            replace(
-                comparison,
-                p_holm=p[difference.p],
-                p_holm_floor=floor[difference.p_floor],
-                p_equivalent_holm=equivalent.get(difference.p_equivalent),
-            )
-            if (difference := comparison.tested)
-            else comparison
-            for comparison in row
-        ]
-        for row in rows
-    ]
+    tests = [difference for row in rows for comparison in row if (difference := comparison.tested) is not None]
+    p = _holm_by_value([test.p for test in tests])
+    floor = _holm_by_value([test.p_floor for test in tests])
+    equivalent = _holm_by_value([test.p_equivalent for test in tests])
+
+    def corrected(comparison: ArmComparison) -> ArmComparison:
+        test = comparison.tested
+        if test is None:
+            return comparison
+        equivalence = equivalent.get(test.p_equivalent)
+        return replace(comparison, p_holm=p[test.p], p_holm_floor=floor[test.p_floor], p_equivalent_holm=equivalence)
+
+    return [list(map(corrected, row)) for row in rows]
 
 
-def _holm_by_value(ps: Sequence[float]) -> dict[float | None, float]:
+def _holm_by_value(ps: Sequence[float | None]) -> dict[float | None, float]:
+    """Return the corrected p values by the uncorrected ones; None is no test."""
+    known = [p for p in ps if p is not None]
     # By value is enough: Holm's method corrects equal p values equally.
-    return dict(zip(ps, holm(ps), strict=True))
+    return dict(zip(known, holm(known), strict=True))

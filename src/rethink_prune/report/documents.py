@@ -44,19 +44,18 @@ def write_overview(report: Report) -> str:
     """Return the tables of accuracies, the verdicts, and what was left out, as Markdown."""
     accuracies = [grid for grid in report_grids(report) if grid.name.startswith("accuracy")]
     tables = zip(report.tables, accuracies, strict=True)
-    return _environment().get_template("overview.md.jinja").render(tables=tables, problems=report.problems).strip()
+    return _ENVIRONMENT.get_template("overview.md.jinja").render(tables=tables, problems=report.problems).strip()
 
 
 def write_documents(report: Report, pictures: Sequence[Picture]) -> dict[str, str]:
     """Return every document of a report as text, by its file name; the page is the last."""
     grids = report_grids(report)
-    environment = _environment()
     script, style = ((_TEMPLATES / name).read_text() for name in ("page.js", "page.css"))
     values = {
         "title": TITLE,
         "report": report,
         "grids": grids,
-        "pictures": [(picture, _data_uri(picture.svg)) for picture in pictures],
+        "pictures": pictures,
         "overview": write_overview(report),
         "script": script,
         "style": style,
@@ -66,7 +65,7 @@ def write_documents(report: Report, pictures: Sequence[Picture]) -> dict[str, st
         "resamples": RESAMPLES,
     }
     templates = {"tables.tex": "tables.tex.jinja", "report.md": "report.md.jinja", PAGE_FILE: "page.html"}
-    documents = {name: environment.get_template(template).render(values) for name, template in templates.items()}
+    documents = {name: _ENVIRONMENT.get_template(template).render(values) for name, template in templates.items()}
     return {f"{grid.name}.csv": to_csv(grid) for grid in grids} | documents
 
 
@@ -109,19 +108,6 @@ def escape_latex(text: str) -> str:
     return text.translate(_LATEX).encode("ascii", "replace").decode()
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=select_autoescape(["html"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"markdown": escape_markdown, "markdown_table": _markdown_table}
-    environment.filters |= {"latex": escape_latex, "latex_row": _latex_row}
-    return environment
-
-
 def _markdown_table(grid: Grid) -> str:
     rows = [[f"**{escape_markdown(c.text)}**" if c.bold else escape_markdown(c.text) for c in row] for row in grid.rows]
     return markdown(grid.columns, rows)
@@ -137,3 +123,14 @@ def _data_uri(svg: bytes) -> str:
 
 def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(_TEMPLATES),
+    autoescape=select_autoescape(["html"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {"markdown": escape_markdown, "markdown_table": _markdown_table}
+_ENVIRONMENT.filters |= {"latex": escape_latex, "latex_row": _latex_row, "data_uri": _data_uri}

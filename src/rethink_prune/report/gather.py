@@ -31,25 +31,28 @@ class GatheredRuns:
     problems: list[str] = field(default_factory=list)
     _files: set[Path] = field(default_factory=set)
 
-    def add_file(self, file: Path, name: str, *, stages: Path | None = None) -> None:
-        """Add the run of a ``summary.json``, unless that file was added before."""
-        if file.resolve() in self._files:
-            return
-        self._files.add(file.resolve())
-        try:
-            content = _read_json(file)
-        except _UNREADABLE as error:
-            self.leave_out(file, f"is damaged ({error})")
-        else:
-            self.add_summary(content, file, name, stages=stages)
+    def add(self, file: Path, name: str, *, stages: Path | None = None, summary: Any = None) -> None:
+        """Add the run of a ``summary.json``, unless that file was added before.
 
-    def add_summary(self, content: Any, file: Path, name: str, *, stages: Path | None) -> None:
-        """Add a run from its summary, read from `file`; its stages may also be in the folder `stages`."""
+        Parameters
+        ----------
+        stages
+            A folder that may also hold its stages.
+        summary
+            The content, where a store kept it in `file`.
+        """
+        if summary is None:
+            if file.resolve() in self._files:
+                return
+            self._files.add(file.resolve())
         try:
+            content = _read_json(file) if summary is None else summary
             self.runs.append(RunRecord.model_validate(_with_curves({**content, "name": name}, stages)))
         except ValidationError as error:
             advice = "if an older version made it, run its command again: finished stages are reused"
             self.leave_out(file, f"{_first_error(error)}; {advice}")
+        except _UNREADABLE as error:
+            self.leave_out(file, f"is damaged ({error})")
         except (TypeError, AttributeError):
             self.leave_out(file, "is no summary of a run")
 
@@ -86,7 +89,7 @@ def gather(places: Iterable[Path]) -> GatheredRuns:
             for file in files:
                 # The resolved name: a place may be "." or "..".
                 inside = Path(place.resolve().name) / file.parent.relative_to(place)
-                gathered.add_file(file, inside.as_posix())
+                gathered.add(file, inside.as_posix())
     if not gathered.runs:
         raise UserError("\n".join(gathered.problems or ["no run was found"]))
     return gathered
@@ -108,9 +111,9 @@ def _search_store(store: Path, gathered: GatheredRuns) -> None:
             continue
         name = "/".join(file.parent.parts[-3:])
         if file.is_file():
-            gathered.add_file(file, name, stages=stages)
+            gathered.add(file, name, stages=stages)
         elif "summary" in record:
-            gathered.add_summary(record["summary"], path, name, stages=stages)
+            gathered.add(path, name, stages=stages, summary=record["summary"])
         else:
             lost += 1
     if lost:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from rethink_prune.errors import UserError
-from rethink_prune.report.records import PrunedRecord, RunRecord, TrainedRecord, printable
-from rethink_prune.report.settings import (
-    check_setting_names,
-    differing_settings,
-    name_runs,
-    recorded_settings,
-    refuse_differing,
-    setting_text,
-)
+from rethink_prune.report.records import RunRecord, StudyRecord, TrainedRecord
+from rethink_prune.report.settings import differing_settings, name_runs, recorded_settings
 
 
 @dataclass(frozen=True)
@@ -26,23 +19,20 @@ class RunGroup:
 
     Attributes
     ----------
-    target
-        How much the pruner was told to remove, in words.
     by
         Settings that were asked to tell groups apart, each with its value in this group.
     notes
         What a reader of the row has to know.
     """
 
-    dataset: str
-    model: str
-    pruner: str
-    target: str
-    recipe: str
-    budget: str
-    by: tuple[tuple[str, str], ...]
     runs: tuple[RunRecord, ...]
+    by: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+
+    @property
+    def study(self) -> StudyRecord:
+        """What was asked for: in all runs the same but for the seed, and for settings that are mixed."""
+        return self.runs[0].study
 
     @property
     def experiment(self) -> str | None:
@@ -67,34 +57,34 @@ def group_runs(runs: Sequence[RunRecord], *, by: Sequence[str] = (), mix: bool =
         If settings differ within a group and `mix` is off, if one seed has two results, or if `by` names a setting
         that no run has. All such reasons in one message, a line each.
     """
-    check_setting_names(by, runs)
+    known = {name for run in runs for name in recorded_settings(run)}
+    unknown = [name for name in by if name not in known]
+    if unknown:
+        raise UserError(f"--by {unknown[0]}: no run has this setting; there are {', '.join(sorted(known))}")
     found: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
         study, settings = run.study, recorded_settings(run)
         values = tuple((name, settings.get(name, "not recorded")) for name in by)
-        target = _target_text(study.target)
-        found[study.dataset, study.model, study.pruner, target, study.recipe, study.budget, values].append(run)
+        names = (study.dataset, study.model, study.pruner, study.target_text, study.recipe, study.budget)
+        found[names, values].append(run)
     groups, refused = [], []
-    for key, members in sorted(found.items(), key=lambda item: _natural_order(item[0])):
-        dataset, model, pruner, target, recipe, budget, values = key
+    for (_, values), members in sorted(found.items(), key=lambda item: _natural_order(item[0][0])):
         try:
             merged, notes = _merge_seeds(members, mix=mix)
         except UserError as error:
-            refused.append(f"{model}, {pruner} {target} ({dataset}, {recipe} recipe, {budget} budget): {error}")
+            study = members[0].study
+            conditions = f"({study.dataset}, {study.recipe} recipe, {study.budget} budget)"
+            refused.append(f"{study.model}, {study.pruner} {study.target_text} {conditions}: {error}")
         else:
-            groups.append(RunGroup(dataset, model, pruner, target, recipe, budget, values, tuple(merged), tuple(notes)))
+            groups.append(RunGroup(tuple(merged), values, tuple(notes)))
     if refused:
         raise UserError("\n".join(refused))
     return groups
 
 
-def _target_text(target: Mapping[str, Any]) -> str:
-    return ", ".join(f"{printable(name)} {setting_text(value)}" for name, value in target.items())
-
-
-def _natural_order(key: Sequence[Any]) -> tuple[Any, ...]:
+def _natural_order(names: Sequence[str]) -> tuple[tuple[int, float, str], ...]:
     """Return a sort key in which numbers in targets count as numbers."""
-    words = [word for part in key[:6] for word in str(part).split()]
+    words = [word for name in names for word in name.split()]
     # Numbers and words cannot be compared: the first entry puts numbers before words.
     return tuple((0, float(w), "") if w.replace(".", "", 1).isdecimal() else (1, 0.0, w) for w in words)
 
@@ -105,7 +95,11 @@ def _merge_seeds(runs: Sequence[RunRecord], *, mix: bool) -> tuple[list[RunRecor
     differing = differing_settings(runs)
     if differing:
         if not mix:
-            raise refuse_differing(differing)
+            rows = " ".join(f"--by {name}" for name in differing)
+            raise UserError(
+                f"these runs do not belong in one row: they differ in {'; '.join(differing.values())}. Name only those "
+                f"that belong together, make rows of their own with {rows}, or mix them with --mix"
+            )
         notes.append(f"mixes runs that differ in {'; '.join(differing.values())}")
     same: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
@@ -133,12 +127,14 @@ def _merge_two(first: RunRecord, second: RunRecord) -> RunRecord:
                 f"{_result_text(entry)} in {second.name}; name only one of these runs"
             )
     arms = tuple(dict.fromkeys((*first.study.arms, *second.study.arms)))
+    # One that has no accuracy yet is of an unfinished run.
+    pruned = second.pruned if first.pruned is None or first.pruned.top1 is None else first.pruned
     return first.model_copy(
         update={
             "study": first.study.model_copy(update={"arms": arms}),
             "large": entries.pop("large", None),
             "sparse": entries.pop("sparse", None),
-            "pruned": _fuller(first.pruned, second.pruned),
+            "pruned": pruned or first.pruned,
             "arms": entries,
         }
     )
@@ -151,12 +147,6 @@ def _same_training(first: TrainedRecord, second: TrainedRecord) -> bool:
 
 def _result_text(entry: TrainedRecord) -> str:
     return f"{entry.top1:.2f} after {entry.epochs} epochs" + (f" ({entry.stage})" if entry.stage else "")
-
-
-def _fuller(first: PrunedRecord | None, second: PrunedRecord | None) -> PrunedRecord | None:
-    if first is None or (first.top1 is None and second is not None):
-        return second
-    return first
 
 
 def _circumstances(runs: Sequence[RunRecord]) -> Iterator[str]:

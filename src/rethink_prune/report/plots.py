@@ -6,6 +6,7 @@ import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -18,16 +19,15 @@ from rethink_prune.report.arm_results import SeedCurve
 from rethink_prune.report.networks import PRUNED, network_label
 from rethink_prune.report.results import Report, ResultRow, ResultTable
 
-# The same report gives the same files; names are text, never formulas; letters are drawn, so any viewer shows them.
-_RC: dict[Any, Any] = {
-    "svg.hashsalt": "rethink-prune",
-    "text.parse_math": False,
-    "svg.fonttype": "path",
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+_STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
+
+# What each kind of picture shows, before the name of its row or table.
+_CAPTIONS = {
+    "differences": "Difference to the arm named second, paired by seed, with its 95 % interval",
+    "targets": "Top-1 after the last epoch against how much is pruned, mean and standard deviation over seeds",
+    "curves": "Top-1 during training: mean over seeds, band from the lowest to the highest seed",
+    "ledger": "Where the training FLOPs of each arm went",
+    "widths": "Width of each layer, kept and in full, in channels or, where those are pruned, in single weights",
 }
 
 
@@ -43,8 +43,13 @@ class Picture:
 
 def draw_pictures(report: Report) -> list[Picture]:
     """Draw all pictures of a report for which it has the numbers."""
-    with mpl.rc_context(_RC):
-        return [_picture(*drawn) for table in report.tables for drawn in _figures(table)]
+    with mpl.rc_context(fname=_STYLE):
+        drawn = [each for table in report.tables for each in _figures(table)]
+        return [
+            _picture(f"{kind}-{slug}", f"{_CAPTIONS[kind]}: {title}", figure)
+            for kind, slug, title, figure in drawn
+            if figure is not None
+        ]
 
 
 def _picture(name: str, caption: str, figure: Figure) -> Picture:
@@ -55,24 +60,15 @@ def _picture(name: str, caption: str, figure: Figure) -> Picture:
     return Picture(name, caption, png.getvalue(), svg.getvalue())
 
 
-def _figures(table: ResultTable) -> Iterator[tuple[str, str, Figure]]:
-    """Yield each picture's name, caption and figure."""
-    first = table.rows[0].slug.split("-")[0]
-    if figure := _differences_figure(table):
-        words = "Difference to the arm named second, paired by seed, with its 95 % interval"
-        yield f"differences-{first}", f"{words}: {table.title}", figure
+def _figures(table: ResultTable) -> Iterator[tuple[str, str, str, Figure | None]]:
+    """Yield each figure with its kind, the end of its file name, and the name of its row or table."""
+    yield "differences", table.rows[0].slug.split("-")[0], table.title, _differences_figure(table)
     for rows in _sweeps(table):
-        words = "Top-1 after the last epoch against how much is pruned, mean and standard deviation over seeds"
-        yield f"targets-{rows[0].slug.split('-')[0]}", f"{words}: {rows[0].sweep}", _targets_figure(rows)
+        yield "targets", rows[0].slug.split("-")[0], rows[0].sweep, _targets_figure(rows)
     for row in table.rows:
-        if figure := _curves_figure(row):
-            words = "Top-1 during training: mean over seeds, band from the lowest to the highest seed"
-            yield f"curves-{row.slug}", f"{words}: {row.title}", figure
-        if figure := _ledger_figure(row):
-            yield f"ledger-{row.slug}", f"Where the training FLOPs of each arm went: {row.title}", figure
-        if row.widths:
-            words = "Width of each layer, kept and in full, in channels or, where those are pruned, in single weights"
-            yield f"widths-{row.slug}", f"{words}: {row.title}", _widths_figure(row)
+        yield "curves", row.slug, row.title, _curves_figure(row)
+        yield "ledger", row.slug, row.title, _ledger_figure(row)
+        yield "widths", row.slug, row.title, _widths_figure(row)
 
 
 def _curves_figure(row: ResultRow) -> Figure | None:
@@ -174,8 +170,10 @@ def _ledger_figure(row: ResultRow) -> Figure | None:
     return figure
 
 
-def _widths_figure(row: ResultRow) -> Figure:
+def _widths_figure(row: ResultRow) -> Figure | None:
     count = len(row.widths)
+    if not count:
+        return None
     figure = Figure(figsize=(min(16.0, max(5.0, 1.5 + 0.28 * count)), 3.6), layout="constrained")
     axes = figure.subplots()
     places = np.arange(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -16,6 +17,17 @@ def printable(text: str) -> str:
     'resnet??'
     """
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def value_text(value: Any) -> str:
+    """Return a value of a summary in words.
+
+    Examples
+    --------
+    >>> value_text("sgd"), value_text(None), value_text([80, 120])
+    ('sgd', 'null', '[80, 120]')
+    """
+    return printable(value if isinstance(value, str) else json.dumps(value))
 
 
 def _whole_curve(value: Any) -> Any:
@@ -120,6 +132,11 @@ class StudyRecord(SummaryPart):
     settings: dict[str, Any] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
     ledger: LedgerRecord = LedgerRecord()
+
+    @property
+    def target_text(self) -> str:
+        """How much the pruner was told to remove, in words."""
+        return ", ".join(f"{printable(name)} {value_text(value)}" for name, value in self.target.items())
 
 
 class RunRecord(SummaryPart):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 
 import numpy as np
 
@@ -133,52 +135,48 @@ def compute_report(groups: Sequence[RunGroup], *, margin: float, problems: Itera
     """
     families: dict[tuple[str, str, str], list[RunGroup]] = defaultdict(list)
     for group in groups:
-        families[group.dataset, group.recipe, group.budget].append(group)
-    tables, number = [], 1
-    for members in families.values():
-        tables.append(_table(members, margin, number))
-        number += len(members)
+        families[group.study.dataset, group.study.recipe, group.study.budget].append(group)
+    numbers = count(1)
+    tables = [_table(members, margin, numbers) for members in families.values()]
     return Report(tuple(tables), margin, sum(len(group.runs) for group in groups), tuple(map(printable, problems)))
 
 
-def _table(groups: Sequence[RunGroup], margin: float, number: int) -> ResultTable:
-    """Return the table of groups with one data set, recipe and budget; `number` is that of its first row."""
+def _table(groups: Sequence[RunGroup], margin: float, numbers: Iterator[int]) -> ResultTable:
+    """Return the table of groups with one data set, recipe and budget; its rows take the next numbers."""
+    study = groups[0].study
     compared = correct_for_table([list(compare_arms(group.runs, margin=margin)) for group in groups])
     family = sum(comparison.tested is not None for row in compared for comparison in row)
+    say = partial(verdict, margin=margin, family=family, recipe=study.recipe, budget=study.budget)
     rows = []
-    for place, (group, comparisons) in enumerate(zip(groups, compared, strict=True), number):
-        row = _row(group, place)
-        with_verdicts = []
-        for comparison in comparisons:
-            said = verdict(comparison, margin=margin, family=family, recipe=group.recipe, budget=group.budget)
-            said += f" {ONE_PRETRAINED}" if row.one_pretrained else ""
-            with_verdicts.append(replace(comparison, verdict=said))
-        rows.append(replace(row, comparisons=tuple(with_verdicts)))
+    for group, comparisons in zip(groups, compared, strict=True):
+        row = _row(group, next(numbers))
+        addition = f" {ONE_PRETRAINED}" if row.one_pretrained else ""
+        said = [replace(comparison, verdict=say(comparison) + addition) for comparison in comparisons]
+        rows.append(replace(row, comparisons=tuple(said)))
     arms = in_column_order({result.arm for row in rows for result in row.arms})
-    return ResultTable(groups[0].dataset, groups[0].recipe, groups[0].budget, tuple(arms), tuple(rows))
+    return ResultTable(study.dataset, study.recipe, study.budget, tuple(arms), tuple(rows))
 
 
 def _row(group: RunGroup, number: int) -> ResultRow:
     """Return the row of a group, still without its comparisons."""
-    runs = group.runs
+    runs, study = group.runs, group.study
     arms = [arm_over_seeds(network, runs) for network in planned_networks(runs)]
     after_pruning = [run.pruned.top1 for run in runs if run.pruned is not None and run.pruned.top1 is not None]
     if after_pruning:
         arms.append(ArmOverSeeds(PRUNED, describe_seeds(after_pruning)))
     # As the table shows them: arms that look equal there are all the best.
     means = {r.arm: round(r.top1.mean, 2) for r in arms if r.top1 is not None and trains_pruned(r.arm)}
-    target = runs[0].study.target
     settings = [f"{name} {value[:20]}" for name, value in group.by]
-    pruned_by = ", ".join([f"{group.pruner} {group.target}", *settings])
-    paper = paper_row(group.experiment, target)
+    pruned_by = ", ".join([f"{study.pruner} {study.target_text}", *settings])
+    paper = paper_row(group.experiment, study.target)
     seeds = tuple(run.study.seed for run in runs)
     return ResultRow(
-        slug=f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', f'{group.model} {pruned_by}'.lower()).strip('-')[:60]}",
-        network=group.model,
-        pruner=group.pruner,
+        slug=f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', f'{study.model} {pruned_by}'.lower()).strip('-')[:60]}",
+        network=study.model,
+        pruner=study.pruner,
         pruned_by=pruned_by,
-        target=next(((n, float(value)) for n, value in target.items() if isinstance(value, int | float)), None),
-        sweep=", ".join([group.model, group.pruner, *settings]),
+        target=next(((n, float(value)) for n, value in study.target.items() if isinstance(value, int | float)), None),
+        sweep=", ".join([study.model, study.pruner, *settings]),
         experiment=group.experiment,
         seeds=seeds,
         arms=tuple(arms),
