@@ -77,11 +77,14 @@ def arm_over_seeds(arm: str, runs: Sequence[RunRecord]) -> ArmOverSeeds:
 def _curve_over_seeds(entries: Sequence[TrainedRecord], own: float | None, before: float | None) -> SeedCurve | None:
     """Return the curve; `own` and `before` are the mean training FLOPs of the arm and of its ancestors."""
     curves = [entry.curve for entry in entries if entry.curve]
+    # A band that leaves some seeds out would look narrower than it is.
     if not curves or len(curves) < len(entries):
         return None
+    # The share of training done after each epoch; nothing is recorded before the first one, at share 0.
     share = np.linspace(0, 1, max(map(len, curves)) + 1)[1:]
     top1 = np.array([np.interp(share * len(curve), np.arange(1, len(curve) + 1), curve) for curve in curves])
     epochs = share * np.mean([len(curve) for curve in curves])
+    # Ancestors are trained first: by FLOPs, a curve starts where theirs end.
     flops = tuple((before + own * share).tolist()) if own is not None and before is not None else None
     mean, low, high = (tuple(line.tolist()) for line in (top1.mean(axis=0), top1.min(axis=0), top1.max(axis=0)))
     return SeedCurve(tuple(epochs.tolist()), flops, mean, low, high)

@@ -55,9 +55,11 @@ def compare_arms(runs: Sequence[RunRecord], *, margin: float) -> Iterator[ArmCom
     margin
         Points within which arms count as equivalent.
     """
+    # In the order of columns: the first one is fine-tuning, if any run has it.
     contenders = [network for network in planned_networks(runs) if trains_pruned(network)]
     for first in contenders[1:]:
         second = contenders[0]
+        # All arms of a seed see the same images in the same order, so only differences within a seed count.
         pairs = [
             (run.study.seed, a.top1, b.top1)
             for run in runs
@@ -70,6 +72,7 @@ def compare_arms(runs: Sequence[RunRecord], *, margin: float) -> Iterator[ArmCom
 
 def correct_for_table(rows: Sequence[Sequence[ArmComparison]]) -> list[list[ArmComparison]]:
     """Return the comparisons of a table's rows with p values corrected for all that are tested."""
+    # A single pair has no test. Counting it would only make the correction of the others stricter.
     tests = [difference for row in rows for comparison in row if (difference := comparison.tested) is not None]
     p = _holm_by_value([test.p for test in tests])
     floor = _holm_by_value([test.p_floor for test in tests])

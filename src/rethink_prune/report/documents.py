@@ -75,6 +75,7 @@ def to_csv(grid: Grid) -> str:
         list(dict.fromkeys(part for row in grid.rows for part in row[i].parts)) for i in range(len(grid.columns))
     ]
     text = io.StringIO()
+    # The default line end is that of Windows, on every system.
     writer = csv.writer(text, lineterminator="\n")
     names = zip(grid.columns, columns, strict=True)
     writer.writerow([f"{name}{part}" for name, parts in names for part in parts or [""]])
@@ -127,7 +128,9 @@ def _digest(text: str) -> str:
 
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(_TEMPLATES),
+    # Names come from summaries that somebody else may have written.
     autoescape=select_autoescape(["html"]),
+    # A misspelt name in a template is an error; by default it would be empty text.
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -42,6 +42,7 @@ class GatheredRuns:
             The content, where a store kept it in `file`.
         """
         if summary is None:
+            # The places may overlap: a store, and the folder of its runs.
             if file.resolve() in self._files:
                 return
             self._files.add(file.resolve())
@@ -49,6 +50,7 @@ class GatheredRuns:
             content = _read_json(file) if summary is None else summary
             self.runs.append(RunRecord.model_validate(_with_curves({**content, "name": name}, stages)))
         except ValidationError as error:
+            # The first error is enough to find the file's fault; the others often follow from it.
             advice = "if an older version made it, run its command again: finished stages are reused"
             self.leave_out(file, f"{_first_error(error)}; {advice}")
         except _UNREADABLE as error:
@@ -83,6 +85,7 @@ def gather(places: Iterable[Path]) -> GatheredRuns:
         elif (place / "stages").is_dir() and (place / "runs").is_dir():
             _search_store(place, gathered)
         else:
+            # Sorted: the order in which a file system lists a folder differs from machine to machine.
             files = sorted(place.rglob(SUMMARY_FILE))
             if not files:
                 raise UserError(f"{place}: holds no {SUMMARY_FILE}; give run folders, folders of runs, or a store")
@@ -109,9 +112,11 @@ def _search_store(store: Path, gathered: GatheredRuns) -> None:
         except (*_UNREADABLE, KeyError, TypeError) as error:
             gathered.leave_out(path, f"is damaged ({error})")
             continue
+        # Enough to tell runs apart: Hydra's run folders end with date and time.
         name = "/".join(file.parent.parts[-3:])
         if file.is_file():
             gathered.add(file, name, stages=stages)
+        # The store keeps a copy, since run folders are often deleted.
         elif "summary" in record:
             gathered.add(path, name, stages=stages, summary=record["summary"])
         else:

@@ -57,6 +57,7 @@ def report_grids(report: Report) -> list[Grid]:
             _paper_grid(f"paper-{number}", table),
             _cost_grid(f"cost-{number}", table),
         ]
+    # Some tables have nothing to compare, or no row of the paper.
     return [grid for grid in grids if grid.rows]
 
 
@@ -73,7 +74,7 @@ def _accuracy_grid(name: str, table: ResultTable) -> Grid:
         "network, by its mean alone."
     )
     columns = ("network", "pruned by", *titles, "MACs kept, %", "parameters, %")
-    return Grid(name, table.title, columns, tuple(rows), caption, tuple(_row_notes(table)))
+    return Grid(name, table.title, columns, tuple(rows), caption, tuple(_notes_about_rows(table)))
 
 
 def _difference_grid(name: str, table: ResultTable, margin: float) -> Grid:
@@ -124,7 +125,7 @@ def _paper_grid(name: str, table: ResultTable) -> Grid:
     return Grid(name, f"Beside the paper: {table.title}", columns, tuple(rows), caption)
 
 
-def _row_notes(table: ResultTable) -> Iterator[str]:
+def _notes_about_rows(table: ResultTable) -> Iterator[str]:
     """Yield the notes of a table's rows, each once, with the rows it is about."""
     about: dict[str, list[str]] = {}
     for row in table.rows:
@@ -164,6 +165,7 @@ def _interval_cell(difference: Difference | None) -> Cell:
     if difference is None:
         return Cell("")
     if difference.interval is None:
+        # The empty parts keep the two columns of the interval in a CSV file.
         return Cell("none", {" low": None, " high": None})
     low, high = difference.interval
     return Cell(f"[{low:+.2f}, {high:+.2f}]", {" low": low, " high": high})

@@ -65,6 +65,7 @@ def group_runs(runs: Sequence[RunRecord], *, by: Sequence[str] = (), mix: bool =
     for run in runs:
         study, settings = run.study, recorded_settings(run)
         values = tuple((name, settings.get(name, "not recorded")) for name in by)
+        # The target in words: it may be a list, which cannot be part of a key.
         names = (study.dataset, study.model, study.pruner, study.target_text, study.recipe, study.budget)
         found[names, values].append(run)
     groups, refused = [], []
@@ -74,6 +75,7 @@ def group_runs(runs: Sequence[RunRecord], *, by: Sequence[str] = (), mix: bool =
         except UserError as error:
             study = members[0].study
             conditions = f"({study.dataset}, {study.recipe} recipe, {study.budget} budget)"
+            # All groups are looked at before any is refused, so that one message names all that is wrong.
             refused.append(f"{study.model}, {study.pruner} {study.target_text} {conditions}: {error}")
         else:
             groups.append(RunGroup(tuple(merged), values, tuple(notes)))
@@ -104,6 +106,7 @@ def _merge_seeds(runs: Sequence[RunRecord], *, mix: bool) -> tuple[list[RunRecor
     same: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
         settings = recorded_settings(run)
+        # Mixed runs of one seed with different settings stay apart, and make pairs of their own.
         same[run.study.seed, *(settings.get(name, "") for name in differing)].append(run)
     merged = []
     for (seed, *_), found in sorted(same.items()):
@@ -141,6 +144,7 @@ def _merge_two(first: RunRecord, second: RunRecord) -> RunRecord:
 
 
 def _same_training(first: TrainedRecord, second: TrainedRecord) -> bool:
+    # A stage's name is a hash of what decides its result. Older summaries may not have it.
     other_stage = None not in (first.stage, second.stage) and first.stage != second.stage
     return not other_stage and (first.top1, first.epochs) == (second.top1, second.epochs)
 

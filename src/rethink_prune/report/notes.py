@@ -27,6 +27,7 @@ def pretrained_networks(runs: Iterable[RunRecord]) -> dict[str, set[int]]:
     """Return the networks that were pruned, by stage, with the seeds that start from each."""
     seeds: dict[str, set[int]] = defaultdict(set)
     for run in runs:
+        # Where a pruner trains a network of its own, that is the one it prunes.
         base = run.sparse or run.large
         # Where it is not recorded, each seed is taken to have its own.
         seeds[base.stage if base is not None and base.stage else f"{run.study.seed}"].add(run.study.seed)
@@ -65,6 +66,7 @@ def _different_processes(runs: Iterable[RunRecord]) -> Iterator[str]:
 
 def _unlike_paper(runs: Sequence[RunRecord], paper: PaperRow) -> Iterator[str]:
     """Yield notes on what keeps accuracies from being comparable with the paper's."""
+    # The arms whose length is the recipe's; the others' lengths follow from it.
     entries = [run.trained.get(network) for run in runs for network in ("large", "scratch_e")]
     lengths = {entry.epochs for entry in entries if entry is not None and entry.finished} - {None, paper.epochs}
     if lengths:
@@ -78,4 +80,5 @@ def _unlike_paper(runs: Sequence[RunRecord], paper: PaperRow) -> Iterator[str]:
 
 
 def _listed(values: Iterable[object]) -> str:
+    # Sets have no order of their own, and the same runs must give the same text.
     return ", ".join(map(str, sorted(values, key=str)))

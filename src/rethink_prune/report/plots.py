@@ -107,6 +107,7 @@ def _sweeps(table: ResultTable) -> list[list[ResultRow]]:
 
 def _targets_figure(rows: Sequence[ResultRow]) -> Figure:
     """Draw accuracies against the target where it is a number, else against the MACs that are kept."""
+    # One axis fits only targets of one kind, such as ratios.
     names = {row.target and row.target[0] for row in rows}
     name = names.pop() if len(names) == 1 else None
 
@@ -160,6 +161,7 @@ def _ledger_figure(row: ResultRow) -> Figure | None:
     before = np.array([result.flops_before for result in shown], dtype=float)
     own = np.array([result.train_flops for result in shown], dtype=float)
     places = np.arange(len(shown))
+    # Hatched, so that the two parts differ in black and white too.
     axes.barh(places, before, color="#BBBBBB", edgecolor="black", hatch="//", label="what it starts from")
     axes.barh(places, own, left=before, color="#0072B2", edgecolor="black", label="its own training")
     axes.set_yticks(places, [_short_title(result.arm) for result in shown])
@@ -179,6 +181,7 @@ def _widths_figure(row: ResultRow) -> Figure | None:
     places = np.arange(count)
     axes.bar(places, [w.full for w in row.widths], color="white", edgecolor="black", hatch="..", label="in full")
     axes.bar(places, [w.kept for w in row.widths], color="#0072B2", edgecolor="black", label="kept")
+    # Names of layers can be as long as the picture is high.
     names = [_clip(w.layer, 30) for w in row.widths]
     axes.set_xticks(places, names, rotation=90, fontsize=7 if count <= 60 else 4)
     axes.set(ylabel="width")

@@ -35,6 +35,7 @@ def _whole_curve(value: Any) -> Any:
     return None if isinstance(value, list) and None in value else value
 
 
+# Names go into terminals, pages and file names, whoever wrote the summary.
 Text = Annotated[str, AfterValidator(printable)]
 
 
@@ -73,6 +74,7 @@ class TrainedRecord(SummaryPart):
     train_flops: float | None = None
     train_flops_total: float | None = None
     stage: Text | None = None
+    # Summaries from before there were several processes do not have it.
     processes: tuple[int, ...] = (1,)
     curve: Annotated[tuple[float, ...] | None, BeforeValidator(_whole_curve)] = None
 

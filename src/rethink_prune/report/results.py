@@ -137,11 +137,11 @@ def compute_report(groups: Sequence[RunGroup], *, margin: float, problems: Itera
     for group in groups:
         families[group.study.dataset, group.study.recipe, group.study.budget].append(group)
     numbers = count(1)
-    tables = [_table(members, margin, numbers) for members in families.values()]
+    tables = [_result_table(members, margin, numbers) for members in families.values()]
     return Report(tuple(tables), margin, sum(len(group.runs) for group in groups), tuple(map(printable, problems)))
 
 
-def _table(groups: Sequence[RunGroup], margin: float, numbers: Iterator[int]) -> ResultTable:
+def _result_table(groups: Sequence[RunGroup], margin: float, numbers: Iterator[int]) -> ResultTable:
     """Return the table of groups with one data set, recipe and budget; its rows take the next numbers."""
     study = groups[0].study
     compared = correct_for_table([list(compare_arms(group.runs, margin=margin)) for group in groups])
@@ -149,7 +149,7 @@ def _table(groups: Sequence[RunGroup], margin: float, numbers: Iterator[int]) ->
     say = partial(verdict, margin=margin, family=family, recipe=study.recipe, budget=study.budget)
     rows = []
     for group, comparisons in zip(groups, compared, strict=True):
-        row = _row(group, next(numbers))
+        row = _result_row(group, next(numbers))
         addition = f" {ONE_PRETRAINED}" if row.one_pretrained else ""
         said = [replace(comparison, verdict=say(comparison) + addition) for comparison in comparisons]
         rows.append(replace(row, comparisons=tuple(said)))
@@ -157,7 +157,7 @@ def _table(groups: Sequence[RunGroup], margin: float, numbers: Iterator[int]) ->
     return ResultTable(study.dataset, study.recipe, study.budget, tuple(arms), tuple(rows))
 
 
-def _row(group: RunGroup, number: int) -> ResultRow:
+def _result_row(group: RunGroup, number: int) -> ResultRow:
     """Return the row of a group, still without its comparisons."""
     runs, study = group.runs, group.study
     arms = [arm_over_seeds(network, runs) for network in planned_networks(runs)]
@@ -166,11 +166,13 @@ def _row(group: RunGroup, number: int) -> ResultRow:
         arms.append(ArmOverSeeds(PRUNED, describe_seeds(after_pruning)))
     # As the table shows them: arms that look equal there are all the best.
     means = {r.arm: round(r.top1.mean, 2) for r in arms if r.top1 is not None and trains_pruned(r.arm)}
+    # A value can be the hash of a file, too long for a table.
     settings = [f"{name} {value[:20]}" for name, value in group.by]
     pruned_by = ", ".join([f"{study.pruner} {study.target_text}", *settings])
     paper = paper_row(group.experiment, study.target)
     seeds = tuple(run.study.seed for run in runs)
     return ResultRow(
+        # The number keeps rows apart whose names differ only in what file names leave out.
         slug=f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', f'{study.model} {pruned_by}'.lower()).strip('-')[:60]}",
         network=study.model,
         pruner=study.pruner,
@@ -197,6 +199,7 @@ def _kept_shares(parts: Sequence[tuple[float | None, float | None]]) -> SeedStat
 
 
 def _mean_widths(runs: Sequence[RunRecord]) -> Iterable[KeptWidth]:
+    # By the full width as well: mixed runs can have a layer of one name in two sizes.
     kept: dict[tuple[str, int], list[int]] = defaultdict(list)
     for run in runs:
         for layer in run.pruned.layers if run.pruned else ():

@@ -16,6 +16,7 @@ def recorded_settings(run: RunRecord) -> dict[str, str]:
     """Return what a run's results depend on beside the seed, by dotted names, as far as it was recorded."""
     study = run.study
     settings = {printable(name): value_text(value) for name, value in dotted_items(study.settings or {})}
+    # These are recorded beside the settings, as they turned out: `precision` may be asked for as `auto`.
     for name in ("precision", "train_images", "test_images"):
         settings[name] = value_text(getattr(study, name))
     for arm, entry in run.trained.items():

@@ -39,6 +39,7 @@ def verdict(comparison: ArmComparison, *, margin: float, family: int, recipe: st
         first, second = second, first
     start, points, n = _capitalised(first), f"{abs(mean):.2f} points", difference.n
     pair = f"{start} and {second} {conditions}"
+    # One difference has no spread to be compared with.
     if n == 1:
         ahead = f"is {points} above {second} {conditions}" if mean else f"equals {second} {conditions}"
         return f"{start} {ahead} with one seed: no interval and no test."
@@ -73,6 +74,7 @@ def _limit_of_seeds(comparison: ArmComparison, n: int, family: int) -> str:
     """Return why no difference is shown, if the number of seeds or of comparisons has to do with it."""
     difference = comparison.difference
     assert difference is not None
+    # No n below six can reach 5 %: that says something about n, not about the arms.
     if not _reaches_level(difference.p_floor):
         return f"; {n} seeds cannot show a difference: the smallest p they allow is {difference.p_floor:.2g}"
     if not _reaches_level(comparison.p_holm_floor):
