@@ -27,7 +27,8 @@ from rethink_prune.files import write_json
 from rethink_prune.pruning import find_pruner
 from rethink_prune.seeds import derive_generator
 from rethink_prune.store.metrics import read_metrics, write_metrics
-from rethink_prune.store.stages import MODEL_FILE, Done, Failed, Stage, Started, load_stage_weights, save_weights
+from rethink_prune.store.stage import MODEL_FILE, Done, Failed, Stage, Started
+from rethink_prune.store.weights import load_stage_weights, save_weights
 from rethink_prune.study.arms import ARMS
 from rethink_prune.study.budget import Training, phase_training
 from rethink_prune.study.keys import optimizer_key, stage_name

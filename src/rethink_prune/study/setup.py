@@ -33,7 +33,7 @@ from rethink_prune.models import asked_options, build_model, model_factory
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
 from rethink_prune.pruning import PRUNERS, Target, find_pruner
 from rethink_prune.seeds import derive_seed, seeded
-from rethink_prune.store.stages import Store
+from rethink_prune.store.store import Store
 from rethink_prune.study.arms import ARMS
 from rethink_prune.study.budget import Budget, Training, phase_training
 from rethink_prune.study.keys import source_digest
