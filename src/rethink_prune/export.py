@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import SUMMARY_FILE, write_json
@@ -21,7 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     options = _parse(arguments)
     try:
-        _export_or_test(options)
+        factory = cast("Factory", import_object(options.factory, "--factory")) if options.factory else None
+        if not options.stage.is_dir():
+            raise UserError(f"{options.stage}: no such folder")
+        if options.evaluate or options.cost:
+            _test(options, factory)
+        else:
+            _export(options, factory)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -64,26 +70,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _export_or_test(options: argparse.Namespace) -> None:
-    factory = cast("Factory", import_object(options.factory, "--factory")) if options.factory else None
-    if not options.stage.is_dir():
-        raise UserError(f"{options.stage}: no such folder")
-    if options.evaluate is None and not options.cost:
-        if options.json is not None:
-            raise UserError("--json: goes with --evaluate or --cost")
-        _export(options, factory)
-        return
-    if options.out is not None or options.onnx is not None:
-        raise UserError("--out and --onnx: do not go with --evaluate and --cost, which export nothing")
-    content = _test(options, factory)
-    if options.json is not None:
-        write_json(options.json, content)
-
-
 def _export(options: argparse.Namespace, factory: Factory | None) -> None:
     # Imported here, and in the function below: --help and wrong arguments need no torch.
     from rethink_prune.finished import export, load, onnx, runs
 
+    if options.json is not None:
+        raise UserError("--json: goes with --evaluate or --cost")
     stage = runs.single_stage(options.stage)
     folder = options.out or Path("export") / stage.name
     export.export_stage(stage, folder, factory)
@@ -94,12 +86,14 @@ def _export(options: argparse.Namespace, factory: Factory | None) -> None:
         print(f"{options.onnx}: logits differ from torch's by {difference:.1e} of the greatest, on 8 random images")
 
 
-def _test(options: argparse.Namespace, factory: Factory | None) -> dict[str, Any]:
-    """Evaluate or measure the network; print what was found, and return it."""
+def _test(options: argparse.Namespace, factory: Factory | None) -> None:
+    """Evaluate or measure the network; print what was found, and write it to the files that shall have it."""
     from rethink_prune.finished import evaluate, measure, runs
     from rethink_prune.training.precision import prepare_device, resolve_device, resolve_precision
     from rethink_prune.training.train import Runtime
 
+    if options.out is not None or options.onnx is not None:
+        raise UserError("--out and --onnx: do not go with --evaluate and --cost, which export nothing")
     device = resolve_device(options.device)
     prepare_device(device, deterministic=False)
     precision = resolve_precision(options.precision, device)
@@ -114,7 +108,8 @@ def _test(options: argparse.Namespace, factory: Factory | None) -> dict[str, Any
         print(evaluate.evaluation_text(content))
     if is_run:
         write_json(options.stage / COST_FILE, content)
-    return content
+    if options.json is not None:
+        write_json(options.json, content)
 
 
 if __name__ == "__main__":

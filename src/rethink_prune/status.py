@@ -56,9 +56,9 @@ def _clean(store: Path, *, ask: bool) -> None:
     if ask and input(f"\nRemove these {len(removable)} stages ({freed})? [y/N] ").strip().lower() not in ("y", "yes"):
         print("Nothing was removed.")
         return
-    removed = remove_stages([stage.folder for stage in removable])
-    freed = size(sum(stage.disk for stage in removable if stage.folder in removed))
-    print(f"Removed {len(removed)} stages, {freed}.")
+    # A stage that a process has started to work on in the meantime stays.
+    removed = remove_stages(removable)
+    print(f"Removed {len(removed)} stages, {size(sum(stage.disk for stage in removed))}.")
 
 
 if __name__ == "__main__":

@@ -53,11 +53,11 @@ def evaluate_stage(
     """
     model, config, trained = load_model(stage.folder, factory), compose_dataset(overrides), read_config(stage)
     network = trained["network"]
-    options = config.dataset.model_dump(exclude={"pad", "flip", "workers"})
-    if config.dataset.mean is None and "images" in trained:
+    options = config.dataset
+    if options.mean is None and "images" in trained:
         # By name: nothing else that a stage says may choose what is loaded.
-        options |= {name: trained["images"][name] for name in ("mean", "std")}
-    info = describe_dataset(**{name: value for name, value in options.items() if name not in ("mean", "std")})
+        options = options.model_copy(update={name: tuple(trained["images"][name]) for name in ("mean", "std")})
+    info = describe_dataset(**options.model_dump(exclude={"pad", "flip", "mean", "std", "workers"}))
     # Before any image is read.
     expected = {
         "classes": (info.num_classes, network["num_classes"]),
@@ -67,8 +67,9 @@ def evaluate_stage(
     problems = [f"{has} {what}, not {needs}" for what, (has, needs) in expected.items() if has != needs]
     if problems:
         raise UserError(f"{info.name}: does not fit {stage.name}: it has {' and '.join(problems)}")
+    loaded = options.model_dump(exclude={"pad", "flip", "workers"})
     cache = Store(Path(config.store.root)).cache
-    dataset = load_dataset(**options, cache_dir=cache, progress=runtime.show_progress)
+    dataset = load_dataset(**loaded, cache_dir=cache, progress=runtime.show_progress)
     batches = eval_batches(
         dataset.test,
         mean=dataset.mean,
@@ -76,7 +77,7 @@ def evaluate_stage(
         image_size=network["image_size"],
         batch_size=config.recipe.eval_batch_size,
         device=runtime.device,
-        workers=config.dataset.workers,
+        workers=options.workers,
     )
     result = evaluate(runtime.place(model), batches, runtime=runtime)
     return {

@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 from rethink_prune.errors import UserError
 from rethink_prune.store.metrics import read_metrics
 from rethink_prune.store.ownership import STALE_SECONDS
-from rethink_prune.store.removal import REMOVED_PREFIX
 from rethink_prune.store.stage import Stage
 from rethink_prune.store.store import Store
 from rethink_prune.text import duration, markdown, size
@@ -79,7 +78,8 @@ def list_stages(root: Path) -> list[StageState]:
     used = _used_stages(root)
     found = []
     for path in folder.iterdir():
-        if path.is_dir() and not path.name.startswith(REMOVED_PREFIX):
+        # Stages that are being removed have a name with a dot.
+        if path.is_dir() and not path.name.startswith("."):
             # Another process may remove the stage at this moment.
             with suppress(FileNotFoundError):
                 found.append(_read_stage(Stage(path), path.name in used))

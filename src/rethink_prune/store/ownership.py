@@ -106,47 +106,38 @@ class OwnedFolder:
 
     def _acquire(self) -> FileLock:
         lock = FileLock(self.folder / LOCK_FILE)
-        last_sign: int | None = None
-        since: float | None = None
+        heartbeat, since = None, None
         while True:
             try:
                 lock.acquire(blocking=False)
                 self._update_status({"owner": self.owner})
                 return lock
             except Timeout:
-                now, sign = time.monotonic(), self._last_sign()
+                status, now = self.status(), time.monotonic()
             except OSError as error:
                 raise UserError(
                     f"{lock.lock_file}: cannot be locked ({error.strerror}); name a folder on a file system that has "
                     "file locks with store.root=..."
                 ) from error
             if since is None:
-                status = self.status()
                 who = f"process {status.get('pid', '?')} on {status.get('host', '?')}"
                 log.info("waiting for %s: %s works on it", self.name, who)
-            if since is None or sign != last_sign:
-                last_sign, since = sign, now
+            # A heartbeat is compared only with an earlier one: the clocks of machines that share a store differ.
+            if since is None or status.get("heartbeat") != heartbeat:
+                heartbeat, since = status.get("heartbeat"), now
             elif now - since >= STALE_SECONDS:
-                self._take_over(last_sign)
+                self._take_over(heartbeat)
             time.sleep(POLL_SECONDS)
 
-    def _take_over(self, last_sign: int | None) -> None:
+    def _take_over(self, heartbeat: float | None) -> None:
         # A killed process's lock can live on in its children, and on some network file systems. Removing the lock file
         # is enough: the next attempt makes a new file and locks that one. Of two waiting processes, one has the second
-        # lock first; the other one then sees a new sign, and leaves the new lock file alone.
+        # lock first; the other one then sees a new heartbeat, and leaves the new lock file alone.
         with FileLock(self.folder / f"{LOCK_FILE}.break"):
-            if self._last_sign() == last_sign:
+            if self.status().get("heartbeat") == heartbeat:
                 log.warning("%s: no heartbeat for %.0f s: taking it over", self.name, STALE_SECONDS)
                 (self.folder / LOCK_FILE).unlink(missing_ok=True)
                 self._update_status({"owner": self.owner})
-
-    def _last_sign(self) -> int | None:
-        """Return when the status was last written, in nanoseconds; a living owner writes it again and again."""
-        # Only compared with an earlier value: the clocks of machines that share a store differ.
-        try:
-            return self._status_file.stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
 
     def _beat(self, stop: threading.Event) -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
