@@ -123,7 +123,13 @@ def _check_outcomes() -> None:
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Return the signals on which a study saves and stops; in a job of submitit, the one before a requeue as well."""
+    """Return the signals on which a study saves and stops; in a job of submitit, the one before a requeue as well.
+
+    Examples
+    --------
+    >>> [number.name for number in stop_signals()]
+    ['SIGINT', 'SIGTERM']
+    """
     return (*SIGNALS, signal.SIGUSR2) if _in_submitit_job() else SIGNALS
 
 

@@ -52,6 +52,11 @@ def single_stage(folder: Path) -> Stage:
     ------
     UserError
         If it is a run's folder; the message lists the run's stages.
+
+    Examples
+    --------
+    >>> single_stage(Path("store/stages/large-0123")).name
+    'large-0123'
     """
     if (folder / SUMMARY_FILE).is_file():
         stages = ", ".join(str(stage.folder) for stage in run_stages(folder).values())

@@ -32,8 +32,8 @@ class StageState:
 
     Attributes
     ----------
-    title, network : str
-        Which part of a study it is, and of which network.
+    network : str
+        Which network, and in brackets which part of a study.
     epoch, epochs : int
         Done, and to be done; 0 if it trains nothing.
     remaining : float or None
@@ -48,7 +48,6 @@ class StageState:
 
     folder: Path
     state: State
-    title: str
     network: str
     epoch: int
     epochs: int
@@ -70,6 +69,16 @@ def list_stages(root: Path) -> list[StageState]:
     ------
     UserError
         If `root` is no store, or a later version's.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     store = Store(Path(folder))
+    ...     store.prepare()
+    ...     store.stage("large-0123").folder.mkdir()
+    ...     [(stage.state, stage.folder.name) for stage in list_stages(store.root)]
+    [('unfinished', 'large-0123')]
     """
     Store(root).check()
     folder = root / "stages"
@@ -92,7 +101,7 @@ def stages_table(root: Path, stages: Sequence[StageState]) -> str:
         [
             stage.state,
             stage.folder.name,
-            f"{stage.network} ({stage.title})" if stage.title else "",
+            stage.network,
             f"{stage.epoch}/{stage.epochs}" if stage.epochs else "",
             "" if stage.remaining is None else duration(stage.remaining),
             size(stage.disk),
@@ -119,8 +128,7 @@ def _read_stage(stage: Stage, referenced: bool) -> StageState:
     return StageState(
         folder=stage.folder,
         state=state,
-        title=str(config.get("title", "")),
-        network=str((config.get("network") or {}).get("name", "")),
+        network=f"{(config.get('network') or {}).get('name', '')} ({config['title']})" if "title" in config else "",
         epoch=len(rows),
         epochs=epochs,
         remaining=rows[-1]["seconds"] / len(rows) * (epochs - len(rows)) if timed else None,

@@ -80,11 +80,11 @@ class Stage(OwnedFolder):
         self._check_start(status, started)
         if status.get("state") != "done":
             return None
-        try:
-            return self.finished()
-        except UserError as error:
-            log.warning("%s: the stage is done again", error)
+        damaged = self._first_damaged_file(status["digests"])
+        if damaged is not None:
+            log.warning("%s is damaged (its checksum does not match): the stage is done again", damaged)
             return None
+        return status["result"]
 
     def finished(self) -> dict[str, Any]:
         """Return the result, for callers that only read the stage and cannot do it again.
@@ -100,13 +100,11 @@ class Stage(OwnedFolder):
             status = json.loads(self._status_file.read_text())
             if status["state"] != "done":
                 raise UserError(f"{self.folder}: not a finished stage (state: {status['state']})")
-            digests, result = dict(status["digests"]), dict(status["result"])
+            damaged, result = self._first_damaged_file(status["digests"]), dict(status["result"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self._status_file}: is damaged") from None
-        for name, digest in digests.items():
-            path = self.folder / name
-            if not path.is_file() or file_digest(path) != digest:
-                raise UserError(f"{path}: is damaged (its checksum does not match)")
+        if damaged is not None:
+            raise UserError(f"{damaged}: is damaged (its checksum does not match)")
         return result
 
     def begin(self, config: Mapping[str, Any], started: Started | None) -> None:
@@ -157,6 +155,10 @@ class Stage(OwnedFolder):
         # No error if the stage is lost: the process ends anyway, and must leave the new owner's status alone.
         if self._is_owner():
             self._update_status({"state": "stopped"})
+
+    def _first_damaged_file(self, digests: Mapping[str, str]) -> Path | None:
+        paths = {self.folder / name: digest for name, digest in digests.items()}
+        return next((p for p, digest in paths.items() if not p.is_file() or file_digest(p) != digest), None)
 
     def _check_start(self, status: Mapping[str, Any], started: Started | None) -> None:
         recorded = status.get("started_from")
