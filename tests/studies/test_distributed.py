@@ -49,7 +49,7 @@ SCRIPT = """
     import os, signal, sys, time
     from datetime import timedelta
     import torch
-    from rethink_prune.store import stages as store
+    from rethink_prune.store import stage as store
     from rethink_prune.__main__ import main
     from rethink_prune.training import step, torchrun
 

@@ -18,7 +18,7 @@ from rethink_prune import build_model, load_model
 from rethink_prune.errors import UserError
 from rethink_prune.models.initialisers import INITIALISERS
 from rethink_prune.seeds import derive_seed, seeded
-from rethink_prune.store.stages import Stage
+from rethink_prune.store.stage import Stage
 
 Run = Callable[..., dict[str, Any]]
 

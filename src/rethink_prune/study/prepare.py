@@ -14,7 +14,7 @@ import torch
 from rethink_prune.config import StudyConfig, parse_config
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import Pruner, Target, find_pruner
-from rethink_prune.store.stages import Store
+from rethink_prune.store.store import Store
 from rethink_prune.study.arms import ARMS
 from rethink_prune.study.budget import Budget
 from rethink_prune.study.inputs import Inputs

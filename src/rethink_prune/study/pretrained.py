@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import file_digest
-from rethink_prune.store.stages import MODEL_FILE, Stage
+from rethink_prune.store.stage import MODEL_FILE, Stage
 
 TORCHVISION = "torchvision:"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rethink_prune.config import StudyConfig
 from rethink_prune.files import write_json
-from rethink_prune.store.stages import Done
+from rethink_prune.store.stage import Done
 from rethink_prune.study.describe import describe_study, hparams
 from rethink_prune.study.join import call_others
 from rethink_prune.study.keys import add_keys

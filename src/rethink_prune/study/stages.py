@@ -13,7 +13,8 @@ from typing import Any
 
 from rethink_prune.errors import Interrupted
 from rethink_prune.store.metrics import read_metrics, write_metrics
-from rethink_prune.store.stages import MODEL_FILE, Done, Failed, Stage, save_weights
+from rethink_prune.store.stage import MODEL_FILE, Done, Failed, Stage
+from rethink_prune.store.weights import save_weights
 from rethink_prune.study.keys import stage_name
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.prepare import PreparedStudy

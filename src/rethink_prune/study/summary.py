@@ -11,7 +11,8 @@ from typing import Any
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically, write_json
-from rethink_prune.store.stages import Done, Failed, Store
+from rethink_prune.store.stage import Done, Failed
+from rethink_prune.store.store import Store
 from rethink_prune.study.tables import study_table
 from rethink_prune.study.work import PrunedNetwork
 from rethink_prune.tracking.tensorboard import write_study

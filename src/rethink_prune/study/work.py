@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from rethink_prune.cost import Cost, count_cost
 from rethink_prune.data import Epoch
 from rethink_prune.seeds import derive_generator
-from rethink_prune.store.stages import Done, load_stage_weights
+from rethink_prune.store.stage import Done
+from rethink_prune.store.weights import load_stage_weights
 from rethink_prune.study.keys import shared_by_processes
 from rethink_prune.study.plan import UNPRUNED, StageSpec
 from rethink_prune.study.prepare import PreparedStudy
