@@ -15,6 +15,7 @@ from rethink_prune.config import PrunerOptions
 from rethink_prune.errors import UserError
 from rethink_prune.imports import import_object
 from rethink_prune.pruning.channel_pruner import ChannelPruner
+from rethink_prune.pruning.channel_target import Channelwise
 from rethink_prune.pruning.pruner import Pruner
 
 log = logging.getLogger(__name__)
@@ -79,13 +80,11 @@ def find_pruner(name: str) -> AnyPruner:
 @cache
 def _with_channel_defaults(found: AnyPruner) -> AnyPruner:
     """Return a user's class as it is, or, if it was written when `Pruner` scored channels, with that behaviour."""
-    # The first documentation had users derive from `Pruner` and define scores() or prune(), and left target() to it.
-    own = {name for name in ("scores", "prune") if getattr(found, name, None) is not getattr(Pruner, name, None)}
-    if issubclass(found, ChannelPruner) or not inspect.isabstract(found) or not own:
+    if found is Pruner or issubclass(found, Channelwise) or not inspect.isabstract(found):
         return found
+    # The first documentation had users derive from `Pruner` and define scores() or prune(), and left target() to it.
     log.warning("%s: a pruner of channels is a subclass of rethink_prune.pruning.ChannelPruner by now", found.__name__)
+    base = ChannelPruner if hasattr(found, "scores") else Channelwise
     # The module stays the user's: stage keys hold the digest of its file.
     content = {"__module__": found.__module__, "__doc__": found.__doc__}
-    if "scores" not in own:
-        content["scores"] = None  # not abstract: a class that overrides prune() need not score
-    return cast(AnyPruner, type(found.__name__, (found, ChannelPruner), content))
+    return cast(AnyPruner, type(found.__name__, (found, base), content))
