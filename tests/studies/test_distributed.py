@@ -49,7 +49,7 @@ SCRIPT = """
     import os, signal, sys, time
     from datetime import timedelta
     import torch
-    from rethink_prune.store import stage as store
+    from rethink_prune.store import stage, store
     from rethink_prune.__main__ import main
     from rethink_prune.training import step, torchrun
 
@@ -66,7 +66,7 @@ if rank > 0:
     for name in ("prepare", "stage", "record_run"):
         setattr(store.Store, name, refuse)
     for name in ("status", "result", "hold", "begin", "finish"):
-        setattr(store.Stage, name, refuse)
+        setattr(stage.Stage, name, refuse)
 """
 KILL = """
 calls, plain = 0, step.PlainStep.__call__

@@ -25,7 +25,7 @@ def describe_study(study: PreparedStudy, experiment: str | None) -> dict[str, An
         "test_images": info.test_images,
         "model": config.model.name,
         "pruner": config.pruner.name,
-        "target": {config.pruner.target: getattr(config.pruner, config.pruner.target)},
+        "target": {config.pruner.target_option: getattr(config.pruner, config.pruner.target_option)},
         "recipe": config.recipe.name,
         "budget": config.budget.name,
         "seed": config.seed,
