@@ -77,8 +77,9 @@ from rethink_prune import build_model, prune
 from rethink_prune.config import parse_pruner
 from rethink_prune.data import Files, Split, StreamBatches
 from rethink_prune.errors import UserError
-from rethink_prune.pruning import PRUNERS, find_pruner, surgery
+from rethink_prune.pruning import PRUNERS, find_pruner
 from rethink_prune.surgery.channels import analyse
+from rethink_prune.surgery.cut import apply
 from rethink_prune.training import loop
 from rethink_prune.training.precision import autocast, resolve_device
 from rethink_prune.training.schedule import build_optimizer
@@ -261,7 +262,7 @@ def measure_surgery(network: str, device: torch.device, options: argparse.Namesp
     drop = target.choose(pruner.scores(model, target.groups, data=None, generator=torch.Generator())).drop
     sides: dict[str, Side] = {
         "analysis": lambda: analyse(model, example),
-        "surgery": lambda: surgery.apply(model, target.channels.plan(drop)),
+        "surgery": lambda: apply(model, target.channels.plan(drop)),
         "prune(), whole call": lambda: prune(model, "l1", example=example, ratio=0.5),
     }
     seconds = take_turns(sides, options.rounds, torch.device("cpu"))  # pruning always happens there

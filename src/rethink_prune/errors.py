@@ -30,3 +30,16 @@ class Interrupted(KeyboardInterrupt):
     def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
         # Launchers send what ends a job from process to process.
         return type(self), (str(self), self.signum)
+
+
+def first_line(error: Exception) -> str:
+    r"""Return the first line of an error's message that is not blank; without a message, its class.
+
+    Examples
+    --------
+    >>> first_line(RuntimeError("\nout of memory\nand a long explanation"))
+    'out of memory'
+    >>> first_line(ValueError())
+    'ValueError'
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

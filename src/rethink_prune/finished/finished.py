@@ -28,7 +28,8 @@ from rethink_prune.finished.load import build_unpruned, load_model, read_config
 from rethink_prune.store.stages import MODEL_FILE, Stage, save_weights
 from rethink_prune.study.arms import ARMS
 from rethink_prune.study.run import check_config
-from rethink_prune.surgery.cut import Architecture, reshape
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 from rethink_prune.surgery.masks import apply_masks
 from rethink_prune.training.precision import describe_device
 from rethink_prune.training.train import Runtime, evaluate

@@ -18,7 +18,8 @@ from torch import nn
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.store.stages import Stage, load_stage_weights
-from rethink_prune.surgery.cut import Architecture, reshape
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 
 TORCHVISION = "torchvision:"
 

@@ -34,7 +34,8 @@ from rethink_prune.pruning.pruner import (
     Target,
 )
 from rethink_prune.pruning.selection import check_reach, widths_for_global_ratio, widths_for_ratio, widths_for_target
-from rethink_prune.surgery import cut as surgery
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 from rethink_prune.surgery.masks import apply_masks
 
 
@@ -95,9 +96,9 @@ class MagnitudeTarget(Target):
         """False: the masks follow from trained weights."""
         return False
 
-    def architecture(self) -> surgery.Architecture:
+    def architecture(self) -> Architecture:
         """Return the unpruned architecture."""
-        return surgery.Architecture()
+        return Architecture()
 
     def report(self, masks: Mapping[str, torch.Tensor] | None = None) -> PruneReport:
         """Return how many weights each layer keeps."""
@@ -165,8 +166,8 @@ class Magnitude(Pruner):
             mask = torch.zeros(len(values), dtype=torch.bool)
             mask[torch.sort(values, descending=True, stable=True).indices[: counts[name]].cpu()] = True
             masks[f"{name}.weight"] = mask.view(model.get_parameter(f"{name}.weight").shape)
-        pruned = surgery.reshape(model, surgery.Architecture())
+        pruned = reshape(model, Architecture())
         apply_masks(pruned, masks)
         report = target.report(masks)
         warnings = tuple(f"{name}: the threshold would have emptied it; its largest weight stays" for name in emptied)
-        return PruneResult(pruned, surgery.Architecture(masks=masks), PruneReport(report.layers, {}, warnings))
+        return PruneResult(pruned, Architecture(masks=masks), PruneReport(report.layers, {}, warnings))

@@ -29,8 +29,9 @@ from rethink_prune.pruning.selection import (
     widths_for_ratio,
     widths_for_target,
 )
-from rethink_prune.surgery import cut as surgery
+from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.channels import ChannelGroup, Channels, analyse
+from rethink_prune.surgery.cut import apply, reshape
 from rethink_prune.training.hooks import TrainingHooks
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -71,7 +72,7 @@ class PruneResult:
     """A pruned network with inherited weights, its architecture as data, and the report."""
 
     model: nn.Module
-    architecture: surgery.Architecture
+    architecture: Architecture
     report: PruneReport
 
 
@@ -101,7 +102,7 @@ class Target(ABC):
         """Whether the architecture follows from the options alone, so that scratch arms need no trained network."""
 
     @abstractmethod
-    def architecture(self) -> surgery.Architecture:
+    def architecture(self) -> Architecture:
         """Return an architecture as the options define it; of no use where it is not known."""
 
     @abstractmethod
@@ -112,7 +113,7 @@ class Target(ABC):
     def cost(self) -> Cost:
         """Cost of the pruned network, where it is known."""
         architecture = self.architecture()
-        pruned = surgery.reshape(self.shapes, architecture)
+        pruned = reshape(self.shapes, architecture)
         return count_cost(pruned, self.input_shape, masks=architecture.masks)
 
 
@@ -293,15 +294,15 @@ class ChannelTarget(Target):
         name = self._options.name
         return {**self.channels.frozen, **{group.name: f"not for {name}, which leaves it alone" for group in others}}
 
-    def _apply(self, model: nn.Module, drop: Mapping[str, Sequence[int]]) -> tuple[nn.Module, surgery.Architecture]:
-        return surgery.apply(model, self.channels.plan(drop))
+    def _apply(self, model: nn.Module, drop: Mapping[str, Sequence[int]]) -> tuple[nn.Module, Architecture]:
+        return apply(model, self.channels.plan(drop))
 
     @property
     def known(self) -> bool:
         """Whether the widths follow from the options alone."""
         return self.widths is not None
 
-    def architecture(self) -> surgery.Architecture:
+    def architecture(self) -> Architecture:
         """Return an architecture with these widths, the channels of highest index gone."""
         return self._cut_last(self.widths or self._sizes)[1]
 
@@ -408,7 +409,7 @@ class ChannelTarget(Target):
         pruned, architecture = self._cut_last(widths)
         return count_cost(pruned, self.input_shape, masks=architecture.masks)
 
-    def _cut_last(self, widths: Mapping[str, int]) -> tuple[nn.Module, surgery.Architecture]:
+    def _cut_last(self, widths: Mapping[str, int]) -> tuple[nn.Module, Architecture]:
         return self._apply(self.shapes, {name: range(widths[name], size) for name, size in self._sizes.items()})
 
     @property

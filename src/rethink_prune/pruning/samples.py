@@ -22,8 +22,8 @@ from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.pruner import Batches
 from rethink_prune.surgery.channels import ChannelGroup, Channels
-from rethink_prune.surgery.graph import evaluate, selects, trace
-from rethink_prune.surgery.rules import operation_name
+from rethink_prune.surgery.graph import infer_values, operation_name, trace
+from rethink_prune.surgery.selections import selects
 
 # Float64 values of one piece of a sample that are in memory at a time: 32 MB.
 _PIECE = 2**22
@@ -352,7 +352,7 @@ def output_positions(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str
     """
     shapes = on_meta(model)
     graph = trace(shapes)
-    values = evaluate(graph, shapes, (1, *input_shape))
+    values = infer_values(graph, shapes, (1, *input_shape))
     positions: dict[str, int] = {}
     for node, value in values.items():
         module = shapes.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -35,8 +35,9 @@ from rethink_prune.config import ChannelOptions
 from rethink_prune.cost import on_meta
 from rethink_prune.pruning.l1 import sums_over_filters
 from rethink_prune.pruning.pruner import Batches, ChannelTarget, Pruner
-from rethink_prune.surgery import cut as surgery
+from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.channels import ChannelGroup
+from rethink_prune.surgery.cut import apply
 from rethink_prune.surgery.graph import trace
 from rethink_prune.surgery.masks import apply_masks
 from rethink_prune.training.hooks import TrainingHooks
@@ -64,9 +65,9 @@ class SoftFilterTarget(ChannelTarget):
         order = [name for name, _ in model.named_modules()]
         return tuple(sorted((*inner, *filters), key=lambda group: order.index(group.layers[0])))
 
-    def _apply(self, model: nn.Module, drop: Mapping[str, Sequence[int]]) -> tuple[nn.Module, surgery.Architecture]:
+    def _apply(self, model: nn.Module, drop: Mapping[str, Sequence[int]]) -> tuple[nn.Module, Architecture]:
         cut = {name: units for name, units in drop.items() if name not in self.masked}
-        pruned, architecture = surgery.apply(model, self.channels.plan(cut))
+        pruned, architecture = apply(model, self.channels.plan(cut))
         masks: dict[str, torch.Tensor] = {}
         for group in self.groups:
             if group.name in self.masked and drop.get(group.name):
@@ -76,9 +77,7 @@ class SoftFilterTarget(ChannelTarget):
                         mask[list(drop[group.name])] = False
                         masks[f"{module}.{kind}"] = mask
         apply_masks(pruned, masks)
-        return pruned, surgery.Architecture(
-            architecture.modules, architecture.edits, architecture.selections, masks=masks
-        )
+        return pruned, Architecture(architecture.modules, architecture.edits, architecture.selections, masks=masks)
 
 
 class SoftFilter(Pruner):

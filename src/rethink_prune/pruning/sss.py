@@ -41,10 +41,11 @@ from rethink_prune.pruning.pruner import (
     Target,
     find_variant,
 )
-from rethink_prune.surgery import cut as surgery
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.branches import is_addition, remove_branches
 from rethink_prune.surgery.channels import ChannelGroup, Positions, analyse
-from rethink_prune.surgery.graph import evaluate, trace
-from rethink_prune.surgery.rules import operation_name
+from rethink_prune.surgery.cut import apply
+from rethink_prune.surgery.graph import infer_values, operation_name, trace
 from rethink_prune.training.hooks import TrainingHooks
 
 Kind = Literal["blocks", "groups", "channels"]
@@ -193,7 +194,7 @@ class SSSTarget(Target):
         """Whether a variant says what goes."""
         return self.gone is not None
 
-    def architecture(self) -> surgery.Architecture:
+    def architecture(self) -> Architecture:
         """Return the variant's architecture."""
         return self.cut(self.shapes, self.gone or {}).architecture
 
@@ -233,7 +234,7 @@ class SSSTarget(Target):
             By a structure's name: the indexes of units to remove. One unit remains of a layer that remains.
         """
         removed = tuple(s.name for s in self.structures if s.kind == "blocks" and gone.get(s.name))
-        remaining = dict((surgery.remove_branches(self.shapes, removed) if removed else self.shapes).named_modules())
+        remaining = dict((remove_branches(self.shapes, removed) if removed else self.shapes).named_modules())
         drop: dict[str, Sequence[int]] = {}
         widths, emptied = [], []
         for structure in self.structures:
@@ -247,9 +248,9 @@ class SSSTarget(Target):
                     kept, drop[name] = 1, drop[name][1:]
                     emptied.append(f"{name}: all of its factors are zero; one of its {structure.kind} stays")
             widths.append(LayerWidth(name, kept, full))
-        pruned, architecture = surgery.apply(model, self._channels.plan(drop))
+        pruned, architecture = apply(model, self._channels.plan(drop))
         if removed:
-            pruned, architecture = surgery.remove_branches(pruned, removed), replace(architecture, removed=removed)
+            pruned, architecture = remove_branches(pruned, removed), replace(architecture, removed=removed)
         report = PruneReport(tuple(widths), self._frozen, (*self._warnings, *emptied))
         return PruneResult(pruned, architecture, report)
 
@@ -322,7 +323,7 @@ def find_blocks(model: nn.Module, example: torch.Tensor) -> tuple[tuple[Structur
     """
     network = on_meta(model)
     graph = trace(network)
-    values = evaluate(graph, network, tuple(example.shape))
+    values = infer_values(graph, network, tuple(example.shape))
     modules = dict(network.named_modules())
     calls = Counter(str(node.target) for node in graph.nodes)
     convolutions: dict[fx.Node, frozenset[fx.Node]] = {}  # those each node depends on
@@ -332,7 +333,7 @@ def find_blocks(model: nn.Module, example: torch.Tensor) -> tuple[tuple[Structur
         convolutions[node] = frozenset([node] if is_convolution else ()).union(
             *(convolutions[operand] for operand in node.all_input_nodes)
         )
-        if not surgery.is_addition(node):
+        if not is_addition(node):
             continue
         if not all(isinstance(values[operand], torch.Tensor) for operand in (node, *node.all_input_nodes)):
             continue  # an addition of numbers, such as sizes
@@ -347,7 +348,7 @@ def find_blocks(model: nn.Module, example: torch.Tensor) -> tuple[tuple[Structur
     if not ends:
         return (), None
     try:
-        surgery.remove_branches(network, ends)
+        remove_branches(network, ends)
     except UserError as error:
         return (), str(error)
     return tuple(

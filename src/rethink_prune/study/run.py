@@ -35,7 +35,8 @@ from rethink_prune.study.pretrained import Checkpoint
 from rethink_prune.study.setup import Setup
 from rethink_prune.study.summary import Summary
 from rethink_prune.study.tables import plan_text
-from rethink_prune.surgery.cut import Architecture, reshape
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 from rethink_prune.text import duration
 from rethink_prune.tracking.tensorboard import ArmEvents
 from rethink_prune.training.checkpoint import Checkpoints

@@ -38,7 +38,8 @@ from rethink_prune.study.arms import ARMS
 from rethink_prune.study.budget import Budget, Training, phase_training
 from rethink_prune.study.keys import source_digest
 from rethink_prune.study.pretrained import Checkpoint, read_checkpoint
-from rethink_prune.surgery.cut import Architecture, reshape
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 from rethink_prune.surgery.masks import draw_masked
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.hooks import TrainingHooks
