@@ -31,7 +31,7 @@ class Architecture:
     modules : mapping of str to mapping of str to value
         New attribute values of each changed module: ``{"conv1": {"out_channels": 14}, ...}``.
     edits : mapping of str to mapping
-        New numbers for constants in the traced graph, by node name; see `edits.edit_graph`.
+        New numbers for constants in the traced graph, by node name; see `cut._edit_graph`.
     selections : mapping of str to torch.Tensor
         For batch norms, convolutions and linear layers that read a stream which stays whole: the indexes of the
         channels they read, int64.
@@ -91,8 +91,8 @@ class Architecture:
             for table in (modules, edits):
                 if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
                     raise ValueError("modules and edits must be tables")
-            has_tensors = content["selections"] or content["masks"]
-            tensors = load_file(folder / "architecture.safetensors") if has_tensors else {}
+            names = content["selections"] + content["masks"]
+            tensors = load_file(folder / "architecture.safetensors") if names else {}
             selections, masks = (
                 {name: tensors[f"{kind}/{name}"] for name in content[kind]} for kind in ("selections", "masks")
             )

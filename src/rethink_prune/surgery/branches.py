@@ -13,8 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.surgery.edits import run_graph
-from rethink_prune.surgery.graph import called_module, have_same_calls, operation_name, overwrites_operand, trace
+from rethink_prune.surgery.graph import have_same_calls, operation_name, overwrites_operand, run_graph, trace
 
 
 def remove_branches(model: nn.Module, ends: Sequence[str]) -> fx.GraphModule:
@@ -70,12 +69,11 @@ def remove_branches(model: nn.Module, ends: Sequence[str]) -> fx.GraphModule:
     for addition in [node for node in reversed(graph.nodes) if node in additions]:
         if not addition.users:
             continue  # it ran inside a branch that is gone by now
-        end, other = additions[addition]
-        remaining = other
+        end, remaining = additions[addition]
         if not all(_makes_new_tensor(user, modules) for user in addition.users):
             # The sum was a tensor of its own; a reader that overwrites it (in-place ReLU) must not reach the shortcut.
             with graph.inserting_before(addition):
-                remaining = graph.call_method("clone", (other,))
+                remaining = graph.call_method("clone", (remaining,))
         addition.replace_all_uses_with(remaining)
         graph.erase_node(addition)
         for node in _erase_unread(graph, unread_before, modules):
@@ -155,7 +153,7 @@ def _erase_unread(graph: fx.Graph, kept: Set[fx.Node], modules: Mapping[str, nn.
     overwritten = {
         node: node.all_input_nodes[0]
         for node in reversed(graph.nodes)
-        if node.all_input_nodes and overwrites_operand(node, called_module(node, modules))
+        if node.all_input_nodes and overwrites_operand(node, modules)
     }
     graph.eliminate_dead_code(kept.__contains__)
     remaining = set(graph.nodes)

@@ -24,14 +24,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.surgery.channel_ids import ChannelIds
-from rethink_prune.surgery.flows import Ids
+from rethink_prune.surgery.channel_ids import ChannelIds, Ids
 from rethink_prune.surgery.follow import follow_channels, tie_shared_parameters
 from rethink_prune.surgery.graph import have_same_calls, trace
 from rethink_prune.surgery.plan import CutPlan, Positions, plan_cut
 from rethink_prune.surgery.selections import selecting_module, selects
-
-GroupKind = Literal["conv", "linear", "selection"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class ChannelGroup:
     """
 
     name: str
-    kind: GroupKind
+    kind: Literal["conv", "linear", "selection"]
     layers: tuple[str, ...]
     units: tuple[Mapping[str, Positions], ...]
     norms: Mapping[str, tuple[Positions, ...]]
@@ -131,8 +128,7 @@ class Channels:
             For each convolution or linear layer that reads the group's channels and is none of its own layers: per
             unit its input positions (several after a flatten, one as a rule).
         """
-        _, units, _ = self._groups[group.name]
-        read = [self._inputs_of.get(unit, {}) for unit in units]
+        read = [self._inputs_of.get(unit, {}) for unit in self._groups[group.name][1]]
         names = [name for name in self._ids.inputs if any(name in places for places in read)]
         return {n: tuple(places.get(n, ()) for places in read) for n in names if n not in group.layers}
 
@@ -173,7 +169,8 @@ class Channels:
     @cached_property
     def _groups(self) -> dict[str, tuple[ChannelGroup, list[int], bool]]:
         """Each group by name, with the numbers of its units and whether they are coupled."""
-        layers_of, norms_of = self._places(self._ids.outputs), self._places(self._ids.features)
+        norm_ids = {n: v for n, v in self._ids.features.items() if isinstance(self._ids.modules[n], _BatchNorm)}
+        layers_of, norms_of = self._places(self._ids.outputs), self._places(norm_ids)
         # Units of the same layers are alike; where a layer has several kinds, each is a group, so that no
         # choice within groups empties a layer. (The streams of a ResNet with padded shortcuts: 16, 16 more
         # and 32 more channels.)
@@ -184,18 +181,14 @@ class Channels:
         for (coupled, layers), units in members.items():
             same = sum(group.layers[0] == layers[0] for group, _, _ in found.values())
             name = f"{layers[0]}#{same + 1}" if same else layers[0]
-            kind: GroupKind = "linear" if isinstance(self._ids.modules.get(layers[0]), nn.Linear) else "conv"
+            linear = isinstance(self._ids.modules.get(layers[0]), nn.Linear)
             norms = dict.fromkeys(norm for unit in units for norm in norms_of.get(unit, ()))
             group = ChannelGroup(
                 name=name,
-                kind="selection" if selecting_module(layers[0]) else kind,
+                kind="selection" if selecting_module(layers[0]) else "linear" if linear else "conv",
                 layers=layers,
                 units=tuple(layers_of[unit] for unit in units),
-                norms={
-                    norm: tuple(norms_of.get(unit, {}).get(norm, ()) for unit in units)
-                    for norm in norms
-                    if isinstance(self._ids.modules[norm], _BatchNorm)
-                },
+                norms={norm: tuple(norms_of.get(unit, {}).get(norm, ()) for unit in units) for norm in norms},
             )
             found[name] = group, units, coupled
         return found
@@ -258,11 +251,10 @@ def analyse(model: nn.Module, example: torch.Tensor, *, selecting: Literal["norm
     return Channels(ids)
 
 
-def _components(count: int, edges: Iterable[tuple[Ids, Ids]]) -> npt.NDArray[np.int64]:
+def _components(count: int, edges: list[tuple[Ids, Ids]]) -> npt.NDArray[np.int64]:
     """Return the number of the connected component of each of ``0 ... count - 1``."""
-    pairs = list(edges)
-    if not pairs:
+    if not edges:
         return np.arange(count)
-    first, second = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    first, second = (np.concatenate(side) for side in zip(*edges, strict=True))
     graph = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(count, count))
     return connected_components(graph, directed=False)[1].astype(np.int64)

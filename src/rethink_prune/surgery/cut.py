@@ -19,8 +19,7 @@ from rethink_prune.errors import UserError
 from rethink_prune.surgery.architecture import INPUT_WIDTHS, OUTPUT_WIDTHS, Architecture
 from rethink_prune.surgery.branches import remove_branches
 from rethink_prune.surgery.channels import Channels
-from rethink_prune.surgery.edits import edit_graph, run_graph
-from rethink_prune.surgery.graph import describe_call, infer_values
+from rethink_prune.surgery.graph import describe_call, infer_values, run_graph, trace
 from rethink_prune.surgery.plan import CutPlan
 from rethink_prune.surgery.selections import select_inputs
 
@@ -61,7 +60,7 @@ def apply(model: nn.Module, plan: CutPlan) -> tuple[nn.Module, Architecture]:
     """
     pruned = _cut(model, plan.outputs, plan.inputs, plan.selections, plan.attributes)
     shapes = on_meta(pruned).eval()
-    graph = edit_graph(shapes, plan.edits)
+    graph = _edit_graph(shapes, plan.edits)
     _check_operations(graph, shapes, plan)
     if plan.edits:
         pruned = run_graph(pruned, graph, shapes)
@@ -111,7 +110,7 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
     reshaped = _cut(model, outputs, inputs, architecture.selections, architecture.modules)
     if architecture.edits:
         shapes = on_meta(reshaped).eval()
-        reshaped = run_graph(reshaped, edit_graph(shapes, architecture.edits), shapes)
+        reshaped = run_graph(reshaped, _edit_graph(shapes, architecture.edits), shapes)
     return remove_branches(reshaped, architecture.removed) if architecture.removed else reshaped
 
 
@@ -140,10 +139,9 @@ def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]
     """
     masked = copy.deepcopy(model)
     plan = channels.plan(drop)
-    modules = dict(masked.named_modules())
     with torch.no_grad():
         for name, kept in plan.outputs.items():
-            module = modules[name]
+            module = masked.get_submodule(name)
             # Scale and shift of a batch norm, both: with the shift left, a masked channel would be a constant.
             tensors = [t for t in (module.weight, getattr(module, "bias", None)) if isinstance(t, torch.Tensor)]
             # A norm without scale and shift gives zero for a zero channel only if its mean is zero.
@@ -152,7 +150,7 @@ def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]
                 tensor[_dropped_positions(kept, len(tensor))] = 0
         for name in plan.selections.keys() & plan.inputs.keys():
             # Others read the whole stream; this layer's weights for what it does not select are zero.
-            weight = modules[name].get_parameter("weight")
+            weight = masked.get_parameter(f"{name}.weight")
             weight[:, _dropped_positions(plan.inputs[name], weight.shape[1])] = 0
     return masked
 
@@ -174,8 +172,7 @@ def _cut(
     memo: dict[int, Any] = {}
     for name in outputs.keys() | inputs.keys():
         module = model.get_submodule(name)
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for key, tensor in tensors:
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.ndim == 0 or key == "selected":  # a batch norm's step count; set below
                 continue
             cut = tensor.detach()
@@ -198,6 +195,76 @@ def _cut(
         device = next((tensor.device for tensor in module.parameters()), None)
         select_inputs(module, torch.as_tensor(indexes).to(device))
     return result
+
+
+def _edit_graph(shapes: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> fx.Graph:
+    """Return the trace of a network with constants rewritten.
+
+    Parameters
+    ----------
+    shapes : nn.Module
+        A copy `cost.on_meta`, in evaluation mode.
+    edits : mapping of str to mapping
+        For a graph node's name:
+
+        ``kind`` : {"slice", "narrow", "split", "pad", "size"}
+            The operation: an index with a slice, ``narrow``, ``split`` or ``chunk``, ``pad``, ``view`` and its like.
+        ``position`` : int
+            Where the numbers stand in the index, padding or size.
+        ``counts`` : list of int
+            Channels before and inside the slice; of each part; before and after a padded stream; of the result.
+
+    Raises
+    ------
+    UserError
+        If the graph has no such node, or if the kind is not known.
+
+    Examples
+    --------
+    >>> class Halves(nn.Module):
+    ...     def forward(self, x):
+    ...         return x.narrow(1, 0, 4)
+    >>> graph = _edit_graph(Halves(), {"narrow": {"kind": "narrow", "position": 0, "counts": [0, 3]}})
+    >>> [node.args for node in graph.nodes if node.name == "narrow"]
+    [(x, 1, 0, 3)]
+    """
+    graph = trace(shapes)
+    nodes = {node.name: node for node in graph.nodes}
+    for name, edit in edits.items():
+        if name not in nodes:
+            raise UserError(f"{type(shapes).__name__}: its graph has no {name}, which the architecture changes")
+        _write_counts(nodes[name], edit["kind"], edit["position"], list(edit["counts"]))
+    return graph
+
+
+def _write_counts(node: fx.Node, kind: str, position: int, counts: list[int]) -> None:
+    """Write new channel counts into the arguments of a graph node."""
+    options: dict[str, Any] = {}
+    arguments: tuple[Any, ...]
+    match kind:
+        case "slice":
+            index = node.args[1]
+            items: list[Any] = list(index) if isinstance(index, tuple | list) else [index]
+            items[position] = slice(counts[0], counts[0] + counts[1])
+            arguments = (tuple(items),)
+        case "narrow":
+            arguments = (node.args[1] if len(node.args) > 1 else node.kwargs["dim"], *counts)
+        case "split":
+            # chunk divides evenly; the parts need not remain equal.
+            node.target = "split" if node.op == "call_method" else torch.split
+            arguments = (counts, node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0))
+        case "pad":
+            padding: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
+            arguments = ([*padding[:position], *counts, *padding[position + 2 :]], *node.args[2:])
+            options = {name: value for name, value in node.kwargs.items() if name != "pad"}
+        case "size":
+            # view(2, -1), view((2, -1)), reshape(x, shape=(2, -1))
+            sizes: Any = node.args[1:] or tuple(node.kwargs.values())
+            sizes = sizes[0] if isinstance(sizes[0], tuple | list) else sizes
+            arguments = ((*sizes[:position], counts[0], *sizes[position + 1 :]),)
+        case _:
+            raise UserError(f"{node.name}: unknown kind of edit {kind!r}")
+    node.args, node.kwargs = (node.args[0], *arguments), options
 
 
 def _check_operations(graph: fx.Graph, shapes: nn.Module, plan: CutPlan) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rethink_prune.surgery.channel_ids import ChannelIds, FollowedNode
-from rethink_prune.surgery.flows import Call, ChannelStream, Flow, NoRule
+from rethink_prune.surgery.channel_ids import Call, ChannelIds, ChannelStream, Flow, FollowedNode, NoRule
 from rethink_prune.surgery.graph import called_module, describe_call, infer_values, operation_name
 from rethink_prune.surgery.rules.functions import function_rule
 from rethink_prune.surgery.rules.modules import follow_module

@@ -1,4 +1,4 @@
-"""A network as a graph of operations: tracing it, naming what it calls, and the shape of every value."""
+"""A network as a graph of operations: tracing it, the shape of every value, what a node calls, running it again."""
 
 from __future__ import annotations
 
@@ -165,9 +165,35 @@ def called_module(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module 
     return modules[str(node.target)] if node.op == "call_module" else None
 
 
-def overwrites_operand(node: fx.Node, module: nn.Module | None) -> bool:
-    """Tell whether a call, of `module` or of a function, writes its result into its first operand."""
+def overwrites_operand(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a call, of one of the modules or of a function, writes its result into its first operand."""
+    module = called_module(node, modules)
     if module is not None:
         return bool(getattr(module, "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.endswith("_") or name in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace"))
+
+
+def run_graph(model: nn.Module, graph: fx.Graph, traced: nn.Module) -> fx.GraphModule:
+    """Return a graph module around the modules of `model`, which must not be used any more.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network with its weights.
+    graph : fx.Graph
+        A changed trace of `traced`.
+    traced : nn.Module
+        The copy of `model` that was traced.
+    """
+    for node in graph.nodes:
+        if node.op == "get_attr" and hasattr(traced, node.target) and not hasattr(model, node.target):
+            # A tensor that the forward pass creates; the tracer put it into the module it traced.
+            model.register_buffer(node.target, getattr(traced, node.target), persistent=False)
+    result = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    # It holds what its graph uses, in plain containers. With the network's own tables instead, the keys of
+    # the state dict, their order and unused parts (auxiliary heads) remain.
+    for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        setattr(result, table, getattr(model, table))
+    result.training = model.training
+    return result

@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.errors import UserError
-from rethink_prune.surgery.channel_ids import ChannelIds, FollowedNode
-from rethink_prune.surgery.flows import Ids
+from rethink_prune.surgery.channel_ids import ChannelIds, FollowedNode, Ids
 from rethink_prune.surgery.selections import selecting_module
 
 Positions = tuple[int, ...]
@@ -38,7 +37,7 @@ class CutPlan:
     attributes : mapping of str to mapping of str to value
         The attributes to set: ``out_channels``, ``in_channels``, ``groups``, ``num_features``, ...
     edits : mapping of str to mapping
-        New numbers for constants in the graph that count channels, by node name; see `edits.edit_graph`.
+        New numbers for constants in the graph that count channels, by node name; see `cut._edit_graph`.
     widths : mapping of str to (int, int)
         Kept and full output channels of every convolution, linear layer and selection.
     """
@@ -79,8 +78,8 @@ def plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds) -> CutPlan:
         module = selecting_module(name)
         if module is None:
             plan.outputs[name] = kept
-            linear = isinstance(ids.modules[name], nn.Linear)
-            plan.set_attribute(name, "out_features" if linear else "out_channels", len(kept))
+            layer = ids.modules[name]
+            plan.set_attribute(name, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(kept))
         else:
             # Positions count what the module selects so far; the architecture counts the channels of the stream.
             before = ids.selected.get(module)

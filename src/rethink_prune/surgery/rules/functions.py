@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from rethink_prune.surgery.channel_ids import ChannelIds, Counts, Padding
-from rethink_prune.surgery.flows import Call, ChannelCount, ChannelStream, Flow, NoRule, count_from_end
+from rethink_prune.surgery.channel_ids import Call, ChannelCount, ChannelIds, ChannelStream, Counts, Flow, NoRule
 from rethink_prune.surgery.graph import operation_name, overwrites_operand
 
 Rule = Callable[[ChannelIds, Call], Flow]
@@ -80,9 +79,8 @@ def follow_arithmetic(ids: ChannelIds, call: Call) -> Flow:
     # What is divided by zero is no zero.
     if call.name == "div" and isinstance(second, ChannelStream) and (second.zero or len(streams) == 1):
         raise NoRule("division by a channel")
-    additive = call.name in ("add", "sub")
     if len(streams) == 2:
-        result = _unite_operands(ids, call, first, second, additive)
+        result = _unite_operands(ids, call, first, second)
     else:
         (stream,) = streams
         constant = call.value(1, "other") if stream is first else call.value(0, "input")
@@ -91,14 +89,13 @@ def follow_arithmetic(ids: ChannelIds, call: Call) -> Flow:
         if is_tensor and constant.ndim >= -stream.axis and constant.shape[stream.axis] > 1:
             ids.freeze(stream.ids, f"{call.label}: {call.name} with a tensor that stays whole")
             return None
-        adds_nothing = not additive or (not is_tensor and constant == 0)
+        adds_nothing = call.name in ("mul", "div") or (not is_tensor and constant == 0)
         result = replace(stream, zero=stream.zero and adds_nothing)
     return _freeze_if_overwritten(ids, call, result)
 
 
-def _unite_operands(
-    ids: ChannelIds, call: Call, first: ChannelStream, second: ChannelStream, additive: bool
-) -> ChannelStream:
+def _unite_operands(ids: ChannelIds, call: Call, first: ChannelStream, second: ChannelStream) -> ChannelStream:
+    additive = call.name in ("add", "sub")
     if first.axis != second.axis:
         raise NoRule(f"{call.name} of channels along different dimensions")
     if len(first.ids) != len(second.ids):
@@ -122,7 +119,7 @@ def _freeze_if_overwritten(ids: ChannelIds, call: Call, result: ChannelStream) -
     for it.
     """
     operand = call.node.args[0]
-    if not result.zero and isinstance(operand, fx.Node) and overwrites_operand(call.node, call.module):
+    if not result.zero and isinstance(operand, fx.Node) and overwrites_operand(call.node, ids.modules):
         computed = _FUNCTION_RULES.get(operation_name(operand)) in (follow_arithmetic, follow_elementwise)
         if len(operand.users) > 1 or not (computed or operand.op == "call_module"):
             ids.freeze(result.ids, f"{call.label}: overwrites a tensor with other readers")
@@ -132,7 +129,7 @@ def _freeze_if_overwritten(ids: ChannelIds, call: Call, result: ChannelStream) -
 def follow_concatenation(ids: ChannelIds, call: Call) -> Flow:
     """Join the ids, or unite them where streams are joined along another dimension."""
     parts, tensors = call.flow(0, "tensors"), call.value(0, "tensors")
-    axis = count_from_end(call.dim(1, 0), call.result.ndim)
+    axis = _count_from_end(call.dim(1, 0), call.result.ndim)
     streams = [part for part in parts if isinstance(part, ChannelStream)]
     if len(streams) != len(call.channel_flows()) or len({stream.axis for stream in streams}) != 1:
         raise NoRule
@@ -189,7 +186,7 @@ def follow_narrow(ids: ChannelIds, call: Call) -> Flow:
     stream, start, length = call.stream, call.written(2, "start"), call.written(3, "length")
     if not isinstance(start, int) or not isinstance(length, int):
         raise NoRule
-    if count_from_end(call.dim(1), call.result.ndim) != stream.axis:
+    if _count_from_end(call.dim(1), call.result.ndim) != stream.axis:
         return stream
     return _cut_out(ids, call, stream, "narrow", 0, lambda n: (start if start >= 0 else start + n, length))
 
@@ -208,7 +205,7 @@ def follow_split(ids: ChannelIds, call: Call) -> Flow:
     how = call.written(1, "split_size_or_sections") if how is None else how
     if not all(isinstance(n, int) for n in (how if isinstance(how, tuple | list) else [how])):
         raise NoRule
-    if count_from_end(call.dim(2, 0), call.args[0].ndim) != stream.axis:
+    if _count_from_end(call.dim(2, 0), call.args[0].ndim) != stream.axis:
         return [stream] * len(call.result)
 
     def count(width: int) -> tuple[int, ...]:
@@ -243,8 +240,7 @@ def follow_padding(ids: ChannelIds, call: Call) -> Flow:
         raise NoRule(f"{described} of channels")
     added = ids.paddings.get(call.label) if module is not None else None
     if added is None:
-        added = Padding(position, ids.fresh(counts[0]), ids.fresh(counts[1]))
-        ids.coupled += [added.before, added.after]
+        added = ids.fresh_padding(position, counts)
         if value != 0:  # it cannot go with channels that would be zero
             ids.freeze(np.concatenate([added.before, added.after]), f"{call.label}: padded with {value}")
         if module is None:
@@ -257,8 +253,7 @@ def follow_padding(ids: ChannelIds, call: Call) -> Flow:
 def follow_reshape(ids: ChannelIds, call: Call) -> Flow:
     """Follow channels through flatten, view, reshape, squeeze and unsqueeze; a flatten repeats ids."""
     stream = call.subject if call.name in _TAKES_SIZES else call.stream
-    layout = _find_layout(tuple(call.args[0].shape), stream.axis, tuple(call.result.shape))
-    if layout is None:
+    if (layout := _find_layout(tuple(call.args[0].shape), stream.axis, tuple(call.result.shape))) is None:
         raise NoRule(f"{call.name} splits the channels")
     dim, outer, inner = layout
     result = replace(stream, ids=np.tile(np.repeat(stream.ids, inner), outer), axis=dim - call.result.ndim)
@@ -337,10 +332,14 @@ def follow_reduction(ids: ChannelIds, call: Call) -> Flow:
     if dims is None or not isinstance(call.result, torch.Tensor):
         raise NoRule
     ndim = call.args[0].ndim
-    reduced = {count_from_end(dim, ndim) for dim in (dims if isinstance(dims, Sequence) else [dims])}
+    reduced = {_count_from_end(dim, ndim) for dim in (dims if isinstance(dims, Sequence) else [dims])}
     if stream.axis in reduced:
         raise NoRule(f"{call.name} over the channels")
     return stream if keep_dims else replace(stream, axis=stream.axis + sum(dim > stream.axis for dim in reduced))
+
+
+def _count_from_end(dim: int, ndim: int) -> int:
+    return dim - ndim if dim >= 0 else dim
 
 
 def follow_size(ids: ChannelIds, call: Call) -> Flow:

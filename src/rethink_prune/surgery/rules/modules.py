@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from rethink_prune.surgery.channel_ids import ChannelIds
-from rethink_prune.surgery.flows import Call, ChannelStream, Flow, Ids, NoRule
+from rethink_prune.surgery.channel_ids import Call, ChannelIds, ChannelStream, Flow, Ids, NoRule
 from rethink_prune.surgery.rules import functions
 from rethink_prune.surgery.selections import selection_of, selects
 
@@ -58,15 +57,15 @@ def follow_module(ids: ChannelIds, call: Call, *, selecting: bool) -> Flow:
 
 def _follow_layer(ids: ChannelIds, call: Call, layer: Any) -> ChannelStream:
     """Give a convolution or linear layer fresh outputs; unite the inputs and outputs of each group."""
-    name, linear = call.label, isinstance(layer, nn.Linear)
-    axis, groups = (-1, 1) if linear else (-1 - len(layer.kernel_size), layer.groups)
-    inputs = _input_ids(ids, call, axis, layer.in_features if linear else layer.in_channels)
+    name, shape, groups = call.label, layer.weight.shape, getattr(layer, "groups", 1)
+    axis = 1 - len(shape)
+    inputs = _input_ids(ids, call, axis, groups * shape[1])
     if groups == 1 and call.channel_flows():  # with groups, the layer's own zero weights hide its input
         ids.need_zero(call.stream, call)
     if name in ids.outputs:
         ids.tie(ids.inputs[name], inputs)
     else:
-        outputs = ids.fresh(layer.out_features if linear else layer.out_channels)
+        outputs = ids.fresh(shape[0])
         ids.inputs[name], ids.outputs[name] = inputs, outputs
         if groups > 1:
             # Torch has no convolution with groups of different sizes, so a group goes as a whole.
