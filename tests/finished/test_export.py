@@ -24,7 +24,8 @@ from rethink_prune.files import file_digest
 from rethink_prune.finished.onnx import ONNX_TOLERANCE, export_onnx
 from rethink_prune.study.pretrained import read_checkpoint
 from rethink_prune.study.run import run_study
-from rethink_prune.surgery.cut import Architecture, reshape
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 from rethink_prune.training.interrupts import Interrupts
 
 ON_CPU = ("--device", "cpu", "--precision", "fp32")

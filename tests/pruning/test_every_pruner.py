@@ -24,7 +24,8 @@ from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import PRUNERS, ChannelPruner, find_pruner
 from rethink_prune.pruning.channel_target import ChannelTarget
 from rethink_prune.seeds import derive_generator
-from rethink_prune.surgery.cut import Architecture, mask, reshape
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import mask, reshape
 
 IMAGE = (2, 3, 16, 16)
 # Every family, as small as it comes.

@@ -16,7 +16,8 @@ from rethink_prune.errors import UserError
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import find_pruner
 from rethink_prune.pruning.pruner import PruneResult
-from rethink_prune.surgery.cut import Architecture, reshape
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 
 SIZE = 16
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)

@@ -19,7 +19,7 @@ from rethink_prune.pruning.samples import (
 from rethink_prune.pruning.working_copy import WorkingCopy
 from rethink_prune.surgery.channels import analyse
 from rethink_prune.surgery.cut import mask
-from rethink_prune.surgery.graph import select_inputs
+from rethink_prune.surgery.selections import select_inputs
 
 CPU = torch.device("cpu")
 LAYERS = [

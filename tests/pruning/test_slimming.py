@@ -17,7 +17,8 @@ from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import find_pruner
 from rethink_prune.pruning.pruner import PruneResult
-from rethink_prune.surgery.cut import Architecture, reshape
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 from rethink_prune.training.hooks import TrainingHooks
 
 SIZE = 16

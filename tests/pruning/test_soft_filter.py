@@ -20,7 +20,8 @@ from rethink_prune.pruning.channel_target import ChannelTarget
 from rethink_prune.pruning.pruner import PruneResult
 from rethink_prune.pruning.soft_filter import SoftFilter
 from rethink_prune.study.budget import scratch_b_epochs
-from rethink_prune.surgery.cut import Architecture, reshape
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 
 SIZE = 16
 SHAPE = (3, SIZE, SIZE)

@@ -23,7 +23,8 @@ from rethink_prune.errors import UserError
 from rethink_prune.pruning import PruneResult
 from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.pruning.sss import SSS, SSSOptions, SSSTarget
-from rethink_prune.surgery.cut import Architecture, reshape
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 
 NAME = "rethink_prune.pruning.sss:SSS"
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

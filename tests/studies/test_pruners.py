@@ -14,7 +14,7 @@ from rethink_prune import count_cost, load_model
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS
 from rethink_prune.study.run import run_study
-from rethink_prune.surgery.cut import Architecture
+from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.interrupts import Interrupts
 
 Run = Callable[..., dict[str, Any]]

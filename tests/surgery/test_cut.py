@@ -18,9 +18,10 @@ from torchvision import models
 
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
+from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.channels import analyse
-from rethink_prune.surgery.cut import Architecture, apply, mask, reshape
-from rethink_prune.surgery.graph import select_inputs
+from rethink_prune.surgery.cut import apply, mask, reshape
+from rethink_prune.surgery.selections import select_inputs
 
 IMAGE = (2, 3, 8, 8)
 
@@ -124,7 +125,8 @@ def test_architecture_round_trip_in_a_new_process(tmp_path: Path) -> None:
         from pathlib import Path
         import torch
         from safetensors.torch import load_file
-        from rethink_prune.surgery.cut import Architecture, reshape
+        from rethink_prune.surgery.architecture import Architecture
+        from rethink_prune.surgery.cut import reshape
 
         spec = spec_from_file_location("test_surgery", sys.argv[2])
         tests = module_from_spec(spec)

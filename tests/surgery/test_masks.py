@@ -13,9 +13,10 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from rethink_prune import prune
 from rethink_prune.data import EvalBatches, Split, TrainBatches
-from rethink_prune.surgery.cut import Architecture
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.masks import Masks, apply_masks, draw_masked
 from rethink_prune.training.checkpoint import Checkpoints
-from rethink_prune.training.hooks import HeldMasks, Masks, TrainingHooks, apply_masks, draw_masked
+from rethink_prune.training.hooks import HeldMasks, TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.schedule import OptimizerSpec
 from rethink_prune.training.train import Runtime, train

@@ -17,7 +17,8 @@ from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.store.stage import Stage
 from rethink_prune.store.weights import load_stage_weights
-from rethink_prune.surgery.cut import Architecture, reshape
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 
 Factory = Callable[..., nn.Module]
 _NETWORK_KEYS = {"name": str, "options": dict, "num_classes": int, "in_channels": int, "image_size": int}

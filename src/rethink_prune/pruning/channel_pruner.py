@@ -10,7 +10,8 @@ from torch import nn
 
 from rethink_prune.pruning.channel_target import ChannelTarget, Channelwise, Options
 from rethink_prune.pruning.pruner import Batches, PruneResult
-from rethink_prune.surgery.channels import ChannelGroup, Positions
+from rethink_prune.surgery.channels import ChannelGroup
+from rethink_prune.surgery.plan import Positions
 
 Groups = Sequence[ChannelGroup]
 Scores = Mapping[str, torch.Tensor]

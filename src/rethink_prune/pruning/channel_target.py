@@ -15,8 +15,9 @@ from rethink_prune.errors import UserError
 from rethink_prune.pruning import selection
 from rethink_prune.pruning.pruner import LayerWidth, Pruner, PruneReport, PruneResult, Target
 from rethink_prune.pruning.selection import PerLayer, kept_count
-from rethink_prune.surgery import cut as surgery
+from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.channels import ChannelGroup, Channels, analyse
+from rethink_prune.surgery.cut import apply
 from rethink_prune.surgery.masks import apply_masks
 
 
@@ -92,7 +93,7 @@ class ChannelTarget(Target):
         """Whether the widths follow from the options alone."""
         return self.widths is not None
 
-    def architecture(self) -> surgery.Architecture:
+    def architecture(self) -> Architecture:
         """Return an architecture with these widths, the channels of highest index gone."""
         return self._cut_last(self.widths or self._sizes)[1]
 
@@ -208,15 +209,15 @@ class ChannelTarget(Target):
         pruned, architecture = self._cut_last(widths)
         return count_cost(pruned, self.input_shape, masks=architecture.masks)
 
-    def _cut_last(self, widths: Mapping[str, int]) -> tuple[nn.Module, surgery.Architecture]:
+    def _cut_last(self, widths: Mapping[str, int]) -> tuple[nn.Module, Architecture]:
         # Which channels go decides neither shapes nor costs, so any will do: here those of highest index.
         return self._drop(self.shapes, {name: range(widths[name], size) for name, size in self._sizes.items()})
 
-    def _drop(self, model: nn.Module, drop: Mapping[str, Sequence[int]]) -> tuple[nn.Module, surgery.Architecture]:
+    def _drop(self, model: nn.Module, drop: Mapping[str, Sequence[int]]) -> tuple[nn.Module, Architecture]:
         """Return a copy of `model` without these units, removed or masked."""
         # A masked unit keeps its place, so the plan of the cut does not know it.
         removed = {name: units for name, units in drop.items() if name not in self.masked}
-        pruned, architecture = surgery.apply(model, self.channels.plan(removed))
+        pruned, architecture = apply(model, self.channels.plan(removed))
         masks: dict[str, torch.Tensor] = {}
         for group in self.groups:
             if group.name in self.masked and drop.get(group.name):

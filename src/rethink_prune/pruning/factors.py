@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rethink_prune.surgery.channels import Positions
+from rethink_prune.surgery.plan import Positions
 from rethink_prune.training.hooks import TrainingHooks
 
 # Exact classes: a subclass may compute something that no weights express when it is scaled.

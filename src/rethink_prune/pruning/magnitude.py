@@ -26,7 +26,8 @@ from rethink_prune.cost import Cost, layer_macs, weight_macs
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target
 from rethink_prune.pruning.selection import PerLayer, wanted_cost, widths_for_global_ratio, widths_for_ratio
-from rethink_prune.surgery import cut as surgery
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 from rethink_prune.surgery.masks import apply_masks
 
 
@@ -83,9 +84,9 @@ class MagnitudeTarget(Target):
         """False: the masks follow from trained weights."""
         return False
 
-    def architecture(self) -> surgery.Architecture:
+    def architecture(self) -> Architecture:
         """Return the unpruned architecture."""
-        return surgery.Architecture()
+        return Architecture()
 
     def report(self, counts: Mapping[str, int] | None = None, warnings: tuple[str, ...] = ()) -> PruneReport:
         """Return how many weights each layer keeps: all of them without `counts`."""
@@ -161,7 +162,7 @@ class Magnitude(Pruner[MagnitudeOptions, MagnitudeTarget]):
             mask[torch.sort(values, descending=True, stable=True).indices[: counts[name]].cpu()] = True
             masks[f"{name}.weight"] = mask.view(model.get_parameter(f"{name}.weight").shape)
         # A copy: with nothing to cut, reshape changes no shape.
-        pruned = surgery.reshape(model, surgery.Architecture())
+        pruned = reshape(model, Architecture())
         apply_masks(pruned, masks)
         warnings = tuple(f"{name}: the threshold would have emptied it; its largest weight stays" for name in emptied)
-        return PruneResult(pruned, surgery.Architecture(masks=masks), target.report(counts, warnings))
+        return PruneResult(pruned, Architecture(masks=masks), target.report(counts, warnings))

@@ -17,7 +17,8 @@ from torch import nn
 from rethink_prune.config import PerLayerRatio, PrunerOptions, Widths
 from rethink_prune.cost import Cost, count_cost, on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.surgery import cut as surgery
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.cut import reshape
 from rethink_prune.training.hooks import TrainingHooks
 
 # Training batches of (images, labels), if there are any.
@@ -70,7 +71,7 @@ class PruneResult:
     """A pruned network with inherited weights, its architecture as data, and the report."""
 
     model: nn.Module
-    architecture: surgery.Architecture
+    architecture: Architecture
     report: PruneReport
 
 
@@ -108,7 +109,7 @@ class Target(ABC):
         """Whether the architecture follows from the options alone, so that scratch arms need no trained network."""
 
     @abstractmethod
-    def architecture(self) -> surgery.Architecture:
+    def architecture(self) -> Architecture:
         """Return the architecture that the options define; without meaning unless `known`."""
 
     @abstractmethod
@@ -119,7 +120,7 @@ class Target(ABC):
     def cost(self) -> Cost:
         """Cost of the pruned network; without meaning unless `known`."""
         architecture = self.architecture()
-        pruned = surgery.reshape(self.shapes, architecture)
+        pruned = reshape(self.shapes, architecture)
         return count_cost(pruned, self.input_shape, masks=architecture.masks)
 
 

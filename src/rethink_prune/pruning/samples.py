@@ -13,7 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.pruner import Batches
-from rethink_prune.surgery.graph import evaluate, selects, trace
+from rethink_prune.surgery.graph import trace
+from rethink_prune.surgery.selections import selects
 
 # Float64 values of one piece of a sample that are in memory at a time: 32 MB.
 _PIECE = 2**22
@@ -181,7 +182,7 @@ def output_positions(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str
     """
     shapes = on_meta(model)
     graph = trace(shapes)
-    values = evaluate(graph, shapes, (1, *input_shape))
+    values = infer_values(graph, shapes, (1, *input_shape))
     positions: dict[str, int] = {}
     for node, value in values.items():
         module = shapes.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -31,8 +31,11 @@ from rethink_prune.errors import UserError
 from rethink_prune.pruning.factors import ScalingFactors, unit_magnitudes
 from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target, Variants
 from rethink_prune.pruning.structures import KINDS, Kind, Structure, find_blocks, find_layers
-from rethink_prune.surgery import cut as surgery
-from rethink_prune.surgery.channels import Positions, analyse
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.branches import remove_branches
+from rethink_prune.surgery.channels import analyse
+from rethink_prune.surgery.cut import apply
+from rethink_prune.surgery.plan import Positions
 
 # Of each stage: how many blocks remain, and whether its first, which has the projection, is among them.
 Remaining = Mapping[str, tuple[int, bool]]
@@ -154,7 +157,7 @@ class SSSTarget(Target):
         """Whether a variant says what goes."""
         return self.gone is not None
 
-    def architecture(self) -> surgery.Architecture:
+    def architecture(self) -> Architecture:
         """Return the variant's architecture."""
         return self.cut(self.shapes, self.gone or {}).architecture
 
@@ -195,7 +198,7 @@ class SSSTarget(Target):
             By a structure's name: the indexes of units to remove. One unit remains of a layer that remains.
         """
         removed = tuple(s.name for s in self.structures if s.kind == "blocks" and gone.get(s.name))
-        modules = dict((surgery.remove_branches(self.shapes, removed) if removed else self.shapes).named_modules())
+        modules = dict((remove_branches(self.shapes, removed) if removed else self.shapes).named_modules())
         drop: dict[str, Sequence[int]] = {}
         widths, emptied = [], []
         for structure in self.structures:
@@ -211,9 +214,9 @@ class SSSTarget(Target):
                     emptied.append(f"{name}: all of its factors are zero; one of its {structure.kind} stays")
             widths.append(LayerWidth(name, kept, full))
         # Channels first: their plan is for the graph with all branches.
-        pruned, architecture = surgery.apply(model, self._channels.plan(drop))
+        pruned, architecture = apply(model, self._channels.plan(drop))
         if removed:
-            pruned, architecture = surgery.remove_branches(pruned, removed), replace(architecture, removed=removed)
+            pruned, architecture = remove_branches(pruned, removed), replace(architecture, removed=removed)
         report = PruneReport(tuple(widths), self._frozen, (*self._warnings, *emptied))
         return PruneResult(pruned, architecture, report)
 

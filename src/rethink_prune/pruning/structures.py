@@ -14,10 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.factors import can_scale
-from rethink_prune.surgery import cut as surgery
-from rethink_prune.surgery.channels import ChannelGroup, Positions
-from rethink_prune.surgery.graph import evaluate, trace
-from rethink_prune.surgery.rules import operation_name
+from rethink_prune.surgery.branches import is_addition, remove_branches
+from rethink_prune.surgery.channels import ChannelGroup
+from rethink_prune.surgery.graph import operation_name, trace
+from rethink_prune.surgery.plan import Positions
 
 Kind = Literal["blocks", "groups", "channels"]
 KINDS: tuple[Kind, ...] = ("blocks", "groups", "channels")
@@ -75,7 +75,7 @@ def find_blocks(model: nn.Module, example: torch.Tensor) -> tuple[tuple[Structur
     """
     network = on_meta(model)
     graph = trace(network)
-    values = evaluate(graph, network, tuple(example.shape))
+    values = infer_values(graph, network, tuple(example.shape))
     modules = dict(network.named_modules())
     calls = module_calls(graph)
     convolutions: dict[fx.Node, frozenset[fx.Node]] = {}  # those each node depends on
@@ -86,7 +86,7 @@ def find_blocks(model: nn.Module, example: torch.Tensor) -> tuple[tuple[Structur
             *(convolutions[operand] for operand in node.all_input_nodes)
         )
         # What both operands depend on lies before the block; the rest of each is its own.
-        if not surgery.is_addition(node):
+        if not is_addition(node):
             continue
         if not all(isinstance(values[operand], torch.Tensor) for operand in (node, *node.all_input_nodes)):
             continue  # an addition of numbers, such as sizes
@@ -102,7 +102,7 @@ def find_blocks(model: nn.Module, example: torch.Tensor) -> tuple[tuple[Structur
     if not ends:
         return (), None
     try:
-        surgery.remove_branches(network, ends)
+        remove_branches(network, ends)
     except UserError as error:
         return (), str(error)
     return tuple(

@@ -17,8 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.pruning.samples import Layer
 from rethink_prune.surgery.channels import ChannelGroup, Channels
-from rethink_prune.surgery.graph import trace
-from rethink_prune.surgery.rules import operation_name
+from rethink_prune.surgery.graph import operation_name, trace
 
 
 @dataclass(frozen=True)

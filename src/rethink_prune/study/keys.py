@@ -22,7 +22,7 @@ from rethink_prune.models import model_factory
 from rethink_prune.pruning import PRUNERS, Pruner
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.pretrained import Checkpoint
-from rethink_prune.surgery.cut import Architecture
+from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.schedule import OptimizerSpec
 

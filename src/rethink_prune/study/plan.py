@@ -14,7 +14,7 @@ from rethink_prune.cost import Cost
 from rethink_prune.pruning import Target
 from rethink_prune.study.arms import ARMS, Length
 from rethink_prune.study.budget import Budget
-from rethink_prune.surgery.cut import Architecture
+from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.schedule import OptimizerSpec
 
 Kind = Literal["large", "sparse", "prune", "finetune", "scratch"]

@@ -18,7 +18,7 @@ from rethink_prune.store.weights import load_stage_weights
 from rethink_prune.study.keys import shared_by_processes
 from rethink_prune.study.plan import UNPRUNED, StageSpec
 from rethink_prune.study.prepare import PreparedStudy
-from rethink_prune.surgery.cut import Architecture
+from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.evaluate import evaluate
 from rethink_prune.training.hooks import HeldMasks

@@ -7,13 +7,13 @@ exactly what it computes with the channel's weights, and its batch norms' scale 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
 
 import numpy as np
 import numpy.typing as npt
-from torch import fx
+from torch import fx, nn
 
 Ids = npt.NDArray[np.int64]
 
@@ -23,7 +23,7 @@ class NoRule(Exception):
 
 
 @dataclass(frozen=True)
-class Stream:
+class ChannelStream:
     """A tensor whose channels have ids.
 
     Attributes
@@ -42,7 +42,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Width:
+class ChannelCount:
     """An integer that the network read off a stream: the number of its channels."""
 
     ids: Ids
@@ -50,7 +50,7 @@ class Width:
 
 # What travels along an edge of the graph. None is what no channel can be removed from: the input image, a
 # parameter, a number, or the result of an operation without a rule.
-Flow = Union[Stream, Width, Sequence["Flow"], None]  # noqa: UP007  (a string cannot be an operand of |)
+Flow = Union[ChannelStream, ChannelCount, Sequence["Flow"], None]  # noqa: UP007  (a string cannot be an operand of |)
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ class Call:
     """One node of the graph, with flows and values of its arguments and the value of its result.
 
     Values are meta tensors, numbers, and containers of both. In `flow_args` and `flow_kwargs`, the flow of
-    each node stands in its place.
+    each node stands in its place. `name` is that of the operation, or of the class of `module`.
     """
 
     node: fx.Node
+    module: nn.Module | None
     name: str
     flow_args: tuple[Any, ...]
     flow_kwargs: Mapping[str, Any]
@@ -86,41 +87,34 @@ class Call:
         return self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name)
 
     @property
-    def subject(self) -> Stream:
+    def subject(self) -> ChannelStream:
         """The first argument, which channels must run through."""
         first = self.flow(0, "input")
-        if not isinstance(first, Stream):
+        if not isinstance(first, ChannelStream):
             raise NoRule(f"{self.name} with a channel count")
         return first
 
     @property
-    def stream(self) -> Stream:
+    def stream(self) -> ChannelStream:
         """The first argument, which must be the only one that channels run through."""
-        if len(self.counted()) > 1:
+        if len(self.channel_flows()) > 1:
             raise NoRule(f"{self.name} of several streams, or with a channel count")
         return self.subject
 
     @property
     def label(self) -> str:
         """Name for messages: the module's, or else the node's."""
-        return str(self.node.target) if self.node.op == "call_module" else self.node.name
+        return self.node.name if self.module is None else str(self.node.target)
 
-    def counted(self) -> list[Stream | Width]:
-        """Return every stream and width among the arguments."""
-        return list(leaves([self.flow_args, list(self.flow_kwargs.values())]))
+    def channel_flows(self) -> list[ChannelStream | ChannelCount]:
+        """Return every stream and channel count among the arguments, in sequences, slices and mappings too."""
+        leaves: list[Any] = []
+        fx.node.map_aggregate((self.flow_args, dict(self.flow_kwargs)), leaves.append)
+        return [leaf for leaf in leaves if isinstance(leaf, ChannelStream | ChannelCount)]
 
 
-def leaves(flow: Any) -> Iterator[Stream | Width]:
-    """Give the streams and widths in a nest of sequences, slices and mappings."""
-    if isinstance(flow, Stream | Width):
-        yield flow
-    elif isinstance(flow, slice):
-        yield from leaves([flow.start, flow.stop, flow.step])
-    elif isinstance(flow, Mapping):
-        yield from leaves(list(flow.values()))
-    elif isinstance(flow, Sequence) and not isinstance(flow, str):
-        for part in flow:
-            yield from leaves(part)
+# From the number of channels that an operation reads to the numbers of channels it counts.
+Counts = Callable[[int], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -132,7 +126,7 @@ class Constant:
     node : str
         Name of the graph node.
     kind : {"slice", "narrow", "split", "pad", "size"}
-        How the numbers are written; see `surgery.rewrite`.
+        How the numbers are written; see `cut._edit_graph`.
     position : int
         Where in the argument they stand.
     stream : ndarray
@@ -140,7 +134,7 @@ class Constant:
     pieces : tuple of ndarray
         The ids that each number counts.
     unedited : callable
-        From the input's number of channels to the counts the operation arrives at if it is left as it is.
+        The counts that the operation arrives at if it is left as it is.
     """
 
     node: str
@@ -148,55 +142,44 @@ class Constant:
     position: int
     stream: Ids
     pieces: tuple[Ids, ...]
-    unedited: Callable[[int], tuple[int, ...]]
+    unedited: Counts
 
 
 @dataclass(frozen=True)
-class ModulePadding:
-    """A padding module that adds channels.
+class Padding:
+    """Channels that padding adds, `before` and `after` a stream, and where in the padding their numbers start."""
 
-    Attributes
-    ----------
-    padding : tuple of int
-        The module's, last dimension first.
-    position : int
-        Where in it the channels' two entries start.
-    before, after : ndarray
-        Ids of the channels it adds.
-    """
-
-    padding: tuple[int, ...]
     position: int
     before: Ids
     after: Ids
 
 
-_SELECTION = ".selected"
+@dataclass(frozen=True)
+class FollowedNode:
+    """A node of the graph whose result is a tensor: what it calls, the shape, and the channels if there are any."""
 
-
-def selection_of(module: str) -> str:
-    """Return the name of what a module selects from its input: that of the buffer with the indexes."""
-    return module + _SELECTION
-
-
-def selecting_module(name: str) -> str | None:
-    """Return the module that a selection belongs to; None for the name of a layer."""
-    return name.removesuffix(_SELECTION) if name.endswith(_SELECTION) else None
+    call: str
+    shape: tuple[int, ...]
+    stream: ChannelStream | None
 
 
 @dataclass
 class ChannelIds:
-    """The ids of a network's channels and what is known about them.
+    """The ids of a network's channels and what the rules found out about them.
 
     Attributes
     ----------
+    modules : mapping of str to nn.Module
+        All modules of the network, at full width.
+    input_shape : tuple of int
+        The shape the network is analysed with, batch dimension included.
     can_edit : bool
         Whether constants in the graph may be rewritten.
     count : int
         How many ids there are: 0, 1, ... ``count - 1``.
     outputs, inputs : dict of str to ndarray
         Ids of the output and input channels of each convolution and linear layer, by module name in order of
-        execution. What a module selects from a stream is an output of its own, named by `selection_of`.
+        execution. What a module selects from a stream is an output of its own, named by `selections.selection_of`.
     features : dict of str to ndarray
         Ids of the channels that a module normalises or scales one by one.
     united : list of pairs of ndarray
@@ -207,12 +190,22 @@ class ChannelIds:
         Ids that must stay, and why.
     coupled : list of ndarray
         Ids that an addition or a padding ties.
+    constants : list of Constant
+        Numbers in the graph that count channels.
+    paddings : dict of str to Padding
+        Modules that add channels, by name.
+    selected : dict of str to list of int
+        The channels that modules select already, as positions in the stream.
+    nodes : dict of str to FollowedNode
+        The nodes of the evaluation graph.
     read_directly : set of str
         Parameters and buffers that are read outside of their module, by name.
     warnings : list of str
         What was left whole for want of a rule.
     """
 
+    modules: Mapping[str, nn.Module]
+    input_shape: tuple[int, ...]
     can_edit: bool = True
     count: int = 0
     outputs: dict[str, Ids] = field(default_factory=dict)
@@ -223,7 +216,9 @@ class ChannelIds:
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
     coupled: list[Ids] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
-    paddings: dict[str, ModulePadding] = field(default_factory=dict)
+    paddings: dict[str, Padding] = field(default_factory=dict)
+    selected: dict[str, list[int]] = field(default_factory=dict)
+    nodes: dict[str, FollowedNode] = field(default_factory=dict)
     read_directly: set[str] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
 
@@ -232,46 +227,43 @@ class ChannelIds:
         self.count += count
         return np.arange(self.count - count, self.count)
 
-    def whole(self, count: int, reason: str) -> Ids:
+    def fresh_frozen(self, count: int, reason: str) -> Ids:
         """Return new ids for channels that must stay."""
         ids = self.fresh(count)
         self.freeze(ids, reason)
         return ids
 
+    def fresh_padding(self, position: int, counts: tuple[int, ...]) -> Padding:
+        """Return new ids for channels that padding adds; they tie others like an addition does."""
+        added = Padding(position, self.fresh(counts[0]), self.fresh(counts[1]))
+        self.coupled += [added.before, added.after]
+        return added
+
     def freeze(self, ids: Ids, reason: str) -> None:
-        """Note that channels must stay."""
+        """Record that channels must stay."""
         self.frozen.append((ids, reason))
 
     def unite(self, first: Ids, second: Ids) -> None:
-        """Note that channels meet in one value, position by position."""
-        if first is not second:
-            self.united.append((first, second))
+        """Record that channels meet in one value, position by position."""
+        self.united.append((first, second))
 
     def tie(self, first: Ids, second: Ids) -> None:
-        """Note that the weights of a module tie channels, position by position."""
-        if first is not second:
-            self.tied.append((first, second))
+        """Record that the weights of a module tie channels, position by position."""
+        self.tied.append((first, second))
 
-    def leave_whole(self, call: Call, reason: str) -> None:
+    def freeze_operands(self, call: Call, reason: str) -> None:
         """Freeze everything a call reads, with a warning."""
-        for flow in call.counted():
+        for flow in call.channel_flows():
             self.freeze(flow.ids, f"{call.label}: {reason}")
         self.warnings.append(f"{call.label}: {reason}; the channels it reads stay whole")
 
-    def need_zero(self, stream: Stream, call: Call) -> None:
+    def need_zero(self, stream: ChannelStream, call: Call) -> None:
         """Freeze the channels of `stream` if masking does not make them zero, so `call` would miss them."""
         if not stream.zero:
             self.freeze(stream.ids, f"{call.label}: reads values that are not zero in a masked channel")
 
-    def add_constant(
-        self,
-        call: Call,
-        kind: str,
-        position: int,
-        pieces: tuple[Ids, ...],
-        unedited: Callable[[int], tuple[int, ...]],
-    ) -> None:
-        """Note numbers in the call's arguments that count channels, or freeze what they count."""
+    def add_constant(self, call: Call, kind: str, position: int, pieces: tuple[Ids, ...], unedited: Counts) -> None:
+        """Record numbers in the call's arguments that count channels, or freeze what they count; see `Constant`."""
         stream = call.subject.ids
         if self.can_edit:
             self.constants.append(Constant(call.label, kind, position, stream, pieces, unedited))

@@ -1,8 +1,9 @@
-"""A network as a graph of operations, and the shape of every value in it without running a kernel."""
+"""A network as a graph of operations: tracing it, the shape of every value, what a node calls, running it again."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,51 +11,20 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rethink_prune.errors import UserError
+from rethink_prune.errors import UserError, first_line
 
-# Their output has their input's shape. Torch decomposes these on meta tensors in Python, which would take
-# nine tenths of the time.
-_SAME_SHAPE_MODULES = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SiLU,
-    nn.Hardswish,
-)
+# The output of these has the shape of the input. Torch decomposes them on meta tensors in Python, which would take
+# nine tenths of the time of an analysis.
+_SAME_SHAPE_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
 _SAME_SHAPE_FUNCTIONS = (F.relu, torch.relu)
-
-
-def select_inputs(module: nn.Module, indexes: torch.Tensor) -> None:
-    """Make a module read only some channels of its input, which stays whole for its other readers.
-
-    The indexes become the buffer ``selected``, which is no part of the state dict: they belong to the architecture. A
-    hook instead of a wrapper keeps the module's class and the keys of its weights.
-
-    Parameters
-    ----------
-    module : nn.Module
-        A batch norm, convolution or linear layer for that many channels. Changed in place.
-    indexes : torch.Tensor
-        The channels (dimension 1) to read, in the order to read them: int64, shape ``(selected,)``.
-    """
-    if not selects(module):
-        module.register_forward_pre_hook(_select)
-    module.register_buffer("selected", indexes.to(torch.int64), persistent=False)
-
-
-def selects(module: nn.Module) -> bool:
-    """Tell whether `select_inputs` was applied to a module."""
-    return isinstance(getattr(module, "selected", None), torch.Tensor)
-
-
-def _select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (args[0].index_select(1, module.get_buffer("selected")), *args[1:])
+_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv")
+_ALIASES = {**{name: name[1:] for name in _IN_PLACE_OPERATORS}, "itruediv": "div", "truediv": "div", "multiply": "mul"}
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        # Subclasses of batch norm (timm has some with an activation inside) stay one call: their scale and shift
+        # can be cut like any batch norm's, whatever else their forward does.
         return isinstance(module, _BatchNorm) or super().is_leaf_module(module, qualified_name)
 
 
@@ -72,25 +42,58 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
     ------
     UserError
         If ``torch.fx`` cannot trace it.
+
+    Examples
+    --------
+    >>> [node.name for node in trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).nodes]
+    ['input_1', '_0', '_1', 'output']
     """
     model.train(training)
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     try:
+        # A forward pass that draws random numbers draws them while it is traced, too.
         with torch.random.fork_rng(devices=[]):
             graph = _Tracer().trace(model, concrete_args=defaults or None)
     except Exception as error:  # a user's forward may raise anything when it is given proxies
-        name, reason = type(model).__name__, _first_line(error)
+        name, reason = type(model).__name__, first_line(error)
         raise UserError(f"{name}: torch.fx cannot trace it, so its channels cannot be followed: {reason}") from error
     for node in graph.nodes:
-        # One spelling for f(x) and f(input=x), so that whoever reads the graph need not know both.
+        # One spelling for f(x) and f(input=x), so that readers of the graph need to know one only.
         if "input" in node.kwargs and not node.args:
             node.args = (node.kwargs["input"],)
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
     return graph
 
 
-def evaluate(graph: fx.Graph, model: nn.Module, input_shape: tuple[int, ...]) -> dict[fx.Node, Any]:
+class _ShapeInterpreter(fx.Interpreter):
+    """Runs a graph on meta tensors; errors say which module or operation refused its operands."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # whatever an operation raises about its operands
+            network, name = type(self.module).__name__, n.target if n.op == "call_module" else n.name
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            given = ", ".join(str(tuple(arg.shape)) for arg in args if isinstance(arg, torch.Tensor)) or "this"
+            raise UserError(f"{network}: {name}: cannot take {given}: {first_line(error)}") from error
+        # Tensors that a forward pass creates on the CPU cannot meet meta tensors.
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.submodules[target]
+        # With a hook (such as a selection of the input), the output has another shape than the input.
+        if type(module) not in _SAME_SHAPE_MODULES or module._forward_pre_hooks:
+            return module(*args, **kwargs)
+        if isinstance(module, _BatchNorm) and module.num_features != args[0].shape[1]:
+            raise ValueError(f"expects {module.num_features} channels, got {args[0].shape[1]}")
+        return args[0]
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0] if target in _SAME_SHAPE_FUNCTIONS else super().call_function(target, args, kwargs)
+
+
+def infer_values(graph: fx.Graph, model: nn.Module, input_shape: tuple[int, ...]) -> dict[fx.Node, Any]:
     """Return the value of every node for an input of `input_shape`, as meta tensors.
 
     Parameters
@@ -106,63 +109,91 @@ def evaluate(graph: fx.Graph, model: nn.Module, input_shape: tuple[int, ...]) ->
     ------
     UserError
         If an operation refuses its operands; names the module or the operation.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()).to("meta")
+    >>> values = infer_values(trace(model), model, (1, 3, 6, 6))
+    >>> {node.name: tuple(value.shape) for node, value in values.items()}
+    {'input_1': (1, 3, 6, 6), '_0': (1, 8, 4, 4), '_1': (1, 128), 'output': (1, 128)}
     """
-    modules = dict(model.named_modules())
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     example = torch.empty(input_shape, dtype=next(floating, torch.get_default_dtype()), device="meta")
-    values: dict[fx.Node, Any] = {}
-
-    def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if node.op == "placeholder":
-            return args[0] if args else example  # an argument of the placeholder is its default
-        if node.op == "get_attr":
-            return _attribute(model, str(node.target))
-        if node.op == "call_module":
-            module = modules[str(node.target)]
-            if type(module) not in _SAME_SHAPE_MODULES or selects(module):
-                return module(*args, **kwargs)
-            if isinstance(module, _BatchNorm) and module.num_features != args[0].shape[1]:
-                raise ValueError(f"expects {module.num_features} channels, got {args[0].shape[1]}")
-            return args[0]
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "output":
-            return args[0]
-        if node.target in _SAME_SHAPE_FUNCTIONS:
-            return args[0]
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    for node in graph.nodes:
-        args = fx.node.map_arg(node.args, values.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-        try:
-            with torch.no_grad():
-                value = compute(node, args, kwargs)
-        except Exception as error:  # whatever an operation raises about its operands
-            name = node.target if node.op == "call_module" else node.name
-            given = ", ".join(str(tuple(arg.shape)) for arg in args if isinstance(arg, torch.Tensor))
-            raise UserError(
-                f"{type(model).__name__}: {name}: cannot take {given or 'this'}: {_first_line(error)}"
-            ) from error
-        # Tensors that a forward creates on the CPU cannot meet meta tensors.
-        values[node] = value.to("meta") if isinstance(value, torch.Tensor) else value
-    return values
+    interpreter = _ShapeInterpreter(model, garbage_collect_values=False, graph=graph)
+    interpreter.extra_traceback = False
+    with torch.no_grad():
+        interpreter.run(example, enable_io_processing=False)
+    return interpreter.env
 
 
 def describe_call(node: fx.Node) -> str:
-    """Return the call as text: what is called, with which constants."""
+    """Return the call as text: what is called, with which constants.
+
+    Examples
+    --------
+    >>> [describe_call(node) for node in trace(nn.Flatten()).nodes][1]
+    'flatten(input_1, 1, -1)'
+    """
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
     arguments = [repr(a) for a in node.args] + [f"{key}={value!r}" for key, value in node.kwargs.items()]
     return f"{target}({', '.join(arguments)})"
 
 
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type's name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def have_same_calls(first: fx.Graph, second: fx.Graph) -> bool:
+    """Tell whether two graphs, such as those of the two modes of a network, run the same operations."""
+    calls = [[(node.name, describe_call(node)) for node in graph.nodes] for graph in (first, second)]
+    return calls[0] == calls[1]
 
 
-def _attribute(model: nn.Module, path: str) -> Any:
-    value: Any = model
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+def operation_name(node: fx.Node) -> str:
+    """Return the plain name of what a function or method node calls: ``x += y``, ``x.add_(y)`` are ``add``.
+
+    Functions from elsewhere than torch are named by their module too, so that no rule takes them for torch's.
+    """
+    if isinstance(node.target, str):
+        name = node.target.rstrip("_")
+    else:
+        name = getattr(node.target, "__name__", repr(node.target)).rstrip("_")
+        home = (getattr(node.target, "__module__", None) or "torch").split(".")[0]
+        if home not in ("torch", "torchvision", "_operator", "builtins"):
+            return f"{home}.{name}"
+    return _ALIASES.get(name, name)
+
+
+def called_module(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """Return the module that a node calls; None if it is a function, a method, an input or the output."""
+    return modules[str(node.target)] if node.op == "call_module" else None
+
+
+def overwrites_operand(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a call, of one of the modules or of a function, writes its result into its first operand."""
+    module = called_module(node, modules)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_") or name in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace"))
+
+
+def run_graph(model: nn.Module, graph: fx.Graph, traced: nn.Module) -> fx.GraphModule:
+    """Return a graph module around the modules of `model`, which must not be used any more.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network with its weights.
+    graph : fx.Graph
+        A changed trace of `traced`.
+    traced : nn.Module
+        The copy of `model` that was traced.
+    """
+    for node in graph.nodes:
+        if node.op == "get_attr" and hasattr(traced, node.target) and not hasattr(model, node.target):
+            # A tensor that the forward pass creates; the tracer put it into the module it traced.
+            model.register_buffer(node.target, getattr(traced, node.target), persistent=False)
+    result = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    # It holds what its graph uses, in plain containers. With the network's own tables instead, the keys of
+    # the state dict, their order and unused parts (auxiliary heads) remain.
+    for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        setattr(result, table, getattr(model, table))
+    result.training = model.training
+    return result

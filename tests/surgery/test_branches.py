@@ -15,8 +15,10 @@ from torchvision import models
 from harness import randomise
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.branches import remove_branches
 from rethink_prune.surgery.channels import analyse
-from rethink_prune.surgery.cut import Architecture, apply, remove_branches, reshape
+from rethink_prune.surgery.cut import apply, reshape
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 

@@ -1,0 +1,427 @@
+"""Rules of functions and methods.
+
+In this order: operations inside each channel, arithmetic, what moves channels, what changes the layout or reads the
+shape, and the table of all by the plain name of the operation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from rethink_prune.surgery.channel_ids import Call, ChannelCount, ChannelIds, ChannelStream, Counts, Flow, NoRule
+from rethink_prune.surgery.graph import operation_name, overwrites_operand
+
+Rule = Callable[[ChannelIds, Call], Flow]
+_TAKES_SIZES = ("view", "reshape")
+
+
+def follow_normalisation(ids: ChannelIds, call: Call) -> Flow:
+    """Leave whole what is normalised over several channels: without one, the statistics of the others change."""
+    # Instance norm does not mix channels, but no network that is pruned here has it, so it shares this rule.
+    for flow in call.channel_flows():
+        ids.freeze(flow.ids, f"{call.label}: normalised by {call.name}")
+    return None
+
+
+def follow_unchanged(ids: ChannelIds, call: Call) -> Flow:
+    """Pass: zero stays zero, and no channel sees another."""
+    if not isinstance(call.result, torch.Tensor):
+        raise NoRule
+    return call.stream
+
+
+def follow_pooling(ids: ChannelIds, call: Call) -> Flow:
+    """Pass if the pooled dimensions, 1 to 3 at the end, are not the channels."""
+    dimensions = re.search(r"([123])d", call.name)
+    if dimensions is None or call.stream.axis >= -int(dimensions[1]):
+        raise NoRule(f"{call.name} along the channels")
+    return follow_unchanged(ids, call)
+
+
+def follow_resampling(ids: ChannelIds, call: Call) -> Flow:
+    """Pass if the channels are dimension 1; interpolation works on the dimensions after it."""
+    if call.stream.axis != 1 - call.result.ndim:
+        raise NoRule(f"{call.name} along the channels")
+    return follow_unchanged(ids, call)
+
+
+def follow_elementwise(ids: ChannelIds, call: Call) -> Flow:
+    """Pass, after trying what the function makes of zero."""
+    stream, target = call.stream, call.node.target
+    if any(isinstance(value, torch.Tensor) for value in [*call.args[1:], *call.kwargs.values()]):
+        raise NoRule
+    function: Any = call.module
+    if function is None:
+        function = getattr(torch.Tensor, target) if isinstance(target, str) else target
+    # f(0) decides: a masked channel that becomes 0.5 in a sigmoid still reaches the next layer, a removed one does not.
+    image = function(torch.zeros(1), *call.args[1:], **call.kwargs)
+    return _freeze_if_overwritten(ids, call, replace(stream, zero=stream.zero and not image.any().item()))
+
+
+def follow_arithmetic(ids: ChannelIds, call: Call) -> Flow:
+    """Unite the operands of ``+ - * /``, channel by channel.
+
+    A sum of zeros is zero. A product is zero where one factor is, so a gate that is not (squeeze and
+    excitation) may be multiplied with the stream whose channels it scales.
+    """
+    first, second = call.flow(0, "input"), call.flow(1, "other")
+    streams = [operand for operand in (first, second) if isinstance(operand, ChannelStream)]
+    if len(call.channel_flows()) != len(streams):
+        raise NoRule(f"{call.name} with a channel count")
+    # What is divided by zero is no zero.
+    if call.name == "div" and isinstance(second, ChannelStream) and (second.zero or len(streams) == 1):
+        raise NoRule("division by a channel")
+    if len(streams) == 2:
+        result = _unite_operands(ids, call, first, second)
+    else:
+        (stream,) = streams
+        constant = call.value(1, "other") if stream is first else call.value(0, "input")
+        is_tensor = isinstance(constant, torch.Tensor)
+        # A tensor with a value per channel would have to be cut, too, and no layer owns it.
+        if is_tensor and constant.ndim >= -stream.axis and constant.shape[stream.axis] > 1:
+            ids.freeze(stream.ids, f"{call.label}: {call.name} with a tensor that stays whole")
+            return None
+        adds_nothing = call.name in ("mul", "div") or (not is_tensor and constant == 0)
+        result = replace(stream, zero=stream.zero and adds_nothing)
+    return _freeze_if_overwritten(ids, call, result)
+
+
+def _unite_operands(ids: ChannelIds, call: Call, first: ChannelStream, second: ChannelStream) -> ChannelStream:
+    additive = call.name in ("add", "sub")
+    if first.axis != second.axis:
+        raise NoRule(f"{call.name} of channels along different dimensions")
+    if len(first.ids) != len(second.ids):
+        narrow, wide = sorted((first, second), key=lambda stream: len(stream.ids))
+        ids.freeze(narrow.ids, f"{call.label}: one channel is broadcast over many")
+        if call.name == "div" and wide is second:
+            raise NoRule("division by a channel")
+        return replace(wide, zero=wide.zero and not additive)
+    ids.unite(first.ids, second.ids)
+    if additive:
+        ids.coupled += [first.ids, second.ids]
+    # A sum of zeros is zero, and so is a product with a zero.
+    zero = first.zero and second.zero if additive else first.zero or second.zero
+    return replace(first, zero=zero)
+
+
+def _freeze_if_overwritten(ids: ChannelIds, call: Call, result: ChannelStream) -> ChannelStream:
+    """Freeze a result that is not zero if it is written to a tensor that others may read.
+
+    They would read it as the tensor it was. The tensor belongs to this call alone if a computation made it
+    for it.
+    """
+    operand = call.node.args[0]
+    if not result.zero and isinstance(operand, fx.Node) and overwrites_operand(call.node, ids.modules):
+        computed = _FUNCTION_RULES.get(operation_name(operand)) in (follow_arithmetic, follow_elementwise)
+        if len(operand.users) > 1 or not (computed or operand.op == "call_module"):
+            ids.freeze(result.ids, f"{call.label}: overwrites a tensor with other readers")
+    return result
+
+
+def follow_concatenation(ids: ChannelIds, call: Call) -> Flow:
+    """Join the ids, or unite them where streams are joined along another dimension."""
+    parts, tensors = call.flow(0, "tensors"), call.value(0, "tensors")
+    axis = _count_from_end(call.dim(1, 0), call.result.ndim)
+    streams = [part for part in parts if isinstance(part, ChannelStream)]
+    if len(streams) != len(call.channel_flows()) or len({stream.axis for stream in streams}) != 1:
+        raise NoRule
+    if streams[0].axis != axis:  # side by side in space: each channel of the result comes from all parts
+        for stream in streams[1:]:
+            ids.unite(streams[0].ids, stream.ids)
+        if len(streams) < len(parts):
+            ids.freeze(streams[0].ids, f"{call.label}: joined with a tensor that stays whole")
+        return replace(streams[0], zero=len(streams) == len(parts) and all(stream.zero for stream in streams))
+    for stream in streams:
+        ids.need_zero(stream, call)
+    joined = []
+    for part, tensor in zip(parts, tensors, strict=True):
+        whole = not isinstance(part, ChannelStream)
+        joined.append(ids.fresh_frozen(tensor.shape[axis], f"{call.label}: joined whole") if whole else part.ids)
+    return ChannelStream(np.concatenate(joined), axis)
+
+
+def follow_getitem(ids: ChannelIds, call: Call) -> Flow:
+    """Take a slice of a stream, or a part of a tuple."""
+    container, index = call.flow(0, "input"), call.value(1, "index")
+    if not isinstance(container, ChannelStream):
+        if isinstance(container, Sequence) and isinstance(index, int | slice):
+            return container[index]
+        raise NoRule
+    written = call.written(1, "index")
+    # Each item with its position in the index; an ellipsis, or the end, stands for all dimensions without an item.
+    items = list(enumerate(written if isinstance(written, tuple | list) else [written]))
+    ndim = call.args[0].ndim
+    missing = ndim - sum(item is not None and item is not Ellipsis for _, item in items)
+    ellipsis = next((position for position, item in items if item is Ellipsis), len(items))
+    items[ellipsis : ellipsis + 1] = [(ellipsis, slice(None))] * missing
+    if not all(item is None or isinstance(item, int | slice | fx.Node) for _, item in items):
+        raise NoRule("indexed by a tensor or a list")
+    # None adds a dimension and consumes none; an integer consumes one and gives none.
+    place = [place for place, (_, item) in enumerate(items) if item is not None][ndim + container.axis]
+    position, channels = items[place]
+    remains = [not isinstance(item, int | fx.Node) for _, item in items]
+    if len(call.channel_flows()) > 1 or call.result.ndim != sum(remains):
+        raise NoRule
+    result = replace(container, axis=-1 - sum(remains[place + 1 :]))
+    if channels == slice(None):
+        return result
+    if not isinstance(channels, slice) or channels.step not in (None, 1):
+        raise NoRule("picks channels one by one or in steps")
+    if not all(bound is None or isinstance(bound, int) for bound in (channels.start, channels.stop)):
+        raise NoRule("slices channels at a computed place")
+
+    return _cut_out(ids, call, result, "slice", position, lambda n: (channels.indices(n)[0], len(range(n)[channels])))
+
+
+def follow_narrow(ids: ChannelIds, call: Call) -> Flow:
+    """Take a slice of a stream, given by its start and length."""
+    stream, start, length = call.stream, call.written(2, "start"), call.written(3, "length")
+    if not isinstance(start, int) or not isinstance(length, int):
+        raise NoRule
+    if _count_from_end(call.dim(1), call.result.ndim) != stream.axis:
+        return stream
+    return _cut_out(ids, call, stream, "narrow", 0, lambda n: (start if start >= 0 else start + n, length))
+
+
+def _cut_out(ids: ChannelIds, call: Call, stream: ChannelStream, kind: str, position: int, count: Counts) -> Flow:
+    """Take a slice; `count` gives the channels before and inside it, from the number of all."""
+    before, inside = count(len(stream.ids))
+    pieces = stream.ids[:before], stream.ids[before : before + inside]
+    ids.add_constant(call, kind, position, pieces, count)
+    return replace(stream, ids=pieces[1])
+
+
+def follow_split(ids: ChannelIds, call: Call) -> Flow:
+    """Part a stream by ``split`` (a size, or all sizes) or ``chunk`` (a number of pieces)."""
+    stream, how = call.stream, call.written(1, "chunks" if call.name == "chunk" else "split_size")
+    how = call.written(1, "split_size_or_sections") if how is None else how
+    if not all(isinstance(n, int) for n in (how if isinstance(how, tuple | list) else [how])):
+        raise NoRule
+    if _count_from_end(call.dim(2, 0), call.args[0].ndim) != stream.axis:
+        return [stream] * len(call.result)
+
+    def count(width: int) -> tuple[int, ...]:
+        if not isinstance(how, int):
+            return tuple(how)
+        # Torch knows how it divides what does not divide evenly.
+        return tuple(len(piece) for piece in getattr(torch.empty(width, device="meta"), call.name)(how))
+
+    pieces = tuple(np.split(stream.ids, np.cumsum(count(len(stream.ids)))[:-1]))
+    ids.add_constant(call, "split", 0, pieces, count)
+    return [replace(stream, ids=piece) for piece in pieces]
+
+
+def follow_padding(ids: ChannelIds, call: Call) -> Flow:
+    """Pad by a function, whose numbers stand in the graph, or by a module, whose attribute can be changed."""
+    stream, module = call.stream, call.module
+    if module is None:
+        padding, mode = call.written(1, "pad"), call.value(2, "mode", "constant")
+        constant, value, described = mode == "constant", call.value(3, "value") or 0, f"{mode} padding"
+    else:
+        padding, described = module.padding, call.name
+        constant, value = described.startswith(("ConstantPad", "ZeroPad")), getattr(module, "value", 0)
+    if not isinstance(padding, tuple | list):
+        raise NoRule
+    position = 2 * (-stream.axis - 1)  # a padding starts with the pair of the last dimension
+    counts, elsewhere = tuple(padding[position : position + 2]), [*padding[:position], *padding[position + 2 :]]
+    # A border that is not zero stays in a masked channel; modes that are not constant copy the channel's own values.
+    stream = replace(stream, zero=stream.zero and (not constant or value == 0 or not any(elsewhere)))
+    if not any(counts):
+        return stream
+    if not constant or not all(isinstance(n, int) and n >= 0 for n in counts):
+        raise NoRule(f"{described} of channels")
+    added = ids.paddings.get(call.label) if module is not None else None
+    if added is None:
+        added = ids.fresh_padding(position, counts)
+        if value != 0:  # it cannot go with channels that would be zero
+            ids.freeze(np.concatenate([added.before, added.after]), f"{call.label}: padded with {value}")
+        if module is None:
+            ids.add_constant(call, "pad", position, (added.before, added.after), lambda _: counts)
+        else:
+            ids.paddings[call.label] = added  # for further calls of the module
+    return replace(stream, ids=np.concatenate([added.before, stream.ids, added.after]))
+
+
+def follow_reshape(ids: ChannelIds, call: Call) -> Flow:
+    """Follow channels through flatten, view, reshape, squeeze and unsqueeze; a flatten repeats ids."""
+    stream = call.subject if call.name in _TAKES_SIZES else call.stream
+    if (layout := _find_layout(tuple(call.args[0].shape), stream.axis, tuple(call.result.shape))) is None:
+        raise NoRule(f"{call.name} splits the channels")
+    dim, outer, inner = layout
+    result = replace(stream, ids=np.tile(np.repeat(stream.ids, inner), outer), axis=dim - call.result.ndim)
+    return _match_size(ids, call, result, dim) if call.name in _TAKES_SIZES else result
+
+
+def _find_layout(shape: tuple[int, ...], axis: int, new: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Return the dimension of `new` that holds the channels, and the outer and inner factors merged into it.
+
+    Both shapes describe the same row of numbers, ``outer dimensions x channels x inner dimensions``. The
+    channels survive in a dimension of `new` if it starts inside the outer dimensions and ends inside the
+    inner ones.
+    """
+    before, channels, after = prod(shape[:axis]), shape[axis], prod(shape[axis:]) // max(1, shape[axis])
+    for dim, size in enumerate(new):
+        lead, tail = prod(new[:dim]), prod(new[dim + 1 :])
+        if before % lead or after % tail:
+            continue
+        outer, inner = before // lead, after // tail
+        if outer * channels * inner == size:
+            return dim, outer, inner
+    return None
+
+
+def follow_expand(ids: ChannelIds, call: Call) -> Flow:
+    """Expand in space to sizes."""
+    stream = call.subject
+    if call.result.shape[stream.axis] != len(stream.ids):
+        raise NoRule
+    return _match_size(ids, call, stream, call.result.ndim + stream.axis)
+
+
+def follow_expand_as(ids: ChannelIds, call: Call) -> Flow:
+    """Expand in space to the shape of a stream; the channels then have to match."""
+    stream, like = call.subject, call.flow(1, "other")
+    if not isinstance(like, ChannelStream) or stream.axis != like.axis or len(stream.ids) != len(like.ids):
+        raise NoRule
+    ids.unite(stream.ids, like.ids)
+    return stream
+
+
+def _match_size(ids: ChannelIds, call: Call, result: ChannelStream, dim: int) -> ChannelStream:
+    """Check the sizes written in a view or expand: a number that counts channels has to follow them."""
+    # view(2, -1), view((2, -1)), reshape(x, shape=(2, -1))
+    sizes, flows = call.node.args[1:], call.flow_args[1:]
+    if not sizes:
+        sizes, flows = tuple(call.node.kwargs.values()), tuple(call.flow_kwargs.values())
+    if isinstance(sizes[0], tuple | list):
+        sizes, flows = tuple(sizes[0]), flows[0]
+    if dim >= len(sizes):
+        raise NoRule
+    size, width = sizes[dim], flows[dim]
+    if len(call.channel_flows()) > 1 + isinstance(width, ChannelCount):
+        raise NoRule(f"{call.name} with a channel count")
+    if isinstance(width, ChannelCount) and len(width.ids) == len(result.ids):
+        ids.unite(width.ids, result.ids)
+    elif not isinstance(size, int):
+        raise NoRule(f"{call.name} to a computed size")
+    elif size != -1:
+        ids.add_constant(call, "size", dim, (result.ids,), lambda _: (size,))
+    return result
+
+
+def follow_permutation(ids: ChannelIds, call: Call) -> Flow:
+    """Follow channels to their new dimension."""
+    stream, ndim = call.stream, call.result.ndim
+    # A tensor whose sizes are the numbers of its dimensions: afterwards, they say where each dimension went.
+    numbered = torch.empty(*range(ndim), device="meta")
+    order = getattr(numbered, call.name)(*call.args[1:], **call.kwargs).shape
+    return replace(stream, axis=order.index(ndim + stream.axis) - ndim)
+
+
+def follow_reduction(ids: ChannelIds, call: Call) -> Flow:
+    """Follow channels through a mean, sum or extreme value over other dimensions."""
+    stream, dims, keep_dims = call.stream, call.dim(1), call.value(2, "keepdim", False)
+    if dims is None or not isinstance(call.result, torch.Tensor):
+        raise NoRule
+    ndim = call.args[0].ndim
+    reduced = {_count_from_end(dim, ndim) for dim in (dims if isinstance(dims, Sequence) else [dims])}
+    if stream.axis in reduced:
+        raise NoRule(f"{call.name} over the channels")
+    return stream if keep_dims else replace(stream, axis=stream.axis + sum(dim > stream.axis for dim in reduced))
+
+
+def _count_from_end(dim: int, ndim: int) -> int:
+    return dim - ndim if dim >= 0 else dim
+
+
+def follow_size(ids: ChannelIds, call: Call) -> Flow:
+    """Give the channel count where the size of that dimension is read."""
+    stream, dim = call.stream, call.value(1, "dim")
+    ndim = call.args[0].ndim
+    counts = [ChannelCount(stream.ids) if i - ndim == stream.axis else None for i in range(ndim)]
+    return counts if dim is None else counts[dim]
+
+
+def follow_getattr(ids: ChannelIds, call: Call) -> Flow:
+    """Read an attribute of a tensor: its shape, or what no channel count enters."""
+    name = call.args[1]
+    if name == "shape":
+        return follow_size(ids, replace(call, args=call.args[:1]))
+    if name in ("ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"):
+        return None
+    if name != "data":
+        raise NoRule(f"unknown attribute {name}")
+    return call.stream
+
+
+def _build_named_tuple(ids: ChannelIds, call: Call) -> Flow:
+    return [*call.flow_args, *call.flow_kwargs.values()]
+
+
+def _read_no_channels(ids: ChannelIds, call: Call) -> Flow:
+    """Read something that no channel count enters."""
+    return None
+
+
+_NAMES: dict[Rule, str] = {
+    follow_expand: "expand",
+    follow_expand_as: "expand_as",
+    follow_getattr: "getattr",
+    follow_permutation: "permute transpose swapaxes swapdims",
+    follow_reduction: "amax amin mean sum",
+    follow_reshape: "flatten reshape squeeze unsqueeze view",
+    follow_size: "size",
+    follow_concatenation: "cat concat concatenate",
+    follow_getitem: "getitem",
+    follow_narrow: "narrow",
+    follow_padding: "pad",
+    follow_split: "chunk split",
+    follow_arithmetic: "add sub mul div",
+    follow_elementwise: """
+        abs atan celu clamp clamp_max clamp_min cos elu erf exp expm1 gelu hardshrink hardsigmoid hardswish hardtanh
+        leaky_relu log1p logsigmoid mish nan_to_num neg pow relu relu6 rrelu selu sigmoid sign silu sin softplus
+        softshrink softsign sqrt square tan tanh tanhshrink threshold
+    """,
+    follow_pooling: """
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+        adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d max_pool1d max_pool2d max_pool3d
+    """,
+    follow_resampling: "interpolate upsample",
+    follow_unchanged: """
+        bfloat16 clone contiguous cpu cuda detach double dropout dropout1d dropout2d dropout3d feature_dropout
+        float half stochastic_depth to type
+    """,
+    follow_normalisation: "group_norm instance_norm layer_norm",
+    _read_no_channels: "dim get_device is_floating_point ndimension",
+}
+_FUNCTION_RULES: Mapping[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+
+
+def function_rule(node: fx.Node) -> Rule:
+    """Return the rule of a function or method node.
+
+    Raises
+    ------
+    NoRule
+        If there is none.
+
+    Examples
+    --------
+    >>> graph = fx.Graph()
+    >>> function_rule(graph.call_method("relu_", (graph.placeholder("x"),))).__name__
+    'follow_elementwise'
+    """
+    if hasattr(node.target, "_fields"):
+        return _build_named_tuple
+    name = operation_name(node)
+    if name not in _FUNCTION_RULES:
+        raise NoRule(f"unknown operation {name}")
+    return _FUNCTION_RULES[name]
