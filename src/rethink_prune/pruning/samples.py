@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.pruner import Batches
-from rethink_prune.surgery.graph import trace
+from rethink_prune.surgery.graph import infer_values, trace
 from rethink_prune.surgery.selections import selects
 
 # Float64 values of one piece of a sample that are in memory at a time: 32 MB.

@@ -16,7 +16,7 @@ from rethink_prune.errors import UserError
 from rethink_prune.pruning.factors import can_scale
 from rethink_prune.surgery.branches import is_addition, remove_branches
 from rethink_prune.surgery.channels import ChannelGroup
-from rethink_prune.surgery.graph import operation_name, trace
+from rethink_prune.surgery.graph import infer_values, operation_name, trace
 from rethink_prune.surgery.plan import Positions
 
 Kind = Literal["blocks", "groups", "channels"]
