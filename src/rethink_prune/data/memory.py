@@ -1,9 +1,48 @@
-"""How much memory this process can still take."""
+"""How much memory this process can still take, and whether images and batches fit in it."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+
+from rethink_prune.errors import UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+MORE_SHARED_MEMORY = (
+    "set dataset.workers=0 or to fewer, or enlarge it "
+    "(mount -o remount,size=8g /dev/shm; for a container, --shm-size=8g)"
+)
+_GIB, _MIB = 2**30, 2**20
+
+
+def check_memory(images: int, *, image_size: int, channels: int) -> None:
+    """Raise `UserError` if decoded images (uint8) do not fit in memory.
+
+    Examples
+    --------
+    >>> check_memory(10, image_size=32, channels=3)
+    """
+    available = available_memory()
+    needed = images * image_size**2 * channels
+    if available is not None and needed > available:
+        raise UserError(
+            f"dataset: {images} images of {image_size} x {image_size} x {channels} need {needed / _GIB:.2f} "
+            f"GiB of memory, {available / _GIB:.2f} GiB are available; set a smaller dataset.image_size or "
+            "dataset.train_limit"
+        )
+
+
+def check_shared_memory(workers: int, needed: int) -> None:
+    """Raise `UserError` if `workers` processes would have more bytes on their way than shared memory has left."""
+    if not SHARED_MEMORY.exists():  # not Linux
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"dataset.workers={workers}: batches on their way from the workers need {needed / _MIB:.0f} MiB of "
+            f"{SHARED_MEMORY}, which has {free / _MIB:.0f} MiB left; {MORE_SHARED_MEMORY}"
+        )
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -37,6 +76,7 @@ def _left_in_groups(proc: Path, cgroups: Path) -> list[int]:
     except (OSError, StopIteration):
         return left
     group = cgroups / own.removeprefix("0::/")
+    # A limit of a group holds for all groups inside it.
     while group.is_relative_to(cgroups):
         try:
             limit = int((group / "memory.max").read_text())

@@ -157,19 +157,16 @@ def evaluate_stage(
         If the stage cannot be loaded, or the data set does not fit its network.
     """
     model, config, trained = load_model(stage.folder, factory), compose_dataset(overrides), read_config(stage)
-    options = config.dataset.model_dump(exclude={"pad", "flip", "workers"})
-    if config.dataset.mean is None and "images" in trained:
+    options = config.dataset
+    _check_fit(describe_dataset(options), trained["network"], stage)
+    if options.mean is None and "images" in trained:
         # By name: nothing else that a stage says may choose what is loaded.
-        options |= {name: trained["images"][name] for name in ("mean", "std")}
-    counted = {name: value for name, value in options.items() if name not in ("mean", "std")}
-    _check_fit(describe_dataset(**counted), trained["network"], stage)
+        options = options.with_statistics(trained["images"]["mean"], trained["images"]["std"])
     cache = Path(config.store.root).absolute() / "cache"
-    dataset = load_dataset(**options, cache_dir=cache, progress=runtime.show_progress)
+    dataset = load_dataset(options, cache_dir=cache, progress=runtime.show_progress)
     batches = eval_batches(
+        dataset,
         dataset.test,
-        mean=dataset.mean,
-        std=dataset.std,
-        image_size=trained["network"]["image_size"],
         batch_size=config.recipe.eval_batch_size,
         device=runtime.device,
         workers=config.dataset.workers,

@@ -17,16 +17,13 @@ from torch import nn
 from rethink_prune.config import StudyConfig
 from rethink_prune.cost import Cost, count_cost, on_meta
 from rethink_prune.data import (
-    AnyEvalBatches,
-    AnyTrainBatches,
-    Files,
+    EvalBatches,
     ImageDataset,
-    Split,
-    StreamBatches,
     TrainBatches,
     describe_dataset,
     eval_batches,
     load_dataset,
+    train_batches,
 )
 from rethink_prune.errors import UserError
 from rethink_prune.models import asked_options, build_model, model_factory
@@ -79,7 +76,7 @@ class Setup:
             show_progress=sys.stderr.isatty() and processes.is_first,
         )
         prepare_device(device, deterministic=config.deterministic)
-        self.info = describe_dataset(**config.dataset.model_dump(exclude={"pad", "flip", "mean", "std", "workers"}))
+        self.info = describe_dataset(config.dataset)
         self.image_shape = (self.info.channels, self.info.image_size, self.info.image_size)
         self.pruner = find_pruner(config.pruner.name)(config.pruner)
         if config.model.init not in (None, *INITIALISERS):
@@ -126,54 +123,37 @@ class Setup:
     @cached_property
     def dataset(self) -> ImageDataset:
         """The images."""
-        options = self.config.dataset.model_dump(exclude={"pad", "flip", "workers"})
-        load = partial(load_dataset, **options, cache_dir=self.store.cache, progress=self.runtime.show_progress)
+        cache, progress = self.store.cache, self.runtime.show_progress
+        load = partial(load_dataset, self.config.dataset, cache_dir=cache, progress=progress)
         return self.processes.one_after_another(load)
 
     @cached_property
-    def train_batches(self) -> AnyTrainBatches:
+    def train_batches(self) -> TrainBatches:
         """The training images, kept on the device or streamed to it, augmented as the recipe says."""
-        augment, images = self.config.recipe.augment, self.dataset.train
-        if isinstance(images, Files):
-            return StreamBatches(
-                images,
-                mean=self.dataset.mean,
-                std=self.dataset.std,
-                image_size=self.info.image_size,
-                batch_size=self.config.recipe.batch_size,
-                augment=augment,
-                flip=self.config.dataset.flip and augment,
-                device=self.runtime.device,
-                seed=self.config.seed,
-                workers=self.config.dataset.workers,
-            )
-        return TrainBatches(
-            images,
-            mean=self.dataset.mean,
-            std=self.dataset.std,
+        return train_batches(
+            self.dataset,
+            self.config.dataset,
             batch_size=self.config.recipe.batch_size,
-            pad=self.config.dataset.pad if augment else 0,
-            flip=self.config.dataset.flip and augment,
+            augment=self.config.recipe.augment,
             device=self.runtime.device,
             seed=self.config.seed,
         )
 
     @cached_property
-    def evaluations(self) -> dict[str, AnyEvalBatches]:
+    def evaluations(self) -> dict[str, EvalBatches]:
         """The images that networks are judged by: test, and validation if some are held out."""
         splits = {"test": self.dataset.test, "validation": self.dataset.validation}
-        return {name: self._eval_batches(images) for name, images in splits.items() if images is not None}
-
-    def _eval_batches(self, images: Split | Files) -> AnyEvalBatches:
-        return eval_batches(
-            images,
-            mean=self.dataset.mean,
-            std=self.dataset.std,
-            image_size=self.info.image_size,
-            batch_size=self.config.recipe.eval_batch_size,
-            device=self.runtime.device,
-            workers=self.config.dataset.workers,
-        )
+        return {
+            name: eval_batches(
+                self.dataset,
+                images,
+                batch_size=self.config.recipe.eval_batch_size,
+                device=self.runtime.device,
+                workers=self.config.dataset.workers,
+            )
+            for name, images in splits.items()
+            if images is not None
+        }
 
     @cached_property
     def model_options(self) -> dict[str, Any]:

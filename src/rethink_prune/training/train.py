@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from rethink_prune.data.contract import AnyEvalBatches, AnyTrainBatches
+from rethink_prune.data.batches import EvalBatches, TrainBatches
 from rethink_prune.data.shard import Shard
 from rethink_prune.seeds import derive_seed
 from rethink_prune.training.checkpoint import Checkpoints
@@ -110,8 +110,8 @@ class Runtime:
 
 def train(
     model: nn.Module,
-    batches: AnyTrainBatches,
-    evaluations: Mapping[str, AnyEvalBatches],
+    batches: TrainBatches,
+    evaluations: Mapping[str, EvalBatches],
     spec: OptimizerSpec,
     *,
     runtime: Runtime,
@@ -129,9 +129,9 @@ def train(
     ----------
     model : torch.nn.Module
         Gives logits N x classes.
-    batches : AnyTrainBatches
+    batches : TrainBatches
         The training images.
-    evaluations : mapping of str to AnyEvalBatches
+    evaluations : mapping of str to EvalBatches
         Sets to evaluate after every epoch, e.g. ``{"test": ...}``.
     spec : OptimizerSpec
         Optimiser, schedule and number of epochs.
@@ -270,9 +270,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: AnyEvalBatches, *, runtime: Runtime, processes: Processes = ALONE
-) -> Evaluation:
+def evaluate(model: nn.Module, batches: EvalBatches, *, runtime: Runtime, processes: Processes = ALONE) -> Evaluation:
     """Return loss, top-1 and top-5 over every image of `batches`, each counted once, by one of the processes."""
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)

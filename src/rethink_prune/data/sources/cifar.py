@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +17,42 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from rethink_prune.data.source import Contents, Pool, Source, memory_pool
+from rethink_prune.config import DatasetConfig
+from rethink_prune.data.images import ImageArray
+from rethink_prune.data.source import Contents, DataSource
 from rethink_prune.errors import UserError
 
+RANK = 20
 _NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
 _TRAIN_IMAGES, _TEST_IMAGES = 50_000, 10_000
-# Those of the paper's code, for both sets.
-_MEAN = (0.4914, 0.4822, 0.4465)
-_STD = (0.2023, 0.1994, 0.2010)
+# The paper's code uses these for both sets, although CIFAR-100's own mean differs.
+_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
-def cifar_source(name: str, *, root: str | None, image_size: int | None, channels: int) -> Source:
-    """Describe ``"cifar10"`` or ``"cifar100"``, kept under `root` (``datasets`` here if None)."""
-    if image_size not in (None, 32):
-        raise UserError(f"dataset.image_size={image_size}: {name} images are 32 x 32; give 32 or null")
-    if channels != 3:
-        raise UserError(f"dataset.channels={channels}: {name} images have 3 channels")
+def cifar_source(options: DatasetConfig) -> DataSource:
+    """Describe CIFAR-10 or CIFAR-100, kept under ``options.root`` (``datasets`` in the current folder if None).
+
+    Examples
+    --------
+    >>> len(cifar_source(DatasetConfig(name="cifar100")).train_counts)
+    100
+    """
+    name = options.name
+    if options.image_size not in (None, 32):
+        raise UserError(f"dataset.image_size={options.image_size}: {name} images are 32 x 32; give 32 or null")
+    if options.channels != 3:
+        raise UserError(f"dataset.channels={options.channels}: {name} images have 3 channels")
     classes = _NUM_CLASSES[name]
-    folder = Path(root or "datasets").expanduser().absolute()
-
-    def read(cache_dir: Path, progress: bool) -> Contents:
-        return _load(name, folder)
-
-    return Source(
+    return DataSource(
         image_size=32,
         channels=3,
         train_counts=(_TRAIN_IMAGES // classes,) * classes,
         test_counts=(_TEST_IMAGES // classes,) * classes,
-        open=read,
+        load=partial(_load_cifar, name, Path(options.root or "datasets").expanduser().absolute()),
     )
 
 
-def _load(name: str, root: Path) -> Contents:
+def _load_cifar(name: str, root: Path) -> Contents:
     from torchvision.datasets import CIFAR10, CIFAR100  # takes seconds to import, and digits do without
 
     dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
@@ -56,10 +61,9 @@ def _load(name: str, root: Path) -> Contents:
     except RuntimeError:  # not there, or not what it should be
         _download(dataset, name, root)
         train = dataset(root, train=True)
-    classes = tuple(train.classes)
-    train_pool = _pool(train)
-    del train  # the two sides are big enough not to keep twice
-    return Contents(classes, train_pool, _pool(dataset(root, train=False)), (_MEAN, _STD))
+    classes, train_images = tuple(train.classes), _to_array(train)
+    del train  # it holds its images once more, 150 MB
+    return Contents(classes, train_images, _to_array(dataset(root, train=False)), _STATISTICS)
 
 
 def _download(dataset: Any, name: str, root: Path) -> None:
@@ -74,6 +78,9 @@ def _download(dataset: Any, name: str, root: Path) -> None:
         ) from error
 
 
-def _pool(dataset: Any) -> Pool:
+def _to_array(dataset: Any) -> ImageArray:
     images = torch.from_numpy(np.ascontiguousarray(dataset.data))
-    return memory_pool(images, torch.tensor(dataset.targets, dtype=torch.int64))
+    return ImageArray(images, torch.tensor(dataset.targets, dtype=torch.int64))
+
+
+SOURCES = {name: cifar_source for name in _NUM_CLASSES}
