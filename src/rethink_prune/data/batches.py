@@ -76,9 +76,8 @@ class TrainBatches:
         start_step : int
             Batches to leave out at the start: those a resumed run has done already.
         """
-        steps = range(start_step, self.steps_per_epoch)
-        starts = [step * self.batch_size for step in steps]
-        parts = [self.shard.of_batch(a, a + self.size(step)) for a, step in zip(starts, steps, strict=True)]
+        starts = range(start_step * self.batch_size, self.images_per_epoch, self.batch_size)
+        parts = [self.shard.of_batch(start, min(start + self.batch_size, self.images_per_epoch)) for start in starts]
         return self.images.train(epoch, parts)
 
 
@@ -153,13 +152,12 @@ def train_batches(
     """
     normalize = Normalization(dataset.mean, dataset.std, image_size=dataset.image_size, device=device)
     flip = options.flip and augment
-    images: DeviceImages | StreamedImages
     if isinstance(dataset.train, ImageFiles):
         reader = BatchReader(dataset.train, dataset.image_size, seed, augment=augment, flip=flip)
-        images = StreamedImages(reader, normalize, batch_size=batch_size, workers=options.workers)
-    else:
-        images = DeviceImages(dataset.train, normalize, pad=options.pad if augment else 0, flip=flip, seed=seed)
-    return TrainBatches(images, batch_size)
+        streamed = StreamedImages(reader, normalize, batch_size=batch_size, workers=options.workers)
+        return TrainBatches(streamed, batch_size)
+    pad = options.pad if augment else 0
+    return TrainBatches(DeviceImages(dataset.train, normalize, pad=pad, flip=flip, seed=seed), batch_size)
 
 
 def eval_batches(

@@ -97,14 +97,9 @@ def describe_dataset(options: DatasetConfig) -> DatasetInfo:
     """
     source = find_source(options)
     counts = count_subsets(options, source.train_counts, source.test_counts)
+    train, validation, test = map(sum, counts)
     return DatasetInfo(
-        name=options.name,
-        num_classes=len(source.train_counts),
-        train_images=sum(counts.train),
-        validation_images=sum(counts.validation),
-        test_images=sum(counts.test),
-        channels=source.channels,
-        image_size=source.image_size,
+        options.name, len(source.train_counts), train, validation, test, source.channels, source.image_size
     )
 
 
@@ -134,10 +129,10 @@ def load_dataset(options: DatasetConfig, *, cache_dir: Path, progress: bool = Tr
     source = find_source(options)
     contents = source.load()
     chosen = choose_subsets(options, contents.train.labels, contents.test.labels, len(contents.classes))
-    # Train and validation are decoded together, in the data set's order: a change of the hold-out finds the same cache.
+    # Train and validation are decoded together, in the data set's order: another hold-out then finds the same cache.
     used = torch.cat([chosen.train, chosen.validation]).sort().values
     both, test = contents.train.take(used), contents.test.take(chosen.test)
-    if isinstance(both, ImageFiles) and isinstance(test, ImageFiles) and both.decode_once:
+    if isinstance(both, ImageFiles) and isinstance(test, ImageFiles) and both.versions is not None:
         # Setting held-out images apart takes a second copy for a moment.
         most = len(used) * (2 if len(chosen.validation) else 1) + len(chosen.test)
         check_memory(most, image_size=source.image_size, channels=source.channels)
@@ -163,6 +158,7 @@ def _find_statistics(options: DatasetConfig, contents: Contents, train: AnyImage
         return contents.statistics
     if isinstance(train, ImageFiles):
         raise UserError(f"dataset.name={options.name}: has no fixed mean and std; set dataset.mean and dataset.std")
+    # Of the training images alone: those to test on must not influence a network.
     mean, std = channel_statistics(train.images)
     if not all(std):
         raise UserError(f"dataset.name={options.name}: a channel is the same in all training images; set dataset.std")

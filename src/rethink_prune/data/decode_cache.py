@@ -96,7 +96,7 @@ def _write_entry(entry: Path, images: Pixels) -> None:
     with partial.open("wb") as file:
         np.savez(file, images=images)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # before the rename: a crash must not leave a file that looks complete
     partial.replace(entry)
 
 
@@ -114,8 +114,8 @@ def _decode_files(files: ImageFiles, images: Pixels, resize: bool, progress: boo
         return failures
 
     failures = []
-    # Threads do, since Pillow releases the interpreter's lock while it decodes and resizes; but where that is
-    # quickly done (files of a few kB), passing the lock around costs more than a second thread brings.
+    # Threads are enough: Pillow releases the interpreter's lock while it decodes and resizes. For files of a few kB,
+    # passing the lock around costs more than a second thread brings.
     small = files.versions is not None and files.versions[:, 0].mean() < _SMALL_FILE
     label = f"decoding {files.name(0).partition('/')[0]}"
     pool = ThreadPoolExecutor(1 if small else torch.get_num_threads())
@@ -132,9 +132,8 @@ def _decode_files(files: ImageFiles, images: Pixels, resize: bool, progress: boo
 
 
 def _refuse_images(root: Path, failures: list[tuple[str, Exception]], size: int) -> None:
-    unreadable = [
-        f"{name} ({describe_failure(error)})" for name, error in failures if not isinstance(error, WrongSizeError)
-    ]
+    unreadable = [f"{name} ({describe_failure(e)})" for name, e in failures if not isinstance(e, WrongSizeError)]
+    # First what no option can repair.
     if unreadable:
         named = ", ".join(unreadable[:_SHOWN]) + (", ..." if len(unreadable) > _SHOWN else "")
         count = "1 image" if len(unreadable) == 1 else f"{len(unreadable)} images"

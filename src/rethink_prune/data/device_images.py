@@ -7,7 +7,7 @@ batches. So they are the same for every batch size, and for an epoch that is res
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +16,7 @@ from rethink_prune.data.normalization import Batch, Normalization
 from rethink_prune.seeds import derive_generator
 
 
-@dataclass(frozen=True)
-class EpochDraws:
+class EpochDraws(NamedTuple):
     """The random choices of one epoch, by position in it; each tensor has N entries.
 
     Attributes
@@ -120,8 +119,7 @@ class DeviceImages:
         if self._pixels.is_cuda:
             # Pinned, so that the host does not wait for the copy, which is the only one in an epoch.
             plan = plan.pin_memory().to(self._pixels.device, non_blocking=True)
-        order, windows = plan
-        return order, windows
+        return plan[0], plan[1]
 
     def _augment(self, images: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """Cut every image's crop out of the padded batch: uint8, B x H x W x C, in and out.

@@ -59,6 +59,12 @@ class ImageFiles:
     versions : numpy.ndarray or None
         For files that are decoded once, into an :class:`ImageArray`: each file's size in bytes and time of last
         modification in nanoseconds when it was listed (int64, N x 2). None for files that are decoded in every epoch.
+
+    Examples
+    --------
+    >>> files = ImageFiles(Path("/photos"), np.array([b"cat/1.png", b"dog/1.png"]), torch.tensor([0, 1]))
+    >>> files.take(torch.tensor([1])).name(0)
+    'dog/1.png'
     """
 
     root: Path
@@ -70,11 +76,6 @@ class ImageFiles:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.labels)
-
-    @property
-    def decode_once(self) -> bool:
-        """Whether the images are decoded into memory before the training, not in every epoch."""
-        return self.versions is not None
 
     def name(self, position: int) -> str:
         """Return the name of a file, relative to the root."""

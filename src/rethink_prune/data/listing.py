@@ -40,7 +40,8 @@ def list_image_folder(root: str, *, decode_once: bool) -> tuple[tuple[str, ...],
     Examples
     --------
     >>> import pathlib, tempfile
-    >>> root = pathlib.Path(tempfile.mkdtemp())
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> root = pathlib.Path(folder.name)
     >>> for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/2.png", "test/dog/2.png"):
     ...     (root / name).parent.mkdir(parents=True)
     ...     (root / name).touch()
@@ -111,6 +112,7 @@ def _list_class(root: Path, folder: str) -> list[os.DirEntry[str]]:
     found = []
     with os.scandir(root / folder) as entries:
         for entry in entries:
+            # Some systems leave hidden files beside images: ._cat.jpg
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
@@ -119,6 +121,7 @@ def _list_class(root: Path, folder: str) -> list[os.DirEntry[str]]:
                 found.append(entry)
     if not found:
         raise UserError(f"dataset.root={root}: no image in {folder}; images end in {' '.join(IMAGE_ENDINGS)}")
+    # File systems list in any order; subsets are drawn by position.
     return sorted(found, key=lambda entry: entry.name)
 
 

@@ -34,7 +34,12 @@ def check_memory(images: int, *, image_size: int, channels: int) -> None:
 
 
 def check_shared_memory(workers: int, needed: int) -> None:
-    """Raise `UserError` if `workers` processes would have more bytes on their way than shared memory has left."""
+    """Raise `UserError` if `workers` processes would have more bytes on their way than shared memory has left.
+
+    Examples
+    --------
+    >>> check_shared_memory(workers=2, needed=0)
+    """
     if not SHARED_MEMORY.exists():  # not Linux
         return
     free = shutil.disk_usage(SHARED_MEMORY).free
@@ -55,6 +60,11 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     ----------
     proc, cgroups : Path
         Where those file systems are mounted.
+
+    Examples
+    --------
+    >>> (available_memory() or 1) > 0
+    True
     """
     try:
         lines = (proc / "meminfo").read_text().splitlines()
@@ -63,6 +73,7 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError, OSError):
             return None
+    # MemFree is less: it leaves out the caches of files, which give way.
     meminfo = dict(line.split(":", 1) for line in lines if ":" in line)
     machine = int(meminfo["MemAvailable"].split()[0]) * 1024
     return min([machine, *_left_in_groups(proc, cgroups)])
@@ -82,7 +93,7 @@ def _left_in_groups(proc: Path, cgroups: Path) -> list[int]:
             limit = int((group / "memory.max").read_text())
             used = int((group / "memory.current").read_text())
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            left.append(limit - used + int(stat["inactive_file"]))  # file caches give way
+            left.append(limit - used + int(stat["inactive_file"]))
         except (OSError, ValueError):  # the root group has no such files, and "max" is no limit
             pass
         group = group.parent

@@ -66,7 +66,8 @@ class BatchReader(Dataset[RawBatch | UserError]):
         return len(self.files)
 
     def __getitem__(self, requests: Sequence[ReadRequest]) -> RawBatch | UserError:
-        """Return one batch, or why there is none: an error that is raised in a worker would come with its traceback."""
+        """Return one batch, or why there is none."""
+        # Errors are returned: those that are raised in a worker come with its traceback.
         count, size = len(requests), self.image_size
         batch = RawBatch(
             images=torch.empty(count, size, size, 3, dtype=torch.uint8),

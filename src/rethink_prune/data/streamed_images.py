@@ -6,12 +6,12 @@ neither on the number of workers nor on how many processes share them, and an ep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from rethink_prune.data.normalization import Batch, Normalization
-from rethink_prune.data.reader import BatchReader, ReadRequest
+from rethink_prune.data.reader import BatchReader, RawBatch, ReadRequest
 from rethink_prune.data.workers import WorkerPool
 from rethink_prune.seeds import derive_generator
 
@@ -43,7 +43,7 @@ class StreamedImages:
     def evaluate(self, parts: Sequence[slice]) -> Iterator[Batch]:
         """Yield a batch for every part; raises as :meth:`~rethink_prune.data.workers.WorkerPool.read` does."""
         requests = ([ReadRequest(i, 0, i) for i in range(part.start, part.stop)] for part in parts)
-        for images, labels, _ in self._pool.read(requests):
+        for images, labels, _ in self._read(requests):
             yield self._normalize(images), labels
 
     def train(self, epoch: int, parts: Sequence[slice]) -> Iterator[Batch]:
@@ -54,8 +54,13 @@ class StreamedImages:
             [ReadRequest(image, epoch, part.start + row) for row, image in enumerate(order[part].tolist())]
             for part in parts
         )
-        for images, labels, mirrored in self._pool.read(requests):
-            # Taking whole images costs less than choosing pixel by pixel.
+        for images, labels, mirrored in self._read(requests):
+            # Mirrored here and not by the workers, which have more to do. Taking whole images costs less than choosing
+            # pixel by pixel.
             either = torch.cat([images, images.flip(2)])
             chosen = torch.arange(len(labels), device=labels.device) + len(labels) * mirrored
             yield self._normalize(either.index_select(0, chosen)), labels
+
+    def _read(self, requests: Iterable[list[ReadRequest]]) -> Iterator[RawBatch]:
+        for raw in self._pool.read(requests):
+            yield RawBatch(*(part.to(self._normalize.device, non_blocking=True) for part in raw))

@@ -25,7 +25,7 @@ _DYING = 2.0  # seconds that a dying worker may take
 
 
 class _CurrentPass:
-    """The requests of the pass that is under way, for a loader to go through: it keeps what it is first given."""
+    """The requests of the pass that is under way: a loader keeps its sampler for good, but not what this one holds."""
 
     def __init__(self) -> None:
         self.requests: Iterable[list[ReadRequest]] = ()
@@ -44,7 +44,7 @@ class WorkerPool:
     batch_size : int
         Images in the largest batch.
     device : torch.device
-        Where batches go.
+        Where batches go afterwards.
     workers : int or None
         Processes; 0 reads in this one, None takes :func:`default_workers`.
 
@@ -56,7 +56,7 @@ class WorkerPool:
 
     def __init__(self, reader: BatchReader, *, batch_size: int, device: torch.device, workers: int | None) -> None:
         self._reader = reader
-        self._device = device
+        self._pin = device.type == "cuda"
         self._workers = default_workers() if workers is None else workers
         if self._workers:
             check_shared_memory(self._workers, self._workers * _PREFETCH * batch_size * reader.image_size**2 * 3)
@@ -65,7 +65,7 @@ class WorkerPool:
         self._processes: list[BaseProcess] = []
 
     def read(self, requests: Iterable[list[ReadRequest]]) -> Iterator[RawBatch]:
-        """Yield a batch for each list of requests, in order, on the device.
+        """Yield a batch for each list of requests, in order.
 
         Raises
         ------
@@ -77,13 +77,13 @@ class WorkerPool:
             for batch in self._start_pass():
                 if isinstance(batch, UserError):
                     raise batch
-                yield RawBatch(*(part.to(self._device, non_blocking=True) for part in batch))
+                yield batch
         # What the loader raises for workers that died or do not start.
         except (RuntimeError, OSError, EOFError) as error:
             self._loader = None
             self._wait_for_the_dying()
             full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            # A process that writes to shared memory without room gets a SIGBUS.
+            # Without room in shared memory, a process does not start (ENOSPC) or is killed as it writes (SIGBUS).
             if full or any(process.exitcode == -signal.SIGBUS for process in self._processes):
                 raise UserError(f"dataset.workers: /dev/shm is full; {MORE_SHARED_MEMORY}") from error
             if any(process.exitcode for process in self._processes):
@@ -110,9 +110,9 @@ class WorkerPool:
                 batch_size=None,  # the reader gives whole batches
                 sampler=self._pass,
                 num_workers=self._workers,
-                pin_memory=self._device.type == "cuda",
+                pin_memory=self._pin,
                 worker_init_fn=_outlive_signals,
-                persistent_workers=self._workers > 0,
+                persistent_workers=self._workers > 0,  # to start them takes seconds
                 prefetch_factor=_PREFETCH if self._workers else None,
             )
         # The loader would have a worker's death raise an error at any point of a training step, in a signal handler.
@@ -123,7 +123,7 @@ class WorkerPool:
         try:
             iterator = iter(self._loader)
         finally:
-            if threading.current_thread() is threading.main_thread():
+            if threading.current_thread() is threading.main_thread():  # others may not set handlers
                 signal.signal(signal.SIGCHLD, handler)
         self._processes += [process for process in multiprocessing.active_children() if process not in others]
         return iterator

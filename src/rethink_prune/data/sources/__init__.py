@@ -31,7 +31,7 @@ def built_in_sources() -> dict[str, Callable[[DatasetConfig], DataSource]]:
     ['digits', 'cifar10', 'cifar100', 'imagenet', 'folder']
     """
     modules = [import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
-    # A user's own data sets have no names of ours.
+    # `own` declares none: its data sets have the user's names.
     ranked = sorted((module for module in modules if hasattr(module, "SOURCES")), key=lambda module: module.RANK)
     return {name: source for module in ranked for name, source in module.SOURCES.items()}
 

@@ -42,14 +42,9 @@ def cifar_source(options: DatasetConfig) -> DataSource:
         raise UserError(f"dataset.image_size={options.image_size}: {name} images are 32 x 32; give 32 or null")
     if options.channels != 3:
         raise UserError(f"dataset.channels={options.channels}: {name} images have 3 channels")
-    classes = _NUM_CLASSES[name]
-    return DataSource(
-        image_size=32,
-        channels=3,
-        train_counts=(_TRAIN_IMAGES // classes,) * classes,
-        test_counts=(_TEST_IMAGES // classes,) * classes,
-        load=partial(_load_cifar, name, Path(options.root or "datasets").expanduser().absolute()),
-    )
+    classes, root = _NUM_CLASSES[name], Path(options.root or "datasets").expanduser().absolute()
+    train, test = ((images // classes,) * classes for images in (_TRAIN_IMAGES, _TEST_IMAGES))
+    return DataSource(32, 3, train, test, load=partial(_load_cifar, name, root))
 
 
 def _load_cifar(name: str, root: Path) -> Contents:

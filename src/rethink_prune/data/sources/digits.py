@@ -55,11 +55,8 @@ def _load_digits(size: int, channels: int) -> Contents:
     test = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(len(_COUNTS)):
         test[(labels == digit).nonzero().flatten()[_TEST_EVERY - 1 :: _TEST_EVERY]] = True
-    return Contents(
-        classes=tuple(str(digit) for digit in range(len(_COUNTS))),
-        train=ImageArray(images[~test], labels[~test]),
-        test=ImageArray(images[test], labels[test]),
-    )
+    sides = ImageArray(images[~test], labels[~test]), ImageArray(images[test], labels[test])
+    return Contents(tuple("0123456789"), *sides)
 
 
 SOURCES = {"digits": digits_source}

@@ -45,13 +45,9 @@ def imagenet_source(options: DatasetConfig) -> DataSource:
         return DataSource.from_contents(contents, image_size=size, channels=3)
     # The classes have 732 to 1,300 training images each. A plan needs their sum only, so they are evened out here.
     each, more = divmod(_TRAIN_IMAGES, _CLASSES)
-    return DataSource(
-        image_size=size,
-        channels=3,
-        train_counts=(each + 1,) * more + (each,) * (_CLASSES - more),
-        test_counts=(_VALIDATION_IMAGES // _CLASSES,) * _CLASSES,
-        load=partial(_refuse_without_folder, root),
-    )
+    train = (each + 1,) * more + (each,) * (_CLASSES - more)
+    test = (_VALIDATION_IMAGES // _CLASSES,) * _CLASSES
+    return DataSource(size, 3, train, test, load=partial(_refuse_without_folder, root))
 
 
 def _refuse_without_folder(root: str | None) -> Contents:

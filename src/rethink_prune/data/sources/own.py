@@ -36,6 +36,7 @@ def own_source(options: DatasetConfig) -> DataSource:
         raise UserError(f"{where}: must return a mapping with train, test and classes")
     if not isinstance(result["classes"], Sequence) or isinstance(result["classes"], str):
         raise UserError(f"{where}: classes must be a list of names, not {result['classes']!r}")
+    # Names can be numbers: dataset.classes, and the fingerprint, hold text.
     classes = tuple(str(label) for label in result["classes"])
     if len(set(classes)) != len(classes) or len(classes) < 2:
         raise UserError(f"{where}: classes must be at least two different names, not {list(classes)}")
