@@ -75,7 +75,10 @@ from benchmark_sides import (
 )
 from rethink_prune import build_model, prune
 from rethink_prune.config import parse_pruner
-from rethink_prune.data import Files, Split, StreamBatches
+from rethink_prune.data import ImageArray, ImageFiles, TrainBatches
+from rethink_prune.data.normalization import Normalization
+from rethink_prune.data.reader import BatchReader
+from rethink_prune.data.streamed_images import StreamedImages
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS, find_pruner
 from rethink_prune.surgery import cut
@@ -170,7 +173,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def empty_side(model: nn.Module, split: Split, device: torch.device, precision: str) -> Side:
+def empty_side(model: nn.Module, split: ImageArray, device: torch.device, precision: str) -> Side:
     """Return the framework's epoch with forward, backward and update taken out: everything else it does."""
     run = framework_side(model, split, device, precision)
     loss, logits = torch.zeros((), device=device), torch.zeros(BATCH_SIZE, 10, device=device)
@@ -186,7 +189,7 @@ def empty_side(model: nn.Module, split: Split, device: torch.device, precision: 
     return run_empty
 
 
-def bare_side(model: nn.Module, split: Split, device: torch.device, precision: str) -> Side:
+def bare_side(model: nn.Module, split: ImageArray, device: torch.device, precision: str) -> Side:
     """Return an epoch of nothing but forward, backward and step, on batches made beforehand."""
     runtime = Runtime(device, precision)
     model = runtime.place(model)
@@ -368,30 +371,21 @@ def write_cifar10(root: Path) -> None:
     (folder / CIFAR10.meta["filename"]).write_bytes(pickle.dumps(meta))
 
 
-def find_photographs(folder: Path) -> Files:
+def find_photographs(folder: Path) -> ImageFiles:
     """Return the image files below a folder; the folder that a file is in is its class."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     if not paths:
         sys.exit(f"data: --images: no JPEG file in {folder}")
     classes = sorted({path.parent for path in paths})
     names = np.array([os.fsencode(path.relative_to(folder)) for path in paths])
-    return Files(folder, names, torch.tensor([classes.index(path.parent) for path in paths]))
+    return ImageFiles(folder, names, torch.tensor([classes.index(path.parent) for path in paths]))
 
 
-def streamed_side(files: Files, epochs: int) -> Side:
+def streamed_side(files: ImageFiles, epochs: int) -> Side:
     """Return epochs of the framework's batches, without workers."""
-    batches = StreamBatches(
-        files,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        image_size=224,
-        batch_size=BATCH_SIZE,
-        augment=True,
-        flip=True,
-        device=torch.device("cpu"),
-        seed=0,
-        workers=0,
-    )
+    normalize = Normalization(IMAGENET_MEAN, IMAGENET_STD, image_size=224, device=torch.device("cpu"))
+    reader = BatchReader(files, 224, augment=True, flip=True)
+    batches = TrainBatches(StreamedImages(reader, normalize, batch_size=BATCH_SIZE, workers=0), BATCH_SIZE)
 
     def run() -> int:
         return sum(len(labels) for epoch in range(epochs) for _, labels in batches.epoch(epoch))
@@ -399,7 +393,7 @@ def streamed_side(files: Files, epochs: int) -> Side:
     return run
 
 
-def image_folder_side(files: Files, epochs: int) -> Side:
+def image_folder_side(files: ImageFiles, epochs: int) -> Side:
     """Return epochs of the batches that people's scripts make, without workers."""
     transform = transforms.Compose(
         [

@@ -38,7 +38,9 @@ from benchmark_sides import (
     take_turns,
 )
 from rethink_prune import build_model, count_cost, prune
-from rethink_prune.data import EvalBatches, Split
+from rethink_prune.data import EvalBatches, ImageArray
+from rethink_prune.data.device_images import DeviceImages
+from rethink_prune.data.normalization import Normalization
 from rethink_prune.training.accelerate import build_step
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.hooks import TrainingHooks
@@ -161,6 +163,7 @@ def work(training: Training) -> None:
     model = build_model(training.network)
     if training.pruned:
         model = prune(model, "l1", example=torch.zeros(1, 3, 32, 32), variant="A").model
+    normalize = Normalization(MEAN, STD, image_size=32, device=device)
     ends: list[float] = []
 
     def on_epoch(rows: list[Row]) -> None:
@@ -173,7 +176,7 @@ def work(training: Training) -> None:
         train(
             model,
             batches_of(random_images(training.steps * BATCH_SIZE), device),
-            {"test": EvalBatches(_test_images(training), mean=MEAN, std=STD, batch_size=256, device=device)},
+            {"test": EvalBatches(DeviceImages(_test_images(training), normalize), batch_size=256)},
             replace(SPEC, epochs=1 + training.epochs),
             runtime=Runtime(device, training.precision, training.accelerate),
             hooks=TrainingHooks(),
@@ -185,7 +188,7 @@ def work(training: Training) -> None:
     print(json.dumps([after - before for before, after in pairwise(ends)]))
 
 
-def _test_images(training: Training) -> Split:
+def _test_images(training: Training) -> ImageArray:
     return random_images(max(1, training.steps * BATCH_SIZE // 5))
 
 

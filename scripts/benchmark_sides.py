@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, VisionDataset
 
-from rethink_prune.data import Split, TrainBatches
+from rethink_prune.data import ImageArray, TrainBatches
+from rethink_prune.data.device_images import DeviceImages
+from rethink_prune.data.normalization import Normalization
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
@@ -87,20 +89,21 @@ def quotients(numerators: Sequence[float], denominators: Sequence[float]) -> lis
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
-def random_images(count: int) -> Split:
+def random_images(count: int) -> ImageArray:
     """Return images of CIFAR-10's shape."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return Split(images, torch.randint(0, 10, (count,), generator=generator))
+    return ImageArray(images, torch.randint(0, 10, (count,), generator=generator))
 
 
-def batches_of(split: Split, device: torch.device) -> TrainBatches:
+def batches_of(split: ImageArray, device: torch.device) -> TrainBatches:
     """Return the framework's batches, augmented as the paper has it."""
-    return TrainBatches(split, mean=MEAN, std=STD, batch_size=BATCH_SIZE, pad=4, flip=True, device=device, seed=0)
+    normalize = Normalization(MEAN, STD, image_size=32, device=device)
+    return TrainBatches(DeviceImages(split, normalize, pad=4, flip=True, seed=0), BATCH_SIZE)
 
 
 def framework_side(
-    model: nn.Module, split: Split, device: torch.device, precision: str, accelerate: str = "auto"
+    model: nn.Module, split: ImageArray, device: torch.device, precision: str, accelerate: str = "auto"
 ) -> Side:
     """Return one epoch of the framework's own `train`, each time from the start, recordings included."""
     batches = batches_of(split, device)
@@ -127,12 +130,12 @@ def framework_side(
 class SyntheticCifar10(CIFAR10):
     """torchvision's CIFAR-10 on images from memory: its ``__getitem__``, without its files."""
 
-    def __init__(self, split: Split, transform: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, split: ImageArray, transform: Callable[..., torch.Tensor]) -> None:
         VisionDataset.__init__(self, root="", transform=transform)
         self.data, self.targets = split.images.numpy(), split.labels.tolist()
 
 
-def usual_side(model: nn.Module, split: Split, device: torch.device, workers: int) -> Side:
+def usual_side(model: nn.Module, split: ImageArray, device: torch.device, workers: int) -> Side:
     """Return one epoch of the script people write."""
     transform = transforms.Compose(
         [

@@ -33,7 +33,37 @@ class Frozen(BaseModel):
 
 
 class DatasetConfig(Frozen):
-    """Which images; the options of :func:`rethink_prune.data.load_dataset`, and how they are augmented and read."""
+    """Which images, and how they are augmented and read.
+
+    Attributes
+    ----------
+    name : str
+        One of :mod:`rethink_prune.data.sources`, or ``path.to.module:factory``, see
+        :mod:`rethink_prune.data.sources.own`.
+    root : str or None
+        Where the images are, or for CIFAR (default ``datasets``) are downloaded to; digits need none.
+    image_size : int or None
+        Height and width in pixels that images are brought to; None keeps them (digits: 16, ImageNet: 224).
+    channels : int
+        3 for colour, 1 for grey.
+    train_limit, test_limit : int or None
+        Use a class-balanced subset of so many images.
+    validation : float
+        Fraction of each class's training images that is held out, before `train_limit`; in [0, 1).
+    split_seed : int
+        Decides which images are held out or taken.
+    mean, std : tuple of float or None
+        Per channel, on the [0, 1] scale; by default the paper's for CIFAR, the field's for ImageNet, and otherwise
+        those of the training images.
+    pad : int
+        Pixels of padding on each side before the random crop; not used for images that are decoded in every epoch.
+    flip : bool
+        Mirror half of the training images.
+    workers : int or None
+        Processes that decode images in every epoch; 0 for none, None for one for every core, at most 16.
+    args : dict
+        Further arguments of a user's own factory.
+    """
 
     name: str
     root: str | None = None
@@ -59,6 +89,21 @@ class DatasetConfig(Frozen):
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both or neither")
         return self
+
+    def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> DatasetConfig:
+        """Return the same options with another `mean` and `std`; raises `UserError` if they do not fit the channels.
+
+        Examples
+        --------
+        >>> DatasetConfig(name="digits", channels=1).with_statistics([0.5], [0.25]).std
+        (0.25,)
+        """
+        try:
+            return DatasetConfig.model_validate({**self.model_dump(), "mean": mean, "std": std})
+        except ValidationError as error:
+            raise UserError(
+                "\n".join(_line(detail, ("dataset",), DatasetConfig) for detail in error.errors())
+            ) from None
 
 
 class ModelConfig(Frozen):

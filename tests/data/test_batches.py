@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -6,9 +8,9 @@ import torchvision.transforms.functional as tv
 from PIL import Image
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
-from rethink_prune.data import EvalBatches, Split, TrainBatches
-from rethink_prune.data import batches as batches_module
-from rethink_prune.data.batches import EpochDraws, draw_epoch
+from rethink_prune.data import EvalBatches, ImageArray, TrainBatches, device_images
+from rethink_prune.data.device_images import DeviceImages, EpochDraws, draw_epoch
+from rethink_prune.data.normalization import Normalization
 from rethink_prune.data.shard import Shard
 from rethink_prune.errors import UserError
 
@@ -16,23 +18,21 @@ CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
-def make_split(images: int, size: int = 6, channels: int = 3) -> Split:
+def make_split(images: int, size: int = 6, channels: int = 3) -> ImageArray:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, size, size, channels), dtype=torch.uint8, generator=generator)
-    return Split(pixels, torch.arange(images))  # each label names its image
+    return ImageArray(pixels, torch.arange(images))  # each label names its image
 
 
-def train_batches(split: Split, **options: object) -> TrainBatches:
-    defaults: dict[str, object] = {
-        "mean": MEAN[: split.images.shape[3]],
-        "std": STD[: split.images.shape[3]],
-        "batch_size": 4,
-        "pad": 2,
-        "flip": True,
-        "device": CPU,
-        "seed": 0,
-    }
-    return TrainBatches(split, **{**defaults, **options})  # type: ignore[arg-type]
+def make_images(split: ImageArray, device: torch.device = CPU, **options: Any) -> DeviceImages:
+    channels, size = split.images.shape[3], split.images.shape[1]
+    return DeviceImages(
+        split, Normalization(MEAN[:channels], STD[:channels], image_size=size, device=device), **options
+    )
+
+
+def train_batches(split: ImageArray, batch_size: int = 4, **options: Any) -> TrainBatches:
+    return TrainBatches(make_images(split, **{"pad": 2, "flip": True, "seed": 0, **options}), batch_size)
 
 
 def whole_epoch(batches: TrainBatches, epoch: int, start_step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,9 +56,9 @@ def test_every_outcome_equals_torchvisions(monkeypatch: pytest.MonkeyPatch, pad:
     top, left, mirrored = (torch.tensor(values) for values in zip(*outcomes, strict=True))
     count = len(outcomes)
     split = make_split(1)
-    repeated = Split(split.images.repeat(count, 1, 1, 1), torch.arange(count))
+    repeated = ImageArray(split.images.repeat(count, 1, 1, 1), torch.arange(count))
     draws = EpochDraws(torch.arange(count), top, left, mirrored)
-    monkeypatch.setattr(batches_module, "draw_epoch", lambda *args, **options: draws)
+    monkeypatch.setattr(device_images, "draw_epoch", lambda *args, **options: draws)
     ours, _ = whole_epoch(train_batches(repeated, pad=pad, flip=flip, batch_size=5), epoch=0)
 
     padded = tv.pad(split.images[0].permute(2, 0, 1), [pad])
@@ -83,8 +83,9 @@ def test_distribution_is_that_of_the_usual_transforms() -> None:
     torch.manual_seed(0)
     theirs = [np.asarray(usual_transforms(Image.fromarray(image))).tobytes() for _ in range(draws)]
     repeated = torch.from_numpy(image).view(1, 2, 2, 1).repeat(draws, 1, 1, 1)
-    split = Split(repeated, torch.zeros(draws, dtype=torch.int64))
-    batches = train_batches(split, mean=(0.0,), std=(1.0,), pad=1, batch_size=1000)
+    split = ImageArray(repeated, torch.zeros(draws, dtype=torch.int64))
+    normalize = Normalization((0.0,), (1.0,), image_size=2, device=CPU)
+    batches = TrainBatches(DeviceImages(split, normalize, pad=1, flip=True, seed=0), batch_size=1000)
     ours = [
         np.rint(values.numpy() * 255).astype(np.uint8).tobytes() for images, _ in batches.epoch(0) for values in images
     ]
@@ -169,7 +170,7 @@ def test_processes_share_every_batch(world: int, flip: bool) -> None:
 
 
 def test_processes_share_evaluation() -> None:
-    batches = EvalBatches(make_split(13), mean=MEAN, std=STD, batch_size=4, device=CPU)
+    batches = EvalBatches(make_images(make_split(13)), batch_size=4)
     parts = [batches.part(Shard(rank, 3)) for rank in range(3)]
     assert {len(part) for part in parts} == {13}
     assert torch.cat([labels for part in parts for _, labels in part]).tolist() == list(range(13))
@@ -182,7 +183,7 @@ def test_single_image_is_refused() -> None:
 
 def test_evaluation_sees_every_image_once_in_order() -> None:
     split = make_split(9)
-    batches = EvalBatches(split, mean=MEAN, std=STD, batch_size=4, device=CPU)
+    batches = EvalBatches(make_images(split), batch_size=4)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert len(batches) == 9
     assert torch.equal(labels, split.labels)

@@ -8,16 +8,25 @@ import numpy as np
 import pytest
 import torch
 
-from rethink_prune.data import describe_dataset, load_dataset
+from rethink_prune.config import DatasetConfig
+from rethink_prune.data import DatasetInfo, ImageDataset, describe_dataset, load_dataset
 from rethink_prune.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "scripts/cifar_to_folder.py"
 FakeCifar = Callable[[str], Any]
 
 
+def describe(name: str, **options: Any) -> DatasetInfo:
+    return describe_dataset(DatasetConfig(name=name, **options))
+
+
+def load(name: str, *, cache_dir: Path, **options: Any) -> ImageDataset:
+    return load_dataset(DatasetConfig(name=name, **options), cache_dir=cache_dir)
+
+
 @pytest.mark.parametrize(("name", "num_classes"), [("cifar10", 10), ("cifar100", 100)])
 def test_description_needs_no_files(tmp_path: Path, name: str, num_classes: int) -> None:
-    info = describe_dataset(name, root=str(tmp_path / "nothing"), train_limit=10_000, validation=0.1)
+    info = describe(name, root=str(tmp_path / "nothing"), train_limit=10_000, validation=0.1)
     assert (info.train_images, info.validation_images, info.test_images) == (10_000, 5_000, 10_000)
     assert (info.num_classes, info.channels, info.image_size) == (num_classes, 3, 32)
 
@@ -26,7 +35,7 @@ def test_description_needs_no_files(tmp_path: Path, name: str, num_classes: int)
 def test_archive_is_unpacked_and_read(tmp_path: Path, fake_cifar: FakeCifar, name: str) -> None:
     fake = fake_cifar(name)
     fake.write(tmp_path)
-    dataset = load_dataset(name, root=str(tmp_path), cache_dir=tmp_path)
+    dataset = load(name, root=str(tmp_path), cache_dir=tmp_path)
     for side in ("train", "test"):
         split = getattr(dataset, side)
         assert np.array_equal(split.images.numpy(), np.concatenate(fake.images[side]))
@@ -42,10 +51,10 @@ def test_unpacked_archive_on_a_read_only_disk_is_enough(
 ) -> None:
     fake = fake_cifar("cifar10")
     fake.write(tmp_path)
-    first = load_dataset("cifar10", root=str(tmp_path), cache_dir=tmp_path)
+    first = load("cifar10", root=str(tmp_path), cache_dir=tmp_path)
     (tmp_path / fake.dataset.filename).unlink()
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    second = load_dataset("cifar10", root=str(tmp_path), cache_dir=tmp_path)
+    second = load("cifar10", root=str(tmp_path), cache_dir=tmp_path)
     assert second.fingerprint == first.fingerprint
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
@@ -53,7 +62,7 @@ def test_unpacked_archive_on_a_read_only_disk_is_enough(
 def test_offline_says_which_file_to_put_where(tmp_path: Path, fake_cifar: FakeCifar) -> None:
     fake = fake_cifar("cifar100")
     with pytest.raises(UserError) as error:
-        load_dataset("cifar100", root=str(tmp_path / "here"), cache_dir=tmp_path)
+        load("cifar100", root=str(tmp_path / "here"), cache_dir=tmp_path)
     message = str(error.value)
     assert message.startswith("dataset.name=cifar100: could not be downloaded (")
     assert "refused" in message
@@ -66,7 +75,7 @@ def test_damaged_archive_is_not_used(tmp_path: Path, fake_cifar: FakeCifar) -> N
     fake = fake_cifar("cifar10")
     (tmp_path / fake.dataset.filename).write_bytes(fake.archive[:-10])
     with pytest.raises(UserError, match="could not be downloaded"):
-        load_dataset("cifar10", root=str(tmp_path), cache_dir=tmp_path)
+        load("cifar10", root=str(tmp_path), cache_dir=tmp_path)
 
 
 def run_script(fake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *extra: str) -> None:
@@ -89,8 +98,8 @@ def test_script_writes_a_folder_with_the_same_pixels(
 ) -> None:
     fake = fake_cifar("cifar10")
     run_script(fake, monkeypatch, tmp_path)
-    folder = load_dataset("folder", root=str(tmp_path / "out"), cache_dir=tmp_path / "cache")
-    cifar = load_dataset("cifar10", root=str(tmp_path / "source"), cache_dir=tmp_path / "cache")
+    folder = load("folder", root=str(tmp_path / "out"), cache_dir=tmp_path / "cache")
+    cifar = load("cifar10", root=str(tmp_path / "source"), cache_dir=tmp_path / "cache")
     assert folder.classes == cifar.classes
     order = torch.argsort(cifar.train.labels, stable=True)
     assert torch.equal(folder.train.images, cifar.train.images[order])

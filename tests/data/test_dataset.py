@@ -1,19 +1,27 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from rethink_prune.data import DatasetInfo, describe_dataset, load_dataset
-from rethink_prune.data.dataset import channel_statistics
+from harness import configure
+from rethink_prune.config import DatasetConfig
+from rethink_prune.data import DatasetInfo, ImageDataset, describe_dataset, load_dataset
+from rethink_prune.data.normalization import channel_statistics
 from rethink_prune.errors import UserError
 
-CONFIGS = Path(__file__).parents[2] / "conf/dataset"
+
+def describe(name: str, **options: Any) -> DatasetInfo:
+    return describe_dataset(DatasetConfig(name=name, **options))
+
+
+def load(name: str, *, cache_dir: Path, **options: Any) -> ImageDataset:
+    return load_dataset(DatasetConfig(name=name, **options), cache_dir=cache_dir)
 
 
 def test_digits_are_split_as_documented(tmp_path: Path) -> None:
-    dataset = load_dataset("digits", cache_dir=tmp_path)
+    dataset = load("digits", cache_dir=tmp_path)
     assert dataset.train.images.shape == (1442, 16, 16, 3)
     assert dataset.test.images.shape == (355, 16, 16, 3)
     assert dataset.train.images.dtype == torch.uint8
@@ -27,14 +35,14 @@ def test_digits_are_split_as_documented(tmp_path: Path) -> None:
 def test_digits_keep_their_pixels_at_their_own_size(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
-    dataset = load_dataset("digits", image_size=8, channels=1, cache_dir=tmp_path)
+    dataset = load("digits", image_size=8, channels=1, cache_dir=tmp_path)
     # The first four zeros are training images, so the first image is the first.
     expected = np.rint(load_digits().images[0] * 255 / 16)
     assert np.array_equal(dataset.train.images[0, :, :, 0].numpy(), expected)
 
 
 def test_digits_are_the_same_bytes_everywhere(tmp_path: Path) -> None:
-    dataset = load_dataset("digits", cache_dir=tmp_path)
+    dataset = load("digits", cache_dir=tmp_path)
     assert dataset.fingerprint == "94c926150636ab987de5b1ae1ee599a2abeb84174362d60dd6ba196eeb109863"
 
 
@@ -43,8 +51,8 @@ def test_digits_are_the_same_bytes_everywhere(tmp_path: Path) -> None:
     [{}, {"train_limit": 95, "test_limit": 40, "validation": 0.2}, {"image_size": 20, "channels": 1}],
 )
 def test_description_agrees_with_what_is_loaded(tmp_path: Path, options: dict[str, int]) -> None:
-    info = describe_dataset("digits", **options)  # type: ignore[arg-type]
-    dataset = load_dataset("digits", cache_dir=tmp_path, **options)  # type: ignore[arg-type]
+    info = describe("digits", **options)
+    dataset = load("digits", cache_dir=tmp_path, **options)
     assert info == DatasetInfo(
         name="digits",
         num_classes=len(dataset.classes),
@@ -58,8 +66,8 @@ def test_description_agrees_with_what_is_loaded(tmp_path: Path, options: dict[st
 
 
 def test_splits_do_not_overlap_and_keep_their_labels(tmp_path: Path) -> None:
-    whole = load_dataset("digits", cache_dir=tmp_path)
-    parts = load_dataset("digits", validation=0.2, cache_dir=tmp_path)
+    whole = load("digits", cache_dir=tmp_path)
+    parts = load("digits", validation=0.2, cache_dir=tmp_path)
     assert parts.validation is not None
     known = {
         (image.numpy().tobytes(), int(label))
@@ -74,14 +82,14 @@ def test_splits_do_not_overlap_and_keep_their_labels(tmp_path: Path) -> None:
 
 
 def test_statistics_are_those_of_the_images_used(tmp_path: Path) -> None:
-    dataset = load_dataset("digits", train_limit=100, cache_dir=tmp_path)
+    dataset = load("digits", train_limit=100, cache_dir=tmp_path)
     pixels = dataset.train.images.numpy().reshape(-1, 3) / 255
     np.testing.assert_allclose(dataset.mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(dataset.std, pixels.std(0), rtol=1e-12)
 
 
 def test_statistics_in_pieces_equal_those_of_the_whole() -> None:
-    images = torch.randint(0, 256, (300, 32, 32, 3), dtype=torch.uint8)  # more pixels than one piece holds
+    images = torch.randint(0, 256, (300, 32, 32, 3), dtype=torch.uint8)  # more than one piece holds
     mean, std = channel_statistics(images)
     pixels = images.numpy().reshape(-1, 3) / 255
     np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-12)
@@ -89,9 +97,9 @@ def test_statistics_in_pieces_equal_those_of_the_whole() -> None:
 
 
 def test_given_statistics_are_used(tmp_path: Path) -> None:
-    dataset = load_dataset("digits", mean=[0.1, 0.2, 0.3], cache_dir=tmp_path)
+    dataset = load("digits", mean=[0.1, 0.2, 0.3], std=[1, 2, 3], cache_dir=tmp_path)
     assert dataset.mean == (0.1, 0.2, 0.3)
-    assert dataset.std == load_dataset("digits", cache_dir=tmp_path).std
+    assert dataset.std == (1.0, 2.0, 3.0)
 
 
 def test_fingerprint_covers_what_decides_results(tmp_path: Path) -> None:
@@ -102,11 +110,12 @@ def test_fingerprint_covers_what_decides_results(tmp_path: Path) -> None:
         {"test_limit": 100},
         {"validation": 0.1},
         {"image_size": 20},
-        {"std": [1.0, 1.0, 1.0]},
+        {"mean": [0.5, 0.5, 0.5], "std": [1.0, 1.0, 1.0]},
+        {"mean": [0.5, 0.5, 0.5], "std": [2.0, 2.0, 2.0]},
     ]
-    prints = [load_dataset("digits", cache_dir=tmp_path, **options).fingerprint for options in variants]  # type: ignore[arg-type]
+    prints = [load("digits", cache_dir=tmp_path, **options).fingerprint for options in variants]
     assert len(set(prints)) == len(variants)
-    assert load_dataset("digits", split_seed=5, cache_dir=tmp_path).fingerprint == prints[0]
+    assert load("digits", split_seed=5, cache_dir=tmp_path).fingerprint == prints[0]
 
 
 @pytest.mark.parametrize(
@@ -117,8 +126,6 @@ def test_fingerprint_covers_what_decides_results(tmp_path: Path) -> None:
             {},
             "dataset.name=mnist: unknown; choose digits, cifar10, cifar100, imagenet, folder or path.to.module:factory",
         ),
-        ("digits", {"image_size": 0}, "dataset.image_size=0: must be at least 1"),
-        ("digits", {"channels": 2}, "dataset.channels=2: digits come with 1 or 3 channels"),
         ("digits", {"train_limit": 1443}, "dataset.train_limit=1443: there are only 1442 train images"),
         (
             "digits",
@@ -131,29 +138,48 @@ def test_fingerprint_covers_what_decides_results(tmp_path: Path) -> None:
 )
 def test_options_that_do_not_fit_are_refused(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as error:
-        describe_dataset(name, **options)  # type: ignore[arg-type]
+        describe(name, **options)
     assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("overrides", "message"),
     [
-        ({"mean": [0.5]}, "dataset.mean=[0.5]: needs 3 values, one per channel"),
-        ({"std": [0.5, 0.5, 0]}, "dataset.std=[0.5, 0.5, 0]: must be positive"),
+        (["dataset.image_size=0"], "dataset.image_size=0: must be greater than or equal to 1"),
+        (["dataset.channels=2"], "dataset.channels=2: must be 1 or 3"),
+        (["dataset=folder", "dataset.channels=4"], "dataset.channels=4: must be 1 or 3"),
+        (["dataset.train_limit=0"], "dataset.train_limit=0: must be greater than or equal to 1"),
+        (["dataset.validation=1.0"], "dataset.validation=1: must be less than 1"),
+        (["dataset.validation=-0.1"], "dataset.validation=-0.1: must be greater than or equal to 0"),
+        (["dataset.mean=[0.5]", "dataset.std=[0.5]"], "dataset: mean needs 3 value(s), one per channel; got 1"),
+        (["dataset.mean=[0.5,0.5,0.5]", "dataset.std=[0.5,0.5,0]"], "dataset.std.2=0: must be greater than 0"),
+        (["dataset.std=[0.5,0.5,0.5]"], "dataset: mean and std go together: give both or neither"),
     ],
 )
-def test_statistics_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, list[float]], message: str) -> None:
+def test_options_that_no_data_set_takes_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
-        load_dataset("digits", cache_dir=tmp_path, **options)  # type: ignore[arg-type]
+        configure(*overrides)
     assert str(error.value) == message
 
 
-def test_configs_have_the_same_keys_and_describe_themselves() -> None:
-    configs = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")}
-    assert set(configs) == {"digits", "cifar10", "cifar100", "imagenet", "folder"}
-    assert len({tuple(config) for config in configs.values()}) == 1
-    for name, config in configs.items():
-        assert config["name"] == name
-        options = {k: v for k, v in config.items() if k not in ("name", "mean", "std", "pad", "flip", "workers")}
-        if name != "folder":
-            assert describe_dataset(name, **options).image_size == config["image_size"]
+def test_statistics_of_another_training_must_fit() -> None:
+    options = DatasetConfig(name="digits")
+    assert options.with_statistics([0.5] * 3, [0.25] * 3).mean == (0.5, 0.5, 0.5)
+    with pytest.raises(UserError) as error:
+        options.with_statistics([0.5], [0.25])
+    assert str(error.value) == "dataset: mean needs 3 value(s), one per channel; got 1"
+
+
+def test_a_constant_channel_has_no_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "black.py").write_text(
+        "import numpy as np\n"
+        "def make(root):\n"
+        "    images = np.zeros((4, 2, 2, 3), dtype=np.uint8), [0, 1, 0, 1]\n"
+        "    return {'train': images, 'test': images, 'classes': ['a', 'b']}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        load("black:make", cache_dir=tmp_path)
+    assert str(error.value) == (
+        "dataset.name=black:make: a channel is the same in all training images; set dataset.std"
+    )

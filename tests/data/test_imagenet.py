@@ -5,23 +5,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from rethink_prune.data import DatasetInfo, Files, ImageDataset, describe_dataset, load_dataset
+from rethink_prune.config import DatasetConfig
+from rethink_prune.data import DatasetInfo, ImageDataset, ImageFiles, describe_dataset, load_dataset
 from rethink_prune.errors import UserError
 
 Make = Callable[..., Path]
 
 
 def load(root: Path, **options: object) -> ImageDataset:
-    return load_dataset("imagenet", root=str(root), cache_dir=root.parent / "cache", **options)  # type: ignore[arg-type]
+    return load_dataset(
+        DatasetConfig(name="imagenet", root=str(root), **options),  # type: ignore[arg-type]
+        cache_dir=root.parent / "cache",
+    )
 
 
-def names(files: Files | object) -> list[str]:
-    assert isinstance(files, Files)
+def names(files: ImageFiles | object) -> list[str]:
+    assert isinstance(files, ImageFiles)
     return [files.name(i) for i in range(len(files))]
 
 
 def test_description_needs_no_files(tmp_path: Path) -> None:
-    assert describe_dataset("imagenet", root=str(tmp_path / "nothing")) == DatasetInfo(
+    assert describe_dataset(DatasetConfig(name="imagenet", root=str(tmp_path / "nothing"))) == DatasetInfo(
         name="imagenet",
         num_classes=1000,
         train_images=1_281_167,
@@ -33,19 +37,19 @@ def test_description_needs_no_files(tmp_path: Path) -> None:
 
 
 def test_size_and_subsets_can_be_chosen() -> None:
-    info = describe_dataset("imagenet", image_size=64, train_limit=100_000, test_limit=10_000)
+    info = describe_dataset(DatasetConfig(name="imagenet", image_size=64, train_limit=100_000, test_limit=10_000))
     assert (info.image_size, info.train_images, info.test_images) == (64, 100_000, 10_000)
 
 
 def test_grey_images_are_refused() -> None:
     with pytest.raises(UserError, match=r"dataset\.channels=1: imagenet images have 3 channels"):
-        describe_dataset("imagenet", channels=1)
+        describe_dataset(DatasetConfig(name="imagenet", channels=1))
 
 
 def test_what_is_there_is_listed(make_photographs: Make) -> None:
     root = make_photographs(classes=4, train=5, val=2)
     (root / "train/n00000000/notes.txt").touch()
-    info = describe_dataset("imagenet", root=str(root), validation=0.2)
+    info = describe_dataset(DatasetConfig(name="imagenet", root=str(root), validation=0.2))
     assert (info.num_classes, info.train_images, info.validation_images, info.test_images) == (4, 16, 4, 8)
     dataset = load(root)
     assert dataset.classes == tuple(f"n{label:08d}" for label in range(4))
@@ -69,13 +73,8 @@ def test_held_out_images_and_limits_are_those_of_any_folder(make_photographs: Ma
     dataset = load(root, **options)
     assert [len(part) for part in (dataset.train, dataset.validation or (), dataset.test)] == [9, 6, 6]
     assert not set(names(dataset.train)) & set(names(dataset.validation))
-    other = load_dataset(
-        "folder",
-        root=str(root),
-        image_size=8,
-        cache_dir=root.parent / "cache",
-        **options,  # type: ignore[arg-type]
-    )
+    folder = DatasetConfig(name="folder", root=str(root), image_size=8, **options)  # type: ignore[arg-type]
+    other = load_dataset(folder, cache_dir=root.parent / "cache")
     assert torch.equal(other.train.labels, dataset.train.labels)
 
 
@@ -88,7 +87,7 @@ def test_fingerprint_covers_classes_counts_and_choices(make_photographs: Make) -
         {"test_limit": 3},
         {"validation": 0.2},
         {"image_size": 32},
-        {"mean": [0.5, 0.5, 0.5]},
+        {"mean": [0.5, 0.5, 0.5], "std": [0.229, 0.224, 0.225]},
     ]
     prints = [load(root, **options).fingerprint for options in variants]
     assert len(set(prints)) == len(variants)
@@ -108,7 +107,7 @@ def test_loading_without_a_folder_says_how_to_get_one(tmp_path: Path) -> None:
         (str(tmp_path / "gone"), f"dataset.root={tmp_path}/gone: no such folder; it should hold train/<wnid>/*"),
     ):
         with pytest.raises(UserError) as error:
-            load_dataset("imagenet", root=root, cache_dir=tmp_path)
+            load_dataset(DatasetConfig(name="imagenet", root=root), cache_dir=tmp_path)
         assert str(error.value).startswith(words)
         assert "scripts/prepare_imagenet.py" in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -119,7 +118,7 @@ def test_wrong_folders_are_named(make_photographs: Make) -> None:
 
     def refusal() -> str:
         with pytest.raises(UserError) as error:
-            describe_dataset("imagenet", root=str(root))
+            describe_dataset(DatasetConfig(name="imagenet", root=str(root)))
         assert "\n" not in str(error.value)
         return str(error.value).replace(str(root), "ROOT")
 

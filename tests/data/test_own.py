@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rethink_prune.config import DatasetConfig
 from rethink_prune.data import describe_dataset, load_dataset
 from rethink_prune.errors import UserError
 
@@ -47,13 +48,13 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_arrays_and_tensors_are_taken(tmp_path: Path) -> None:
-    dataset = load_dataset("my_images:good", args={"scale": 2}, cache_dir=tmp_path)
+    dataset = load_dataset(DatasetConfig(name="my_images:good", args={"scale": 2}), cache_dir=tmp_path)
     assert dataset.train.images.shape == (4, 5, 5, 3)
     assert dataset.train.images[0, 0, 1].tolist() == [6, 8, 10]
     assert dataset.train.labels.dtype == torch.int64
     assert dataset.test.labels.tolist() == [0, 1]
     assert dataset.classes == ("a", "b")
-    info = describe_dataset("my_images:good", train_limit=2)
+    info = describe_dataset(DatasetConfig(name="my_images:good", train_limit=2))
     assert (info.train_images, info.test_images, info.image_size, info.num_classes) == (2, 2, 5, 2)
 
 
@@ -78,7 +79,7 @@ def test_arrays_and_tensors_are_taken(tmp_path: Path) -> None:
 )
 def test_what_breaks_the_contract_is_named(args: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as error:
-        describe_dataset("my_images:make", args=args)
+        describe_dataset(DatasetConfig(name="my_images:make", args=args))
     assert str(error.value) == f"dataset.name=my_images:make: {message}"
 
 
@@ -99,10 +100,10 @@ def test_what_breaks_the_contract_is_named(args: dict[str, object], message: str
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as error:
-        describe_dataset("my_images:make", **options)  # type: ignore[arg-type]
+        describe_dataset(DatasetConfig(name="my_images:make", **options))  # type: ignore[arg-type]
     assert str(error.value) == message
 
 
 def test_factory_that_returns_something_else_is_refused() -> None:
     with pytest.raises(UserError, match="must return a mapping with train, test and classes"):
-        describe_dataset("my_images:wrong_keys")
+        describe_dataset(DatasetConfig(name="my_images:wrong_keys"))

@@ -11,6 +11,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,16 @@ import torchvision.transforms as tv
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from rethink_prune.data import Files, StreamBatches, StreamEvalBatches, load_dataset, streaming
+from rethink_prune.config import DatasetConfig
+from rethink_prune.data import EvalBatches, ImageFiles, TrainBatches, decoding, load_dataset, memory
+from rethink_prune.data import workers as workers_module
+from rethink_prune.data.crops import CropBox, place_crop
+from rethink_prune.data.decoding import read_centre, read_crop
+from rethink_prune.data.normalization import Normalization
+from rethink_prune.data.reader import BatchReader
 from rethink_prune.data.shard import Shard
-from rethink_prune.data.streaming import default_workers, random_box, read_box, read_centre
+from rethink_prune.data.streamed_images import StreamedImages
+from rethink_prune.data.workers import WorkerPool, default_workers
 from rethink_prune.errors import UserError
 
 CPU = torch.device("cpu")
@@ -34,29 +42,39 @@ Passed = tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.fixture
-def photographs(make_photographs: Make) -> Files:
+def photographs(make_photographs: Make) -> ImageFiles:
     """18 training images, each of whose labels names its image."""
-    files = load_dataset("imagenet", root=str(make_photographs()), image_size=SIZE, cache_dir=Path()).train
-    assert isinstance(files, Files)
-    return Files(files.root, files.names, torch.arange(len(files)))
+    options = DatasetConfig(name="imagenet", root=str(make_photographs()), image_size=SIZE)
+    files = load_dataset(options, cache_dir=Path()).train
+    assert isinstance(files, ImageFiles)
+    return ImageFiles(files.root, files.names, torch.arange(len(files)))
 
 
-def train_batches(files: Files, **options: object) -> StreamBatches:
-    defaults: dict[str, object] = {
-        "image_size": SIZE,
-        "batch_size": 4,
-        "augment": True,
-        "flip": True,
-        "device": CPU,
-        "seed": 0,
-        "workers": 0,
-    }
-    return StreamBatches(files, **STATISTICS, **{**defaults, **options})  # type: ignore[arg-type]
+def make_images(
+    files: ImageFiles,
+    *,
+    image_size: int = SIZE,
+    batch_size: int = 4,
+    device: torch.device = CPU,
+    workers: int = 0,
+    **options: Any,
+) -> StreamedImages:
+    normalize = Normalization(**STATISTICS, image_size=image_size, device=device)
+    return StreamedImages(BatchReader(files, image_size, **options), normalize, batch_size=batch_size, workers=workers)
 
 
-def eval_batches(files: Files, **options: object) -> StreamEvalBatches:
-    defaults: dict[str, object] = {"image_size": SIZE, "batch_size": 4, "device": CPU, "workers": 0}
-    return StreamEvalBatches(files, **STATISTICS, **{**defaults, **options})  # type: ignore[arg-type]
+def train_batches(files: ImageFiles, batch_size: int = 4, **options: Any) -> TrainBatches:
+    drawn = {"seed": 0, "augment": True, "flip": True, **options}
+    return TrainBatches(make_images(files, batch_size=batch_size, **drawn), batch_size)
+
+
+def eval_batches(files: ImageFiles, workers: int = 0) -> EvalBatches:
+    return EvalBatches(make_images(files, workers=workers), batch_size=4)
+
+
+def pool_of(batches: TrainBatches) -> WorkerPool:
+    assert isinstance(batches.images, StreamedImages)
+    return batches.images._pool
 
 
 def joined(batches: Iterator[Passed]) -> Passed:
@@ -70,19 +88,22 @@ def usual(pixels: np.ndarray) -> torch.Tensor:
     return normalize(tv.ToTensor()(pixels))
 
 
-def test_images_crops_and_flips_do_not_depend_on_workers_or_prefetch(photographs: Files) -> None:
+def test_images_crops_and_flips_do_not_depend_on_workers_or_prefetch(
+    photographs: ImageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alone = train_batches(photographs)
-    helped = [train_batches(photographs, workers=workers, prefetch=3 - workers) for workers in (1, 2)]
+    helped = [train_batches(photographs, workers=workers) for workers in (1, 2)]
     for epoch in (0, 3):
         images, labels = joined(alone.epoch(epoch))
-        for batches in helped:
+        for prefetch, batches in zip((2, 1), helped, strict=True):
+            monkeypatch.setattr(workers_module, "_PREFETCH", prefetch)  # counts where the first pass starts the workers
             others = joined(batches.epoch(epoch))
             assert torch.equal(images, others[0])
             assert torch.equal(labels, others[1])
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_every_batch(photographs: Files, world: int) -> None:
+def test_processes_share_every_batch(photographs: ImageFiles, world: int) -> None:
     batches = train_batches(photographs, batch_size=8)  # the last has two images, which every process takes
     shards = [Shard(rank, world) for rank in range(world)]
     parts = [batches.part(shard) for shard in shards]
@@ -95,7 +116,7 @@ def test_processes_share_every_batch(photographs: Files, world: int) -> None:
             assert torch.equal(whole, torch.cat(divided))
 
 
-def test_batches_do_not_depend_on_batch_size(photographs: Files) -> None:
+def test_batches_do_not_depend_on_batch_size(photographs: ImageFiles) -> None:
     images, labels = joined(train_batches(photographs).epoch(2))
     others = joined(train_batches(photographs, batch_size=7).epoch(2))
     assert torch.equal(images, others[0])
@@ -103,7 +124,7 @@ def test_batches_do_not_depend_on_batch_size(photographs: Files) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_epoch_goes_on_where_it_was(photographs: Files, workers: int) -> None:
+def test_resumed_epoch_goes_on_where_it_was(photographs: ImageFiles, workers: int) -> None:
     batches = train_batches(photographs, workers=workers)
     images, labels = joined(batches.epoch(2))
     started = batches.epoch(2)
@@ -114,7 +135,7 @@ def test_resumed_epoch_goes_on_where_it_was(photographs: Files, workers: int) ->
     assert torch.equal(labels[12:], later[1])
 
 
-def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(photographs: Files) -> None:
+def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(photographs: ImageFiles) -> None:
     orders = [
         joined(train_batches(photographs, seed=seed).epoch(epoch))[1].tolist() for seed in (0, 1) for epoch in (0, 1)
     ]
@@ -122,15 +143,15 @@ def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(photographs: File
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_augmentation_differs_between_epochs_and_is_paired_within_a_seed(photographs: Files) -> None:
-    one = Files(photographs.root, photographs.names[:2], photographs.labels[:2])
+def test_augmentation_differs_between_epochs_and_is_paired_within_a_seed(photographs: ImageFiles) -> None:
+    one = ImageFiles(photographs.root, photographs.names[:2], photographs.labels[:2])
     views = {joined(train_batches(one, batch_size=2).epoch(epoch))[0].numpy().tobytes() for epoch in range(8)}
     assert len(views) == 8
     again = joined(train_batches(one, batch_size=2).epoch(3))[0].numpy().tobytes()
     assert again in views
 
 
-def test_output_is_float_channels_last(photographs: Files) -> None:
+def test_output_is_float_channels_last(photographs: ImageFiles) -> None:
     for images, labels in (next(train_batches(photographs).epoch(0)), next(iter(eval_batches(photographs)))):
         assert images.shape == (4, 3, SIZE, SIZE)
         assert images.dtype == torch.float32
@@ -138,16 +159,16 @@ def test_output_is_float_channels_last(photographs: Files) -> None:
         assert labels.dtype == torch.int64
 
 
-def test_a_single_image_at_the_end_is_dropped(photographs: Files) -> None:
+def test_a_single_image_at_the_end_is_dropped(photographs: ImageFiles) -> None:
     batches = train_batches(photographs, batch_size=17)
     assert (batches.steps_per_epoch, batches.images_per_epoch) == (1, 17)
     assert [len(labels) for _, labels in batches.epoch(0)] == [17]
-    alone = Files(photographs.root, photographs.names[:1], photographs.labels[:1])
+    alone = ImageFiles(photographs.root, photographs.names[:1], photographs.labels[:1])
     with pytest.raises(UserError, match=r"recipe\.batch_size=4: cannot train on a single image"):
         train_batches(alone)
 
 
-def test_half_of_the_images_are_mirrored(photographs: Files) -> None:
+def test_half_of_the_images_are_mirrored(photographs: ImageFiles) -> None:
     centres = joined(iter(eval_batches(photographs)))[0]
     mirrored = []
     for epoch in range(20):
@@ -162,7 +183,7 @@ def test_half_of_the_images_are_mirrored(photographs: Files) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2])
-def test_evaluation_counts_every_image_once_in_order(photographs: Files, workers: int, world: int) -> None:
+def test_evaluation_counts_every_image_once_in_order(photographs: ImageFiles, workers: int, world: int) -> None:
     batches = eval_batches(photographs, workers=workers)
     shares = [batches.part(Shard(rank, world)) for rank in range(world)]
     assert {len(share) for share in shares} == {18}
@@ -171,7 +192,7 @@ def test_evaluation_counts_every_image_once_in_order(photographs: Files, workers
         assert torch.cat(labels).tolist() == list(range(18))
 
 
-def test_evaluation_is_the_usual_one(photographs: Files) -> None:
+def test_evaluation_is_the_usual_one(photographs: ImageFiles) -> None:
     transform = tv.Compose([tv.Resize(round(SIZE * 256 / 224)), tv.CenterCrop(SIZE)])
     images, _ = joined(iter(eval_batches(photographs)))
     for i, image in enumerate(images):
@@ -186,7 +207,7 @@ def test_random_parts_are_distributed_as_torchvisions() -> None:
     image = torch.empty(3, 90, 120)
     theirs = [tv.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
     draws = torch.rand(3000, 22, dtype=torch.float64).tolist()
-    ours = [random_box(120, 90, row) for row in draws]
+    ours = [place_crop(120, 90, row) for row in draws]
     for box in ours:
         assert 0 <= box.left <= 120 - box.width
         assert 0 <= box.top <= 90 - box.height
@@ -202,16 +223,16 @@ def test_random_parts_are_distributed_as_torchvisions() -> None:
 
 @pytest.mark.parametrize(("width", "height", "expected"), [(300, 10, (143, 0, 13, 10)), (10, 300, (0, 143, 10, 13))])
 def test_parts_of_very_long_images_are_their_centres(width: int, height: int, expected: tuple[int, ...]) -> None:
-    assert random_box(width, height, [0.5, 0.5] + [0.999] * 20) == expected
+    assert place_crop(width, height, [0.5, 0.5] + [0.999] * 20) == expected
 
 
-def test_a_part_is_what_resizing_it_gives(photographs: Files) -> None:
+def test_a_part_is_what_resizing_it_gives(photographs: ImageFiles) -> None:
     path = photographs.root / photographs.name(0)
     with Image.open(path) as opened:
         whole = opened.convert("RGB")
-    box = streaming.Box(3, 5, 30, 21)
+    box = CropBox(3, 5, 30, 21)
     expected = whole.crop((3, 5, 33, 26)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    got = read_box(path, SIZE, lambda width, height: box)
+    got = read_crop(path, SIZE, lambda width, height: box)
     assert np.abs(got.numpy().astype(int) - np.asarray(expected)).mean() < 2
     assert got.shape == (SIZE, SIZE, 3)
 
@@ -224,16 +245,16 @@ def test_large_photographs_are_decoded_at_a_fraction_of_their_size(
     pixels = np.stack([x / 800 * 255, y / 600 * 255, (np.sin(x / 90) + np.cos(y / 70) + 2) * 63], axis=2)
     image = Image.fromarray(pixels.astype(np.uint8))
     image.save(tmp_path / "large.jpeg", quality=95)
-    decoded, decode = [], streaming._decode
+    decoded, decode = [], decoding._decode_opened
 
     def noting(*arguments: object, **options: bool) -> torch.Tensor:
         result = decode(*arguments, **options)  # type: ignore[arg-type]
         decoded.append((result.shape[1], result.shape[0]))
         return result
 
-    monkeypatch.setattr(streaming, "_decode", noting)
+    monkeypatch.setattr(decoding, "_decode_opened", noting)
     for box, size in (((0, 0, 800, 600), (100, 75)), ((100, 50, 400, 300), (200, 150)), ((7, 9, 70, 300), (800, 600))):
-        got = read_box(tmp_path / "large.jpeg", 64, lambda width, height, box=box: streaming.Box(*box))  # type: ignore[misc]
+        got = read_crop(tmp_path / "large.jpeg", 64, lambda width, height, box=box: CropBox(*box))  # type: ignore[misc]
         assert decoded.pop() == size
         left, top, width, height = box
         expected = image.resize((64, 64), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
@@ -242,15 +263,15 @@ def test_large_photographs_are_decoded_at_a_fraction_of_their_size(
     assert decoded.pop() == (800, 600), "tests see what everybody else's see"
 
 
-def test_pillow_decodes_where_torchvision_does_not(photographs: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillow_decodes_where_torchvision_does_not(photographs: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, labels = joined(train_batches(photographs).epoch(0))
-    monkeypatch.setattr(streaming, "_jpeg_decoder", lambda: None)
+    monkeypatch.setattr(decoding, "jpeg_decoder", lambda: None)
     ours, same = joined(train_batches(photographs).epoch(0))
     assert torch.equal(labels, same)
     assert (ours - theirs).abs().max() <= 4 / 255 / 0.2, "two builds of one library"
 
 
-def test_files_that_are_not_what_their_names_say(photographs: Files) -> None:
+def test_files_that_are_not_what_their_names_say(photographs: ImageFiles) -> None:
     # ImageNet has a PNG file among its JPEG files, 22 in CMYK, and many in grey.
     path = photographs.root / photographs.name(0)
     with Image.open(path) as opened:
@@ -275,7 +296,7 @@ def test_files_that_are_not_what_their_names_say(photographs: Files) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_image_in_the_middle_of_an_epoch_is_named(photographs: Files, workers: int) -> None:
+def test_a_truncated_image_in_the_middle_of_an_epoch_is_named(photographs: ImageFiles, workers: int) -> None:
     batches = train_batches(photographs, workers=workers)
     order = joined(batches.epoch(0))[1].tolist()
     name = photographs.name(order[9])
@@ -303,12 +324,15 @@ def test_a_truncated_image_in_the_middle_of_an_epoch_is_named(photographs: Files
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_worker_that_dies_is_an_error_at_the_next_batch(photographs: Files, number: signal.Signals) -> None:
+def test_a_worker_that_dies_is_an_error_at_the_next_batch(
+    photographs: ImageFiles, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers_module, "_PREFETCH", 1)
     list(DataLoader(torch.zeros(2), num_workers=1))  # type: ignore[arg-type]  # leaves its handler of dead workers
-    batches = train_batches(photographs, batch_size=2, workers=2, prefetch=1)
+    batches = train_batches(photographs, batch_size=2, workers=2)
     passing = batches.epoch(0)
     next(passing)
-    os.kill(batches._stream._processes[0].pid or 0, number)
+    os.kill(pool_of(batches)._processes[0].pid or 0, number)
     time.sleep(0.2)  # nothing is raised here, in the middle of a step
     with pytest.raises(UserError, match=r"^dataset\.workers: a process that reads images died") as error:
         list(passing)
@@ -322,9 +346,9 @@ Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
 def test_too_little_shared_memory_is_refused_before_training(
-    photographs: Files, monkeypatch: pytest.MonkeyPatch
+    photographs: ImageFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda path: Usage(64 * 2**20, 0, 64 * 2**20))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: Usage(64 * 2**20, 0, 64 * 2**20))
     with pytest.raises(UserError) as error:
         train_batches(photographs, image_size=224, batch_size=256, workers=4)
     assert str(error.value) == (
@@ -336,7 +360,7 @@ def test_too_little_shared_memory_is_refused_before_training(
     train_batches(photographs, image_size=224, batch_size=256, workers=0)
 
 
-def test_shared_memory_that_others_fill_up_is_told(photographs: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_memory_that_others_fill_up_is_told(photographs: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(tensor: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
@@ -345,17 +369,20 @@ def test_shared_memory_that_others_fill_up_is_told(photographs: Files, monkeypat
         next(train_batches(photographs, workers=1).epoch(0))
 
 
-def test_shared_memory_that_gives_way_is_told(photographs: Files) -> None:
-    batches = train_batches(photographs, batch_size=2, workers=1, prefetch=1)
+def test_shared_memory_that_gives_way_is_told(photographs: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "_PREFETCH", 1)
+    batches = train_batches(photographs, batch_size=2, workers=1)
     passing = batches.epoch(0)
     next(passing)
-    os.kill(batches._stream._processes[0].pid or 0, signal.SIGBUS)
+    os.kill(pool_of(batches)._processes[0].pid or 0, signal.SIGBUS)
     with pytest.raises(UserError, match=r"^dataset\.workers: /dev/shm is full; set dataset\.workers=0 or to fewer"):
         list(passing)
 
 
 @pytest.mark.parametrize("broken", [ConnectionResetError(errno.ECONNRESET, "reset by peer"), EOFError()])
-def test_a_connection_that_breaks_before_its_worker_has_died_is_told(photographs: Files, broken: Exception) -> None:
+def test_a_connection_that_breaks_before_its_worker_has_died_is_told(
+    photographs: ImageFiles, broken: Exception
+) -> None:
     batches = train_batches(photographs, workers=1)
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     worker.start()
@@ -365,13 +392,15 @@ def test_a_connection_that_breaks_before_its_worker_has_died_is_told(photographs
         raise broken
         yield
 
-    batches._stream._start = breaking  # type: ignore[assignment,method-assign]
-    batches._stream._processes = [worker]
+    pool_of(batches)._start_pass = breaking  # type: ignore[assignment,method-assign]
+    pool_of(batches)._processes = [worker]
     with pytest.raises(UserError, match=r"^dataset\.workers: a process that reads images died"):
         next(batches.epoch(0))
 
 
-def test_no_room_for_what_workers_talk_through_is_told(photographs: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_what_workers_talk_through_is_told(
+    photographs: ImageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(loader: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")  # as creating a semaphore does
 
@@ -380,29 +409,28 @@ def test_no_room_for_what_workers_talk_through_is_told(photographs: Files, monke
         next(train_batches(photographs, workers=1).epoch(0))
 
 
-def test_workers_outlive_the_signals_that_tell_a_study_to_stop(photographs: Files) -> None:
+def test_workers_outlive_the_signals_that_tell_a_study_to_stop(photographs: ImageFiles) -> None:
     batches = train_batches(photographs, batch_size=2, workers=2)
     passing = batches.epoch(0)
     first = [next(passing)]
-    for process in batches._stream._processes:
+    for process in pool_of(batches)._processes:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(process.pid or 0, number)
     assert len(first + list(passing)) == 9
 
 
-def test_a_process_with_workers_ends_at_once_and_leaves_none(photographs: Files, tmp_path: Path) -> None:
+def test_a_process_with_workers_ends_at_once_and_leaves_none(photographs: ImageFiles, tmp_path: Path) -> None:
     program = f"""
         import sys
         from pathlib import Path
-        from rethink_prune.data import load_dataset, StreamBatches
+        from rethink_prune.config import DatasetConfig
+        from rethink_prune.data import load_dataset, train_batches
         import torch
-        files = load_dataset("imagenet", root={str(photographs.root)!r}, image_size=32, cache_dir=Path()).train
-        batches = StreamBatches(
-            files, mean=(0, 0, 0), std=(1, 1, 1), image_size=32, batch_size=2, augment=True, flip=True,
-            device=torch.device("cpu"), seed=0, workers=2,
-        )
+        options = DatasetConfig(name="imagenet", root={str(photographs.root)!r}, image_size=32, flip=True, workers=2)
+        dataset = load_dataset(options, cache_dir=Path())
+        batches = train_batches(dataset, options, batch_size=2, augment=True, device=torch.device("cpu"), seed=0)
         next(batches.epoch(0))
-        print(*(process.pid for process in batches._stream._processes), flush=True)
+        print(*(process.pid for process in batches.images._pool._processes), flush=True)
         {{}}
     """
     for ending in ("sys.exit('refused')", "raise KeyboardInterrupt", "pass"):
@@ -431,7 +459,7 @@ def test_one_worker_for_every_core_a_process_has(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_epoch_on_cuda_equals_cpu(photographs: Files) -> None:
+def test_epoch_on_cuda_equals_cpu(photographs: ImageFiles) -> None:
     images, labels = joined(train_batches(photographs).epoch(1))
     there = joined(train_batches(photographs, device=torch.device("cuda"), workers=2).epoch(1))
     torch.testing.assert_close(there[0].cpu(), images, rtol=0, atol=1e-6)

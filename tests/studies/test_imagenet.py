@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.models import resnet34
 
 from harness import configure, plan_of
-from rethink_prune.data import StreamBatches
+from rethink_prune.data import TrainBatches
 from rethink_prune.errors import UserError
 
 Run = Callable[..., dict[str, Any]]
@@ -84,15 +84,15 @@ def test_a_damaged_image_ends_the_study_and_once_repaired_it_goes_on(
     expected = small_study(*arguments, f"store.root={tmp_path / 'other'}")
     path = root / "train/n00000002/train_2_3.JPEG"
     whole = path.read_bytes()
-    epochs = StreamBatches.epoch
+    epochs = TrainBatches.epoch
 
-    def damaging(self: StreamBatches, epoch: int, start_step: int = 0) -> Iterator[Any]:
+    def damaging(self: TrainBatches, epoch: int, start_step: int = 0) -> Iterator[Any]:
         if epoch == 1:  # the first epoch went well
             path.write_bytes(whole[: len(whole) // 2])
         return epochs(self, epoch, start_step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StreamBatches, "epoch", damaging)
+        patch.setattr(TrainBatches, "epoch", damaging)
         with pytest.raises(UserError, match=r"train/n00000002/train_2_3\.JPEG cannot be read"):
             small_study(*arguments)
     (checkpoint, *_) = sorted((tmp_path / "store").rglob("checkpoint-*"), reverse=True)

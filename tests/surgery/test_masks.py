@@ -12,7 +12,9 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from rethink_prune import prune
-from rethink_prune.data import EvalBatches, Split, TrainBatches
+from rethink_prune.data import EvalBatches, ImageArray, TrainBatches
+from rethink_prune.data.device_images import DeviceImages
+from rethink_prune.data.normalization import Normalization
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.masks import Masks, apply_masks, draw_masked
 from rethink_prune.training.checkpoint import Checkpoints
@@ -61,13 +63,13 @@ def assert_zero_bits(model: nn.Module, masks: Masks) -> None:
 def train_masked(model: nn.Module, hooks: TrainingHooks, folder: Path, **changes: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (48, 8, 8, 3), generator=generator, dtype=torch.uint8)
-    images = Split(pixels, torch.arange(48) % 4)
-    statistics = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    images = ImageArray(pixels, torch.arange(48) % 4)
+    normalize = Normalization((0.5,) * 3, (0.25,) * 3, image_size=pixels.shape[1], device=CPU)
     values = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "schedule": "multistep", "epochs": 3}
     train(
         model,
-        TrainBatches(images, batch_size=16, pad=1, flip=True, device=CPU, seed=0, **statistics),
-        {"test": EvalBatches(images, batch_size=48, device=CPU, **statistics)},
+        TrainBatches(DeviceImages(images, normalize, pad=1, flip=True, seed=0), batch_size=16),
+        {"test": EvalBatches(DeviceImages(images, normalize), batch_size=48)},
         OptimizerSpec(**{**values, "milestones": (2,), "gammas": (0.1,), **changes}),
         runtime=Runtime(CPU, "fp32"),
         hooks=hooks,

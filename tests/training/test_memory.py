@@ -18,7 +18,9 @@ EPOCHS = """
     import sys, tempfile
     from pathlib import Path
     import torch
-    from rethink_prune.data import EvalBatches, Split, TrainBatches
+    from rethink_prune.data import EvalBatches, ImageArray, TrainBatches
+    from rethink_prune.data.device_images import DeviceImages
+    from rethink_prune.data.normalization import Normalization
     from rethink_prune.models import build_model
     from rethink_prune.training.hooks import TrainingHooks
     from rethink_prune.training.checkpoint import Checkpoints
@@ -30,7 +32,8 @@ EPOCHS = """
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
     pixels = torch.randint(0, 256, (70, 8, 8, 3), dtype=torch.uint8)
-    images, statistics = Split(pixels, torch.arange(70) % 10), {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    images = ImageArray(pixels, torch.arange(70) % 10)
+    normalize = Normalization((0.5,) * 3, (0.25,) * 3, image_size=pixels.shape[1], device=cpu)
 
     def tell(rows):
         status = Path("/proc/self/status").read_text().splitlines()
@@ -39,8 +42,8 @@ EPOCHS = """
     with tempfile.TemporaryDirectory() as folder:
         train(
             build_model("resnet20"),
-            TrainBatches(images, batch_size=32, pad=1, flip=True, device=cpu, seed=0, **statistics),
-            {"test": EvalBatches(images, batch_size=64, device=cpu, **statistics)},
+            TrainBatches(DeviceImages(images, normalize, pad=1, flip=True, seed=0), batch_size=32),
+            {"test": EvalBatches(DeviceImages(images, normalize), batch_size=64)},
             OptimizerSpec("sgd", 0.01, 0.9, False, 1e-4, "cosine", 30, (), ()),
             runtime=Runtime(cpu, "fp32", checkpoint_seconds=0),
             hooks=TrainingHooks(),

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from rethink_prune.data import EvalBatches, Split, TrainBatches
+from rethink_prune.data import EvalBatches, ImageArray, TrainBatches
+from rethink_prune.data.device_images import DeviceImages
+from rethink_prune.data.normalization import Normalization
 from rethink_prune.errors import Interrupted
 from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.study.keys import optimizer_key
@@ -25,7 +27,7 @@ from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, buil
 from rethink_prune.training.train import Diverged, train
 
 CPU = torch.device("cpu")
-STATISTICS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+NORMALIZE = Normalization((0.5,) * 3, (0.25,) * 3, image_size=8, device=CPU)
 
 
 NO_HOOKS = TrainingHooks()
@@ -58,10 +60,10 @@ def network() -> nn.Module:
     )
 
 
-def images() -> Split:
+def images() -> ImageArray:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (50, 8, 8, 3), generator=generator, dtype=torch.uint8)
-    return Split(pixels, torch.arange(50) % 4)
+    return ImageArray(pixels, torch.arange(50) % 4)
 
 
 def run(
@@ -75,8 +77,8 @@ def run(
 ) -> Progress:
     return train(
         model,
-        TrainBatches(images(), batch_size=16, pad=1, flip=True, device=CPU, seed=0, **STATISTICS),
-        {"test": EvalBatches(images(), batch_size=32, device=CPU, **STATISTICS)},
+        TrainBatches(DeviceImages(images(), NORMALIZE, pad=1, flip=True, seed=0), batch_size=16),
+        {"test": EvalBatches(DeviceImages(images(), NORMALIZE), batch_size=32)},
         spec(**changes),
         runtime=Runtime(CPU, "fp32", checkpoint_seconds=seconds),
         hooks=hooks,
@@ -167,9 +169,7 @@ def test_rows_say_what_happened(tmp_path: Path) -> None:
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert [row["lr"] for row in rows] == pytest.approx([0.05, 0.005, 0.0005])
     assert all(row["images"] == 50 for row in rows)
-    result = evaluate(
-        model, EvalBatches(images(), batch_size=7, device=CPU, **STATISTICS), runtime=Runtime(CPU, "fp32")
-    )
+    result = evaluate(model, EvalBatches(DeviceImages(images(), NORMALIZE), batch_size=7), runtime=Runtime(CPU, "fp32"))
     assert result.loss == pytest.approx(rows[-1]["test_loss"], rel=1e-5)
     assert result.top1 == rows[-1]["test_top1"]
 
@@ -183,7 +183,7 @@ def test_the_loop_equals_the_plain_textbook_loop(tmp_path: Path) -> None:
     plain.load_state_dict(model.state_dict())
     run(model, tmp_path)
     velocity = [torch.zeros_like(p) for p in plain.parameters()]
-    batches = TrainBatches(images(), batch_size=16, pad=1, flip=True, device=CPU, seed=0, **STATISTICS)
+    batches = TrainBatches(DeviceImages(images(), NORMALIZE, pad=1, flip=True, seed=0), batch_size=16)
     for epoch in range(3):
         for x, y in batches.epoch(epoch):
             plain.zero_grad()
@@ -376,7 +376,7 @@ def test_top5_counts_every_image_whose_class_is_among_five() -> None:
 
     for classes, top5 in ((4, None), (5, None), (8, 100 * 32 / 50)):
         pixels = torch.zeros(50, 8, 8, 3, dtype=torch.uint8)
-        batches = EvalBatches(Split(pixels, torch.arange(50) % classes), batch_size=7, device=CPU, **STATISTICS)
+        batches = EvalBatches(DeviceImages(ImageArray(pixels, torch.arange(50) % classes), NORMALIZE), batch_size=7)
         result = evaluate(Fixed(), batches, runtime=Runtime(CPU, "fp32"))
         assert result.top5 == top5
         assert result.top1 == 100 * len(range(0, 50, classes)) / 50

@@ -1,25 +1,23 @@
-"""Images, in memory as bytes or in files, and the batches drawn from them."""
+"""Images, in memory as bytes or in files, and the batches drawn from them.
 
-from rethink_prune.data.batches import Epoch, EvalBatches, TrainBatches
-from rethink_prune.data.contract import AnyEvalBatches, AnyTrainBatches
+To read first: :mod:`~rethink_prune.data.dataset` (load a data set by name), :mod:`~rethink_prune.data.batches` (turn it
+into batches) and :mod:`~rethink_prune.data.sources` (the data sets there are; how to add one).
+"""
+
+from rethink_prune.data.batches import Epoch, EvalBatches, TrainBatches, eval_batches, train_batches
 from rethink_prune.data.dataset import DatasetInfo, ImageDataset, describe_dataset, load_dataset
-from rethink_prune.data.evaluation import eval_batches
-from rethink_prune.data.split import Files, Split
-from rethink_prune.data.streaming import StreamBatches, StreamEvalBatches
+from rethink_prune.data.images import ImageArray, ImageFiles
 
 __all__ = [
-    "AnyEvalBatches",
-    "AnyTrainBatches",
     "DatasetInfo",
     "Epoch",
     "EvalBatches",
-    "Files",
+    "ImageArray",
     "ImageDataset",
-    "Split",
-    "StreamBatches",
-    "StreamEvalBatches",
+    "ImageFiles",
     "TrainBatches",
     "describe_dataset",
     "eval_batches",
     "load_dataset",
+    "train_batches",
 ]

@@ -1,13 +1,8 @@
-"""How an epoch is divided into batches, and a batch among the processes of a distributed training."""
+"""How a batch is divided among the processes of a distributed training."""
 
 from __future__ import annotations
 
-import copy
-import math
 from dataclasses import dataclass
-from typing import Self
-
-from rethink_prune.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,13 +36,23 @@ class Shard:
     def copies(self, images: int) -> int:
         """Return how many processes train on each image of a batch of so many: one, or all.
 
-        Batch normalisation needs two images, so a batch without two for every process (the last of an epoch) is not
-        shared: every process computes the whole of it.
+        Examples
+        --------
+        >>> Shard(0, 3).copies(6), Shard(0, 3).copies(5)
+        (1, 3)
         """
+        # Batch normalisation needs two images. A batch without two for every process (the last of an epoch) is not
+        # shared: every process computes the whole of it.
         return 1 if images >= 2 * self.world else self.world
 
     def of_batch(self, start: int, stop: int) -> slice:
-        """Return this process's part of a training batch at the positions ``[start, stop)`` of an epoch."""
+        """Return this process's part of a training batch at the positions ``[start, stop)`` of an epoch.
+
+        Examples
+        --------
+        >>> Shard(1, 3).of_batch(0, 6), Shard(1, 3).of_batch(0, 5)
+        (slice(2, 4, None), slice(0, 5, None))
+        """
         return self.of(start, stop) if self.copies(stop - start) == 1 else slice(start, stop)
 
     def weight(self, part: int, images: int) -> float:
@@ -59,59 +64,13 @@ class Shard:
         ----------
         part, images : int
             Images in this process's part, and in the batch.
+
+        Examples
+        --------
+        >>> [Shard(rank, 2).weight(part, images=5) for rank, part in enumerate((2, 3))]
+        [0.8, 1.2]
         """
         return part * self.world / (images * self.copies(images))
 
 
-class Shared:
-    """Images that the processes of a distributed training take parts of; at first, one process takes all."""
-
-    _shard = Shard()
-
-    def part(self, shard: Shard) -> Self:
-        """Return the same images, of which one process takes its part; memory and workers are shared."""
-        part = copy.copy(self)
-        part._shard = shard
-        return part
-
-
-class DividedEpoch(Shared):
-    """The positions of an epoch, divided into batches, of which a process takes its part.
-
-    A partial last batch is kept, except for a single image, from which batch normalisation has no variance to take.
-
-    Parameters
-    ----------
-    images : int
-        Training images.
-    batch_size : int
-        Images per batch, of all processes together.
-
-    Attributes
-    ----------
-    images_per_epoch : int
-        Images an epoch really uses, of all processes together.
-    steps_per_epoch : int
-        Batches of an epoch.
-
-    Raises
-    ------
-    UserError
-        There is a single image, and the batch size would drop it.
-    """
-
-    def __init__(self, images: int, batch_size: int) -> None:
-        self.images_per_epoch = images - 1 if batch_size > 1 and images % batch_size == 1 else images
-        self.steps_per_epoch = math.ceil(self.images_per_epoch / batch_size)
-        if self.steps_per_epoch == 0:
-            raise UserError(f"recipe.batch_size={batch_size}: cannot train on a single image")
-        self._batch_size = batch_size
-
-    def size(self, step: int) -> int:
-        """Return how many images a batch has, of all processes together."""
-        return min(self._batch_size, self.images_per_epoch - step * self._batch_size)
-
-    def positions(self, step: int) -> slice:
-        """Return where in the epoch this process's images of a batch are."""
-        start = step * self._batch_size
-        return self._shard.of_batch(start, start + self.size(step))
+UNSHARED = Shard()

@@ -56,8 +56,8 @@ def evaluate_stage(
     options = config.dataset
     if options.mean is None and "images" in trained:
         # By name: nothing else that a stage says may choose what is loaded.
-        options = options.model_copy(update={name: tuple(trained["images"][name]) for name in ("mean", "std")})
-    info = describe_dataset(**options.model_dump(exclude={"pad", "flip", "mean", "std", "workers"}))
+        options = options.with_statistics(trained["images"]["mean"], trained["images"]["std"])
+    info = describe_dataset(options)
     # Before any image is read.
     expected = {
         "classes": (info.num_classes, network["num_classes"]),
@@ -67,14 +67,11 @@ def evaluate_stage(
     problems = [f"{has} {what}, not {needs}" for what, (has, needs) in expected.items() if has != needs]
     if problems:
         raise UserError(f"{info.name}: does not fit {stage.name}: it has {' and '.join(problems)}")
-    loaded = options.model_dump(exclude={"pad", "flip", "workers"})
     cache = Store(Path(config.store.root)).cache
-    dataset = load_dataset(**loaded, cache_dir=cache, progress=runtime.show_progress)
+    dataset = load_dataset(options, cache_dir=cache, progress=runtime.show_progress)
     batches = eval_batches(
+        dataset,
         dataset.test,
-        mean=dataset.mean,
-        std=dataset.std,
-        image_size=network["image_size"],
         batch_size=config.recipe.eval_batch_size,
         device=runtime.device,
         workers=options.workers,

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from rethink_prune.config import DatasetConfig, RecipeConfig
 from rethink_prune.data import (
-    AnyEvalBatches,
-    AnyTrainBatches,
+    EvalBatches,
     ImageDataset,
+    TrainBatches,
+    describe_dataset,
+    eval_batches,
+    load_dataset,
+    train_batches,
 )
-from rethink_prune.study.tmpdata import describe_dataset, eval_batches, load_dataset, train_batches
 from rethink_prune.training.distributed import Processes
 from rethink_prune.training.runtime import Runtime
 
@@ -76,7 +79,7 @@ class Inputs:
         return self._processes.one_after_another(load)
 
     @cached_property
-    def train_batches(self) -> AnyTrainBatches:
+    def train_batches(self) -> TrainBatches:
         """The training images, augmented as the recipe says."""
         return train_batches(
             self.dataset,
@@ -88,7 +91,7 @@ class Inputs:
         )
 
     @cached_property
-    def evaluations(self) -> dict[str, AnyEvalBatches]:
+    def evaluations(self) -> dict[str, EvalBatches]:
         """The images that networks are judged by: test, and validation if some are held out."""
         splits = {"test": self.dataset.test, "validation": self.dataset.validation}
         return {

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rethink_prune.data.contract import AnyEvalBatches
+from rethink_prune.data.batches import EvalBatches
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.runtime import Runtime
 
@@ -33,20 +33,21 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: AnyEvalBatches, *, runtime: Runtime, processes: Processes = ALONE
-) -> Evaluation:
+def evaluate(model: nn.Module, batches: EvalBatches, *, runtime: Runtime, processes: Processes = ALONE) -> Evaluation:
     """Evaluate `model` on every image of `batches`; each image is counted once, by one of the processes.
 
     The network is left in evaluation mode.
 
     Examples
     --------
-    >>> from rethink_prune.data import EvalBatches, Split
+    >>> from rethink_prune.data import ImageArray
+    >>> from rethink_prune.data.device_images import DeviceImages
+    >>> from rethink_prune.data.normalization import Normalization
     >>> cpu, images = torch.device("cpu"), torch.zeros(8, 4, 4, 3, dtype=torch.uint8)
     >>> images[..., 0] = 255  # red
-    >>> split = Split(images, torch.tensor([0, 0, 0, 0, 0, 0, 1, 2]))
-    >>> batches = EvalBatches(split, batch_size=3, device=cpu, mean=(0.5,) * 3, std=(0.25,) * 3)
+    >>> array = ImageArray(images, torch.tensor([0, 0, 0, 0, 0, 0, 1, 2]))
+    >>> normalize = Normalization((0.5,) * 3, (0.25,) * 3, image_size=4, device=cpu)
+    >>> batches = EvalBatches(DeviceImages(array, normalize), batch_size=3)
     >>> brightest = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # a logit for each colour
     >>> evaluate(brightest, batches, runtime=Runtime(cpu, "fp32")).top1
     75.0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from rethink_prune.data.contract import AnyEvalBatches, AnyTrainBatches
+from rethink_prune.data.batches import EvalBatches, TrainBatches
 from rethink_prune.seeds import derive_seed
 from rethink_prune.training.accelerate import build_step
 from rethink_prune.training.checkpoint import Checkpoints, Parts, TrainingSaver
@@ -31,8 +31,8 @@ class Diverged(Exception):
 
 def train(
     model: nn.Module,
-    batches: AnyTrainBatches,
-    evaluations: Mapping[str, AnyEvalBatches],
+    batches: TrainBatches,
+    evaluations: Mapping[str, EvalBatches],
     spec: OptimizerSpec,
     *,
     runtime: Runtime,
@@ -50,7 +50,7 @@ def train(
     ----------
     model : torch.nn.Module
         Gives logits N x classes.
-    evaluations : mapping of str to AnyEvalBatches
+    evaluations : mapping of str to EvalBatches
         Sets to evaluate after every epoch, e.g. ``{"test": ...}``.
     hooks : TrainingHooks
         A pruner's part in the training, or what holds masked weights.
@@ -81,12 +81,13 @@ def train(
 
     Examples
     --------
-    >>> from rethink_prune.data import Split, TrainBatches
+    >>> from rethink_prune.data import ImageArray
+    >>> from rethink_prune.data.device_images import DeviceImages
+    >>> from rethink_prune.data.normalization import Normalization
     >>> cpu, images = torch.device("cpu"), torch.zeros(8, 4, 4, 3, dtype=torch.uint8)
-    >>> batches = TrainBatches(
-    ...     Split(images, torch.arange(8) % 2),
-    ...     mean=(0.5,) * 3, std=(0.25,) * 3, batch_size=4, pad=1, flip=True, device=cpu, seed=0,
-    ... )
+    >>> normalize = Normalization((0.5,) * 3, (0.25,) * 3, image_size=4, device=cpu)
+    >>> array = ImageArray(images, torch.arange(8) % 2)
+    >>> batches = TrainBatches(DeviceImages(array, normalize, pad=1, flip=True), batch_size=4)
     >>> progress = train(
     ...     nn.Sequential(nn.Flatten(), nn.Linear(48, 2)),
     ...     batches,
