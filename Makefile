@@ -2,6 +2,7 @@
 # make test   install with the development tools and run the tests
 # make lint   formatting, lint and types
 # make board  TensorBoard over the runs, and the report's means over seeds, at http://127.0.0.1:6006
+# make clean  remove .venv and what the tools leave behind; runs and store stay
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,7 +29,8 @@ lint: $(VENV)/installed-dev
 board: $(VENV)/installed
 	$(BIN)/tensorboard --logdir_spec runs:runs,report:report/tensorboard --host 127.0.0.1
 
-# Made anew only when the dependencies change; the package itself is installed in place.
+# The environment is installed again only when the dependencies change: the package itself is installed in place, so a
+# change of its code needs nothing. Python stands after the bar, because a newer interpreter alone is no reason either.
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing rethink-prune into $(VENV) (PyTorch is large: this takes a few minutes the first time)."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
@@ -39,6 +41,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,launchers,onnx]"
 	@touch $@
 
+# Checked first: an older Python would fail much later, with an error that does not name the reason.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make demo PYTHON=python3.12"; exit 1; }

@@ -78,12 +78,11 @@ from rethink_prune.config import parse_pruner
 from rethink_prune.data import Files, Split, StreamBatches
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS, find_pruner
+from rethink_prune.surgery import cut
 from rethink_prune.surgery.channels import analyse
-from rethink_prune.surgery.cut import apply
-from rethink_prune.training import loop
-from rethink_prune.training.precision import autocast, resolve_device
+from rethink_prune.training import train as loop
+from rethink_prune.training.runtime import Runtime, resolve_device
 from rethink_prune.training.schedule import build_optimizer
-from rethink_prune.training.train import Runtime
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Least speed relative to the usual script, on a CPU.
@@ -197,7 +196,7 @@ def bare_side(model: nn.Module, split: Split, device: torch.device, precision: s
     def run() -> None:
         model.train()
         for images, labels in ready:
-            with autocast(device, precision):
+            with runtime.autocast():
                 logits = model(images)
             F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
@@ -262,7 +261,7 @@ def measure_surgery(network: str, device: torch.device, options: argparse.Namesp
     drop = target.choose(pruner.scores(model, target.groups, data=None, generator=torch.Generator())).drop
     sides: dict[str, Side] = {
         "analysis": lambda: analyse(model, example),
-        "surgery": lambda: apply(model, target.channels.plan(drop)),
+        "surgery": lambda: cut.apply(model, target.channels.plan(drop)),
         "prune(), whole call": lambda: prune(model, "l1", example=example, ratio=0.5),
     }
     seconds = take_turns(sides, options.rounds, torch.device("cpu"))  # pruning always happens there

@@ -39,13 +39,14 @@ from benchmark_sides import (
 )
 from rethink_prune import build_model, count_cost, prune
 from rethink_prune.data import EvalBatches, Split
+from rethink_prune.training.accelerate import build_step
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.precision import prepare_device
+from rethink_prune.training.progress import Row
+from rethink_prune.training.runtime import Runtime, prepare_device
 from rethink_prune.training.schedule import build_optimizer
-from rethink_prune.training.step import build_step
-from rethink_prune.training.train import Row, Runtime, train
+from rethink_prune.training.train import train
 
 # The study that is projected: the epochs of `large`, and of `finetune`, `scratch_e` and `scratch_b` together.
 LARGE_EPOCHS, PRUNED_EPOCHS = 160, 40 + 160 + 243
@@ -197,9 +198,7 @@ def streams_side(network: str, count: int, steps: int, device: torch.device, pre
     for _ in streams:
         model = runtime.place(build_model(network)).train()
         optimizer = build_optimizer(model.parameters(), SPEC, fused=True)
-        trained.append(
-            build_step(model, optimizer, TrainingHooks(), device=device, precision=precision, accelerate="auto")
-        )
+        trained.append(build_step(model, optimizer, TrainingHooks(), runtime=runtime))
 
     def run() -> None:
         torch.cuda.synchronize(device)
@@ -237,7 +236,8 @@ def step_traffic(model: nn.Module, device: torch.device, precision: str) -> int:
     """Return the bytes that the operations of one training step of a full batch read and write, each by itself."""
     model = Runtime(device, precision).place(model).train()
     optimizer = build_optimizer(model.parameters(), SPEC, fused=device.type == "cuda")
-    step = build_step(model, optimizer, TrainingHooks(), device=device, precision=precision, accelerate="off")
+    # Not recorded: a replay calls no operation whose tensors could be counted.
+    step = build_step(model, optimizer, TrainingHooks(), runtime=Runtime(device, precision, "off"))
     images, labels = next(batches_of(random_images(BATCH_SIZE), device).epoch(0))
     step(images, labels)  # makes the optimiser's state
     with _Traffic() as traffic:

@@ -21,9 +21,10 @@ from rethink_prune.data import Split, TrainBatches
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.precision import resolve_precision
+from rethink_prune.training.progress import Progress
+from rethink_prune.training.runtime import Runtime, resolve_precision
 from rethink_prune.training.schedule import OptimizerSpec
-from rethink_prune.training.train import Progress, Runtime, train
+from rethink_prune.training.train import train
 
 BATCH_SIZE = 64
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

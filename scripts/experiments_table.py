@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rethink_prune.files import write_atomically
-from rethink_prune.report import verdicts
-from rethink_prune.report.comparison import PAPER_ARMS, Row, compare
+from rethink_prune.report.gather import gather
 from rethink_prune.report.groups import group_runs
-from rethink_prune.report.runs import gather
+from rethink_prune.report.networks import PAPER_ARMS, network_label
+from rethink_prune.report.results import ResultRow, compute_report
 from rethink_prune.text import markdown
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 BEGIN, END = "<!-- the table: scripts/experiments_table.py writes it -->\n", "<!-- end of the table -->\n"
-TITLES = tuple(map(verdicts.TITLES.__getitem__, PAPER_ARMS))
+TITLES = tuple(network_label(arm).title for arm in PAPER_ARMS)
 COLUMNS = ("folder", "images", "network", "pruned by", "n", *TITLES, "Scratch-B minus fine-tuned")
 
 
@@ -44,18 +44,18 @@ def table() -> str:
         cells(folder, found.dataset, row)
         for folder in sorted(path for path in EXPERIMENTS.iterdir() if path.is_dir())
         for results in sorted(folder.glob("*.json"))
-        for found in compare(group_runs(gather([results]).runs), margin=0.5).tables
+        for found in compute_report(group_runs(gather([results]).runs), margin=0.5).tables
         for row in found.rows
     ]
     return markdown(COLUMNS, rows)
 
 
-def cells(folder: Path, dataset: str, row: Row) -> list[str]:
+def cells(folder: Path, dataset: str, row: ResultRow) -> list[str]:
     link = f"[{folder.name}]({folder.name}/README.md)"
     return [link, dataset, row.network, row.pruned_by, str(len(row.seeds)), *accuracies(row), difference(row)]
 
 
-def accuracies(row: Row) -> Iterator[str]:
+def accuracies(row: ResultRow) -> Iterator[str]:
     for name in PAPER_ARMS:
         result = row.arm(name)
         top1 = result.top1 if result else None
@@ -65,7 +65,7 @@ def accuracies(row: Row) -> Iterator[str]:
             yield f"{top1.mean:.2f}" if top1.sd is None else f"{top1.mean:.2f} ± {top1.sd:.2f}"
 
 
-def difference(row: Row) -> str:
+def difference(row: ResultRow) -> str:
     for comparison in row.comparisons:
         found = comparison.difference
         if (comparison.first, comparison.second) == ("scratch_b", "finetune") and found is not None:

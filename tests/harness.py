@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import runpy
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -14,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.config import StudyConfig
 from rethink_prune.files import conf_dir
-from rethink_prune.study.run import check_config
+from rethink_prune.study.plan import plan_content
+from rethink_prune.study.prepare import check_config, prepare_study
 
 # Digits at their own size, a few hundred of them, a few epochs: a study of four stages in about two seconds.
 SMALL = (
@@ -33,6 +40,12 @@ def configure(*overrides: str) -> StudyConfig:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         tree = compose("config", overrides=list(overrides))
     return check_config(OmegaConf.to_container(tree, resolve=True))  # type: ignore[arg-type]
+
+
+def plan_of(config: StudyConfig) -> dict[str, Any]:
+    """Return the content of ``plan.json``."""
+    study = prepare_study(config)
+    return plan_content(study.budget, study.plan(), study.target, trains_sparse=study.pruner.trains_sparse)
 
 
 def command(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -63,3 +76,44 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                     module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 2)
                     module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
     return model
+
+
+def run_forked(
+    words: Sequence[str], folder: Path, environment: Mapping[str, str], *, preload: Sequence[str], timeout: float
+) -> tuple[int, str]:
+    """Run ``python -m`` with `words`, in a process forked from one that has imported `preload`; see `command`.
+
+    Importing the libraries takes longer than a small study does, so tests of many commands import them once. The first
+    call decides what is imported.
+
+    Returns
+    -------
+    tuple of int and str
+        The exit status, and what was printed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*preload])
+    with tempfile.TemporaryDirectory() as place:
+        output = Path(place) / "output"
+        process = context.Process(target=_run_module, args=(words, folder, dict(environment), output))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        status = process.exitcode
+        assert status is not None
+        return status, output.read_text() if output.exists() else ""
+
+
+def _run_module(words: Sequence[str], folder: Path, environment: dict[str, str], output: Path) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.chdir(folder)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    # As `python -m` does, before the module is run: its folder comes first.
+    sys.path.insert(0, str(folder))
+    sys.argv = list(words)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from harness import configure
+from harness import configure, plan_of
+from rethink_prune.config import StudyConfig
 from rethink_prune.files import conf_dir
-from rethink_prune.study.setup import Setup
 
 FOLDER = Path(conf_dir()) / "experiment"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -127,7 +127,7 @@ def header(name: str) -> str:
     return " ".join(" ".join(line.lstrip("#") for line in lines).split())
 
 
-Planned = Callable[[str], tuple[Setup, dict[str, Any]]]
+Planned = Callable[[str], tuple[StudyConfig, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +136,9 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
     store = tmp_path_factory.mktemp("plans") / "store"
 
     @cache
-    def plan(name: str) -> tuple[Setup, dict[str, Any]]:
-        setup = Setup(configure(f"experiment={name}", "dry_run=true", "device=cpu", f"store.root={store}"))
-        return setup, setup.plan()
+    def plan(name: str) -> tuple[StudyConfig, dict[str, Any]]:
+        config = configure(f"experiment={name}", "dry_run=true", "device=cpu", f"store.root={store}")
+        return config, plan_of(config)
 
     return plan
 
@@ -166,8 +166,7 @@ def test_headers_say_what_is_reported_and_planned(name: str, planned: Planned) -
 @pytest.mark.parametrize("name", [*KNOWN, *FOUND])
 def test_trainings_are_those_of_the_paper(name: str, planned: Planned) -> None:
     row = {**KNOWN, **FOUND}[name]
-    setup, plan = planned(name)
-    config = setup.config
+    config, plan = planned(name)
     assert config.recipe.lr == row.recipe.lr
     assert config.recipe.batch_size == row.recipe.batch_size
     assert config.recipe.nesterov == row.recipe.nesterov
@@ -188,8 +187,7 @@ def test_trainings_are_those_of_the_paper(name: str, planned: Planned) -> None:
 @pytest.mark.parametrize("name", KNOWN)
 def test_published_networks_are_planned_exactly(name: str, planned: Planned) -> None:
     row = KNOWN[name]
-    setup, plan = planned(name)
-    config = setup.config
+    config, plan = planned(name)
     assert plan["large"]["params"] == row.params
     assert plan["pruned"]["known"]
     assert plan["pruned"]["params"] == row.pruned_params
@@ -206,8 +204,7 @@ def test_published_networks_are_planned_exactly(name: str, planned: Planned) -> 
 @pytest.mark.parametrize("name", FOUND)
 def test_rows_that_wait_for_a_training_have_the_settings_of_the_table(name: str, planned: Planned) -> None:
     row = FOUND[name]
-    setup, plan = planned(name)
-    config = setup.config
+    config, plan = planned(name)
     assert plan["large"]["params"] == row.params
     assert not plan["pruned"]["known"]
     assert plan["arms"]["scratch_b"]["epochs"] is None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Cost", "PruneResult", "build_model", "count_cost", "load_model", "prune"]
 
 # Imported on first use, so that the command line answers before torch is loaded.
-_HOMES = {
+_MODULES = {
     "Cost": "rethink_prune.cost",
     "PruneResult": "rethink_prune.pruning",
     "build_model": "rethink_prune.models",
@@ -25,6 +25,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

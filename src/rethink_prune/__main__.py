@@ -11,8 +11,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rethink_prune.commands import sweeps as sweep
-from rethink_prune.commands.arguments import check_arguments, end_quietly_unread
+from rethink_prune.commands import sweeps
+from rethink_prune.commands.arguments import check_arguments, end_quietly_on_closed_pipe
 from rethink_prune.errors import Interrupted, UserError
 from rethink_prune.files import conf_dir
 from rethink_prune.training.interrupts import Interrupts
@@ -22,13 +22,14 @@ from rethink_prune.training.interrupts import Interrupts
 def run(tree: DictConfig) -> None:
     """Run the study that a composed configuration describes."""
     job = HydraConfig.get()
-    with sweep.noted(job), sweep.left_to_submitit(), Interrupts(sweep.stop_signals()) as interrupts:
+    with sweeps.record_outcome(job), sweeps.wait_for_requeue(), Interrupts(sweeps.stop_signals()) as interrupts:
         # Imported here: Hydra's --help and its errors need no torch.
-        from rethink_prune.study.run import check_config, run_study
-        from rethink_prune.training.distributed import this_process
+        from rethink_prune.study.prepare import check_config
+        from rethink_prune.study.run import run_study
+        from rethink_prune.training.torchrun import this_process
 
         plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
-        plain["device"] = sweep.choose_device(plain["device"], job)
+        plain["device"] = sweeps.choose_device(plain["device"], job)
         run_study(
             check_config(plain),
             Path(job.runtime.output_dir),
@@ -38,13 +39,13 @@ def run(tree: DictConfig) -> None:
         )
 
 
-def run_with_others() -> None:
+def run_as_one_of_several(*, is_first: bool) -> None:
     """Run the study as the first of the processes that ``torchrun`` has started, or take part in it as another."""
-    from rethink_prune.study.run import join_study
-    from rethink_prune.training.distributed import connected
+    from rethink_prune.study.join import join_study
+    from rethink_prune.training.torchrun import connected
 
     command = sys.argv[1:]
-    if _is_first() and {"-m", "--multirun", "hydra.mode=MULTIRUN"}.intersection(command):
+    if is_first and {"-m", "--multirun", "hydra.mode=MULTIRUN"}.intersection(command):
         raise UserError(
             "-m: torchrun starts one study; start it once for every study, "
             "or run the sweep without it: python -m rethink_prune -m ..."
@@ -58,25 +59,24 @@ def run_with_others() -> None:
 
 def main() -> None:
     """Run from the command line; a signal that was honoured ends the process with 128 + its number."""
-    end_quietly_unread(sys.argv)
+    end_quietly_on_closed_pipe(sys.argv)
+    # The rank is torchrun's number of this process. The first process alone prints what concerns all.
+    rank = os.environ.get("RANK")
+    is_first = rank in (None, "0")
     try:
-        if "RANK" in os.environ:
-            run_with_others()
+        if rank is not None:
+            run_as_one_of_several(is_first=is_first)
             return
         check_arguments(sys.argv, Path(conf_dir()))
-        with Interrupts(), sweep.judged():
+        with Interrupts(), sweeps.raise_if_jobs_failed():
             run()
     except UserError as error:
         sys.exit(str(error))
     except Interrupted as stop:
-        if stop.overtaken is not None or _is_first():
+        # The signal may have come while an error was on its way to the user: that error is the reason.
+        if stop.overtaken is not None or is_first:
             print(stop.overtaken or stop, file=sys.stderr)
         sys.exit(128 + stop.signum)
-
-
-def _is_first() -> bool:
-    """Tell whether this process speaks for all that ``torchrun`` has started; it numbers them by ``RANK``."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

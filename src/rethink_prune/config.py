@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from rethink_prune.errors import UserError
@@ -23,7 +23,7 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Milestone = Finite  # from 1, a whole number of epochs
 
-TARGETS = ("ratio", "variant", "widths", "target_macs", "target_params")
+TARGET_OPTIONS = ("ratio", "variant", "widths", "target_macs", "target_params")
 
 
 class Frozen(BaseModel):
@@ -179,21 +179,22 @@ class PrunerOptions(Frozen):
     name: str
 
     @property
-    def target(self) -> str:
-        """Name of the option that says how much goes."""
+    def target_option(self) -> str:
+        """Name of the option that states the target: what is to go."""
         raise NotImplementedError
 
 
 class TargetOptions(PrunerOptions):
-    """Options of a pruner that is told how much goes, by exactly one of the :data:`TARGETS`."""
+    """Options of a pruner whose target is stated by exactly one of the :data:`TARGET_OPTIONS`."""
 
     @model_validator(mode="after")
     def _one_target(self) -> TargetOptions:
         given = self._given()
-        known = [name for name in TARGETS if name in type(self).model_fields]
         if not given:
-            raise ValueError(f"no target: give exactly one of {', '.join(known)}, e.g. pruner.ratio=0.5")
+            options = ", ".join(name for name in TARGET_OPTIONS if name in type(self).model_fields)
+            raise ValueError(f"no target: give exactly one of {options}, e.g. pruner.ratio=0.5")
         if len(given) > 1:
+            # The last one is most likely meant: a pruner's defaults state a ratio, the first of them.
             keep = given[-1]
             clear = " ".join(f"pruner.{name}=null" for name in given if name != keep)
             raise ValueError(
@@ -202,12 +203,35 @@ class TargetOptions(PrunerOptions):
         return self
 
     @property
-    def target(self) -> str:
-        """Name of the target that is given."""
+    def target_option(self) -> str:
+        """Name of the option that is given."""
         return self._given()[0]
 
     def _given(self) -> list[str]:
-        return [name for name in TARGETS if getattr(self, name, None) is not None]
+        return [name for name in TARGET_OPTIONS if getattr(self, name, None) is not None]
+
+
+def check_ratio(ratio: object) -> object:
+    """Return a ratio, or a list or mapping of them, with names as text; raise ValueError for one not in (0, 1).
+
+    Examples
+    --------
+    >>> check_ratio({1: 0.5})
+    {'1': 0.5}
+    """
+    if isinstance(ratio, Mapping):
+        ratio = {str(layer): value for layer, value in ratio.items()}
+    for value in _leaves(ratio):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise ValueError(
+                "must be in (0, 1), the share to remove" + ("" if value is ratio else f"; found {value!r}")
+            )
+    return ratio
+
+
+Ratio = Annotated[PerLayerRatio | None, BeforeValidator(check_ratio)]
+# Published targets may be named by a number: pruner.variant=41 arrives as one.
+VariantName = Annotated[str | None, BeforeValidator(lambda name: str(name) if isinstance(name, int) else name)]
 
 
 class ChannelOptions(TargetOptions):
@@ -219,7 +243,7 @@ class ChannelOptions(TargetOptions):
 
     scope: Literal["inner", "all"] = "inner"
     ranking: Literal["layer", "global"] = "layer"
-    ratio: Annotated[PerLayerRatio | None, Field(union_mode="smart")] = None
+    ratio: Ratio = None
     variant: str | None = None
     widths: Widths | None = None
     target_macs: Positive | None = None
@@ -227,11 +251,6 @@ class ChannelOptions(TargetOptions):
     skip: tuple[str, ...] = ()
     min_channels: Count = 1
     round_to: Count = 1
-
-    @field_validator("ratio", mode="before")
-    @classmethod
-    def _ratio_in_range(cls, ratio: object) -> object:
-        return check_ratio(ratio)
 
     @field_validator("widths", mode="before")
     @classmethod
@@ -245,11 +264,10 @@ class ChannelOptions(TargetOptions):
 
     @model_validator(mode="after")
     def _bounds_are_for_what_follows_from_a_share(self) -> ChannelOptions:
-        said = next((name for name in ("variant", "widths") if getattr(self, name) is not None), None)
-        bounds = ("skip", "min_channels", "round_to")
+        option, bounds = self.target_option, ("skip", "min_channels", "round_to")
         ignored = [name for name in bounds if getattr(self, name) != type(self).model_fields[name].default]
-        if said and ignored:
-            raise ValueError(f"{' and '.join(ignored)}: of no use with {said}, which gives every width itself")
+        if option in ("variant", "widths") and ignored:
+            raise ValueError(f"{' and '.join(ignored)}: of no use with {option}, which gives every width itself")
         return self
 
     @model_validator(mode="after")
@@ -259,21 +277,9 @@ class ChannelOptions(TargetOptions):
         return self
 
     @property
-    def widths_follow(self) -> bool:
-        """Whether the widths follow from the options alone."""
-        return self.ranking == "layer" or self.variant is not None or self.widths is not None
-
-
-def check_ratio(ratio: object) -> object:
-    """Return a ratio, or a list or mapping of them, with names as text; raise ValueError for one not in (0, 1)."""
-    if isinstance(ratio, Mapping):
-        ratio = {str(layer): value for layer, value in ratio.items()}
-    for value in _leaves(ratio):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            raise ValueError(
-                "must be in (0, 1), the share to remove" + ("" if value is ratio else f"; found {value!r}")
-            )
-    return ratio
+    def decides_widths(self) -> bool:
+        """Whether these options alone decide how wide each layer remains."""
+        return self.ranking == "layer" or self.target_option in ("variant", "widths")
 
 
 class StudyConfig(Frozen):
@@ -358,8 +364,17 @@ def parse_config(
     return config
 
 
-def parse_pruner(tree: Mapping[str, Any], options: type[PrunerOptions]) -> PrunerOptions:
-    """Validate a pruner's options alone; raises `UserError` with one line per error."""
+Options = TypeVar("Options", bound=PrunerOptions)
+
+
+def parse_pruner(tree: Mapping[str, Any], options: type[Options]) -> Options:
+    """Return a pruner's options; raise `UserError` with one line per error.
+
+    Examples
+    --------
+    >>> parse_pruner({"name": "l1", "ratio": 0.5}, ChannelOptions).ratio
+    0.5
+    """
     try:
         return options.model_validate(tree)
     except ValidationError as error:

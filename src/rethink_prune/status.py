@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 from rethink_prune.errors import UserError
-from rethink_prune.store.listing import list_stages, remove_remains, remove_stages, size, stages_table
+from rethink_prune.store.listing import list_stages, stages_table
+from rethink_prune.store.removal import finish_removals, remove_stages
+from rethink_prune.text import size
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,9 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--watch and --clean do not go together")
     try:
         if options.clean:
-            return _clean(options.store, ask=not options.yes)
+            _clean(options.store, ask=not options.yes)
+            return 0
         while True:
             table = stages_table(options.store, list_stages(options.store))
+            # On a terminal, clear the screen first.
             print(f"\033[H\033[2J{table}" if options.watch and sys.stdout.isatty() else table, flush=True)
             if options.watch is None:
                 return 0
@@ -41,20 +45,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
-def _clean(store: Path, *, ask: bool) -> int:
-    needless = [stage for stage in list_stages(store) if stage.needless]
-    remove_remains(store)
-    if not needless:
+def _clean(store: Path, *, ask: bool) -> None:
+    removable = [stage for stage in list_stages(store) if stage.removable]
+    finish_removals(store)
+    if not removable:
         print("Nothing to remove.")
-        return 0
-    print(stages_table(store, needless))
-    freed = size(sum(stage.disk for stage in needless))
-    if ask and input(f"\nRemove these {len(needless)} stages ({freed})? [y/N] ").strip().lower() not in ("y", "yes"):
+        return
+    print(stages_table(store, removable))
+    freed = size(sum(stage.disk for stage in removable))
+    if ask and input(f"\nRemove these {len(removable)} stages ({freed})? [y/N] ").strip().lower() not in ("y", "yes"):
         print("Nothing was removed.")
-        return 0
-    gone = remove_stages(needless)
-    print(f"Removed {len(gone)} stages, {size(sum(stage.disk for stage in gone))}.")
-    return 0
+        return
+    # A stage that a process has started to work on in the meantime stays.
+    removed = remove_stages(removable)
+    print(f"Removed {len(removed)} stages, {size(sum(stage.disk for stage in removed))}.")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -58,3 +59,18 @@ def size(count: int) -> str:
             break
         value, unit = value / 1000, larger
     return f"{value:.3g} {unit}"
+
+
+def dotted_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings, each with its dotted name.
+
+    Examples
+    --------
+    >>> dict(dotted_items({"seed": 0, "recipe": {"lr": 0.1, "milestones": [80, 120]}}))
+    {'seed': 0, 'recipe.lr': 0.1, 'recipe.milestones': [80, 120]}
+    """
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from dotted_items(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,28 +1,30 @@
-"""Networks: published sizes, initialisations, the shortcut, networks of the user's own."""
+"""Networks: published sizes, options, the shortcut, configurations, networks of the user's own."""
 
 from __future__ import annotations
 
-import math
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from torch import nn
 
-from rethink_prune import build_model, count_cost
+from rethink_prune import build_model, count_cost, models
 from rethink_prune.errors import UserError
-from rethink_prune.models import MODELS
-from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
+from rethink_prune.files import conf_dir
+from rethink_prune.models import MODELS, asked_options
+from rethink_prune.models.initialisers import family_initialiser
 from rethink_prune.seeds import seeded
 from rethink_prune.surgery.channels import analyse
 
-CONFIGS = Path(__file__).parents[2] / "conf/model"
-
-
-IMAGENET = ("vgg16_gap", "vgg11_bn1d", "preact_resnet50")
+CONFIGS = Path(conf_dir()) / "model"
+SMALLEST_IMAGES = {"vgg11_bn1d": 32}  # of networks that need more than 16 x 16
 
 
 def without_weights(name: str, **options: Any) -> nn.Module:
@@ -112,7 +114,8 @@ def test_removed_blocks_give_the_published_epochs(kept: Sequence[tuple[int, bool
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_analysis_follows_every_network(name: str) -> None:
-    size = 224 if name in IMAGENET else 32
+    for_imagenet = inspect.signature(MODELS[name]).parameters["num_classes"].default == 1000
+    size = 224 if for_imagenet else 32
     channels = analyse(without_weights(name), torch.zeros(2, 3, size, size))
     assert channels.warnings == ()
     assert list(channels.frozen.values()) == ["network output"]
@@ -142,127 +145,13 @@ def test_counting_leaves_the_network_alone() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [16, 32, 40])
 def test_every_network_takes_other_image_sizes_and_channels(name: str, size: int) -> None:
-    size = max(size, 32) if name == "vgg11_bn1d" else size
+    size = max(size, SMALLEST_IMAGES.get(name, 16))
     model = without_weights(name, num_classes=7, in_channels=1)
     assert model(torch.zeros(2, 1, size, size, device="meta")).shape == (2, 7)
 
 
 def test_resnet_takes_odd_sizes() -> None:
     assert build_model("resnet20").eval()(torch.zeros(2, 3, 27, 27)).shape == (2, 10)
-
-
-def test_vgg_initialisation() -> None:
-    model = build_model("vgg16")
-    with seeded(0):
-        INITIALISERS["cifar_vgg"](model)
-    conv = model.get_submodule("features.24")
-    assert isinstance(conv, nn.Conv2d)
-    assert conv.out_channels == 512
-    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 512)), rel=0.01)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert (module.weight == 0.5).all()
-            assert (module.bias == 0).all()
-        if isinstance(module, nn.BatchNorm1d):
-            assert (module.weight == 1).all()
-        if isinstance(module, nn.Linear):
-            assert module.weight.std().item() == pytest.approx(0.01, rel=0.05)
-            assert (module.bias == 0).all()
-
-
-def test_resnet_initialisation() -> None:
-    model = build_model("resnet56")
-    with seeded(0):
-        INITIALISERS["cifar_resnet"](model)
-    weight = model.get_parameter("layer3.4.conv2.weight")
-    assert weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
-    assert (model.get_parameter("layer3.4.bn2.weight") == 1).all()
-    assert model.get_parameter("fc.weight").abs().max() <= 1 / math.sqrt(64)
-    assert model.get_parameter("fc.weight").abs().max() > 0.9 / math.sqrt(64)
-
-
-def test_initialisation_of_slimming_networks() -> None:
-    model = build_model("densenet40")
-    with seeded(0):
-        INITIALISERS["cifar_resnet_half_gamma"](model)
-    assert model.get_parameter("transition2.2.weight").std().item() == pytest.approx(math.sqrt(2 / 312), rel=0.02)
-    assert all((m.weight == 0.5).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-
-    # As VGG-11 of ImageNet, but small.
-    vgg = nn.Sequential(nn.Conv2d(3, 512, 3), nn.BatchNorm2d(512), nn.Flatten(), nn.Linear(512, 64), nn.BatchNorm1d(64))
-    with seeded(0):
-        INITIALISERS["slimming_vgg"](vgg)
-    assert vgg.get_parameter("0.weight").std().item() == pytest.approx(math.sqrt(2 / (9 * 512)), rel=0.02)
-    assert vgg.get_parameter("3.weight").std().item() == pytest.approx(0.01, rel=0.02)
-    assert (vgg.get_parameter("1.weight") == 0.5).all()
-    assert (vgg.get_parameter("4.weight") == 0.5).all()
-
-
-def test_initialisation_of_unstructured_vgg() -> None:
-    model = build_model("vgg11", head="linear", conv_bias=True)
-    with seeded(0):
-        INITIALISERS["cifar_vgg_fan_in"](model)
-    weight = model.get_parameter("features.8.weight")
-    assert weight.shape[:2] == (256, 128)
-    assert weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 128)), rel=0.01)
-    assert (model.get_parameter("features.8.bias") == 0).all()
-    assert (model.get_parameter("features.9.weight") == 1).all()
-    assert model.get_parameter("classifier.0.weight").std().item() == pytest.approx(0.01, rel=0.05)
-
-
-def test_initialisation_over_fan_in() -> None:
-    model = nn.Sequential(nn.Conv2d(64, 128, 3, groups=4), nn.BatchNorm2d(128), nn.Flatten(), nn.Linear(128, 200))
-    with seeded(0):
-        INITIALISERS["kaiming_fan_in"](model)
-    assert model.get_parameter("0.weight").std().item() == pytest.approx(math.sqrt(2 / (9 * 16)), rel=0.02)
-    assert model.get_parameter("3.weight").std().item() == pytest.approx(math.sqrt(2 / 128), rel=0.02)
-    assert (model.get_parameter("3.bias") == 0).all()
-    assert (model.get_parameter("1.weight") == 1).all()
-
-
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small"])
-def test_torchvision_networks_are_drawn_as_torchvision_does(name: str) -> None:
-    model = build_model(f"torchvision.models:{name}")
-    theirs = {key: tensor.clone() for key, tensor in model.named_parameters()}
-    with seeded(0):
-        INITIALISERS[family_initialiser(model) or ""](model)
-    for key, ours in model.named_parameters():
-        if theirs[key].numel() > 1000:
-            assert ours.std().item() == pytest.approx(theirs[key].std().item(), rel=0.15), key
-        if theirs[key].unique().numel() == 1:
-            assert torch.equal(ours, theirs[key]), key
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_network_has_a_family(name: str) -> None:
-    expected = {"vgg16_gap": "slimming_vgg", "vgg11_bn1d": "slimming_vgg", "preact_resnet50": "kaiming_fan_in"}
-    family = expected.get(name) or ("cifar_vgg" if name.startswith("vgg") else "cifar_resnet")
-    assert family_initialiser(without_weights(name)) == family
-
-
-@pytest.mark.parametrize("name", ["vgg11", "resnet20", "preresnet20", "densenet40", "vgg16_gap"])
-def test_an_initialiser_redraws_everything(name: str) -> None:
-    model = build_model(name)
-    initialiser = INITIALISERS[family_initialiser(model) or ""]
-    with seeded(3):
-        initialiser(model)
-    expected = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.fill_(7)
-    with seeded(3):
-        initialiser(model)
-    assert all(torch.equal(expected[key], tensor) for key, tensor in model.state_dict().items())
-
-
-def test_a_module_that_cannot_draw_its_weights_is_named() -> None:
-    class Scale(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.factor = nn.Parameter(torch.ones(1))
-
-    with pytest.raises(ValueError, match=r"0 \(Scale\) has no reset_parameters"):
-        INITIALISERS["reset_parameters"](nn.Sequential(Scale()))
 
 
 def test_gradient_through_the_shortcut_and_detached_as_in_the_reference_code() -> None:
@@ -315,7 +204,9 @@ def test_own_network_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_unknown_network_lists_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"model\.name=resnet57: no such network; one of vgg11, .*resnet110"):
+    with pytest.raises(
+        UserError, match=r"model\.name=resnet57: no such network; one of densenet40, .*resnet110, .*vgg19"
+    ):
         build_model("resnet57")
 
 
@@ -347,15 +238,32 @@ def test_options_that_stand_for_their_default_change_nothing() -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_yaml_builds_its_network_with_its_defaults(path: Path) -> None:
-    text = path.read_text()
-    config = yaml.safe_load(text)
-    assert text.startswith("# ")
+    assert path.read_text().startswith("# ")
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config: Any = OmegaConf.to_container(compose(f"model/{path.stem}").model)
     assert list(config)[:2] == ["name", "init"]
     assert (config.pop("init"), config.pop("args")) == (None, {})
     name = config.pop("name")
     assert name == path.stem or name == f"torchvision.models:{path.stem.removesuffix('_imagenet')}"
     assert family_initialiser(without_weights(name)) is not None
     assert str(without_weights(name, **config)) == str(without_weights(name))
+
+
+def test_no_two_families_have_a_network_of_the_same_name() -> None:
+    files = [
+        importlib.import_module(file.name) for file in pkgutil.iter_modules(models.__path__, "rethink_prune.models.")
+    ]
+    names = [name for file in files for name in getattr(file, "NETWORKS", {})]
+    assert sorted(names) == sorted(MODELS)
+
+
+def test_options_of_another_network_are_left_out_unless_someone_chose_them() -> None:
+    assert asked_options("vgg16", {"head": "linear", "detach_shortcut": False}) == {"head": "linear"}
+    assert asked_options("vgg16", {"detach_shortcut": True, "growth_rate": [1]}) == {
+        "detach_shortcut": True,
+        "growth_rate": [1],
+    }
+    assert asked_options("torch.nn:Linear", {"head": "mlp", "bias": True}) == {"bias": True}
 
 
 def test_every_network_has_a_yaml() -> None:

@@ -21,8 +21,8 @@ from rethink_prune.models.preresnet import PreResNet
 from rethink_prune.models.resnet import ResNet
 from rethink_prune.models.resnext import ResNeXt
 from rethink_prune.models.vgg import VGG
-from rethink_prune.pruning import PRUNERS, find_pruner
-from rethink_prune.pruning.pruner import ChannelTarget
+from rethink_prune.pruning import PRUNERS, ChannelPruner, find_pruner
+from rethink_prune.pruning.channel_target import ChannelTarget
 from rethink_prune.seeds import derive_generator
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.cut import mask, reshape
@@ -38,7 +38,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "densenet, bottleneck": lambda: DenseNet(16, growth_rate=4, bottleneck=True, compression=0.5),
     "resnext": lambda: ResNeXt(11, cardinality=4, base_width=4),
 }
-SCORING = ["l1", "slimming", "soft_filter", "random"]
+SCORING = [name for name, found in PRUNERS.items() if issubclass(found, ChannelPruner)]
 
 
 def build(network: str) -> nn.Module:
@@ -68,6 +68,11 @@ def options_for(pruner: str) -> dict[str, Any]:
         "thinet": {"ratio": 0.5, "entries_per_image": 20},
         "regression": {"ratio": 0.5, "positions_per_image": 20},
     }.get(pruner, {"ratio": 0.5})
+
+
+def test_no_pruner_inherits_what_it_cannot_use() -> None:
+    assert {name for name in PRUNERS if hasattr(PRUNERS[name], "scores")} == set(SCORING)
+    assert {"l1", "slimming", "soft_filter", "random"} <= set(SCORING)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -128,21 +128,32 @@ def test_wrong_options(options: dict[str, object], message: str) -> None:
 
 OWN = '''
 import torch
-from rethink_prune.pruning import Pruner
+from rethink_prune.pruning import ChannelPruner, Pruner
 
-class LastChannels(Pruner):
+class LastChannels(ChannelPruner):
     """Removes the channels with the highest indexes."""
 
     def scores(self, model, groups, *, data, generator):
         return {group.name: -torch.arange(group.size, dtype=torch.float64) for group in groups}
 
-class Broken(Pruner):
+class Broken(ChannelPruner):
     def scores(self, model, groups, *, data, generator):
         return {group.name: torch.full((group.size,), float("nan")) for group in groups}
 
-class Empty(Pruner):
+class Empty(ChannelPruner):
     def scores(self, model, groups, *, data, generator):
         return {}
+
+class NoScores(ChannelPruner):
+    pass
+
+class FirstDocumentation(Pruner):
+    def scores(self, model, groups, *, data, generator):
+        return {group.name: -torch.arange(group.size, dtype=torch.float64) for group in groups}
+
+class OwnCut(Pruner):
+    def prune(self, model, target, *, data, generator):
+        return target.cut(model, target.choose({group.name: -torch.arange(group.size) for group in target.groups}))
 
 def function():
     pass
@@ -159,6 +170,24 @@ def test_a_pruner_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         prune(model, "my_pruner:Broken", example=EXAMPLE, ratio=0.5)
     with pytest.raises(UserError, match="must return a mapping with just these keys: features"):
         prune(model, "my_pruner:Empty", example=EXAMPLE, ratio=0.5)
-    for name in ("function", "Pruner"):
+    for name in ("function", "Pruner", "ChannelPruner", "NoScores"):
         with pytest.raises(UserError, match=r"must be a subclass of .* that defines scores"):
             find_pruner(f"my_pruner:{name}")
+
+
+@pytest.mark.parametrize("name", ["FirstDocumentation", "OwnCut"])
+def test_a_pruner_written_when_every_pruner_scored_channels_goes_on_working(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / f"older_{name}.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    model = build_model("vgg11")
+    old, new = (
+        prune(model, f"older_{name}:{each}", example=EXAMPLE, ratio=0.5).model.state_dict()
+        for each in (name, "LastChannels")
+    )
+    assert all(torch.equal(old[key], new[key]) for key in new)
+    found = find_pruner(f"older_{name}:{name}")
+    assert (found.__module__, found.__name__) == (f"older_{name}", name), "its file decides the keys of stages"
+    (record,) = (record for record in caplog.records if "ChannelPruner" in record.getMessage())
+    assert name in record.getMessage()

@@ -18,8 +18,9 @@ from rethink_prune import build_model
 from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import regression as module
-from rethink_prune.pruning.pruner import Choice
-from rethink_prune.pruning.regression import Products, Regression, ridge_towards, select_by_lasso
+from rethink_prune.pruning.channel_target import Choice
+from rethink_prune.pruning.least_squares import Products, SplitProducts, best_ridge, ridge_towards, select_by_lasso
+from rethink_prune.pruning.regression import Regression
 from rethink_prune.surgery.cut import mask
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
@@ -300,7 +301,7 @@ def test_few_positions_are_not_fitted_to_the_last(positions: int) -> None:
     x, true = torch.randn(positions + 500, 36, dtype=torch.float64), torch.randn(36, 8, dtype=torch.float64)
     y = x @ true + 2 * torch.randn(len(x), 8, dtype=torch.float64)
     old = (true + 0.3 * torch.randn(36, 8, dtype=torch.float64)).numpy()
-    sample, other = module.Sample.empty(36, 8, x.device), Products.zeros(36, 8, x.device)
+    sample, other = SplitProducts.empty(36, 8, x.device), Products.zeros(36, 8, x.device)
     sample.add(x[:positions], y[:positions], torch.arange(positions) % 5 == 4)
     other.add(x[positions:], y[positions:])
 
@@ -309,7 +310,7 @@ def test_few_positions_are_not_fitted_to_the_last(positions: int) -> None:
         fitted = ridge_towards(old, whole.xx.numpy().copy(), whole.xy.numpy(), ridge)
         return other.error(torch.from_numpy(fitted.T.copy()))
 
-    chosen = module._best_ridge(old, sample.fit, sample.held_out)
+    chosen = best_ridge(old, sample.fit, sample.held_out)
     assert error(chosen) < 1.1 * other.error(torch.from_numpy(old.T.copy()))
     if positions == 37:
         assert error(1e-6) > 2 * error(chosen)

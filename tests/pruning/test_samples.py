@@ -10,12 +10,13 @@ from rethink_prune import build_model
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.samples import (
     FirstImages,
-    WorkingCopy,
     draw_places,
     output_positions,
+    pieces,
     read_outputs,
     read_patches,
 )
+from rethink_prune.pruning.working_copy import WorkingCopy
 from rethink_prune.surgery.channels import analyse
 from rethink_prune.surgery.cut import mask
 from rethink_prune.surgery.selections import select_inputs
@@ -41,12 +42,12 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_patches_times_weights_are_the_layers_output(layer: nn.Module, shape: tuple[int, ...]) -> None:
     layer, inputs = layer.double(), torch.randn(shape, generator=generator(), dtype=torch.float64)
     places = draw_places(layer, inputs, 20, generator())
-    assert len(places) == 20 * len(inputs)
+    assert len(places[0]) == 20 * len(inputs)
     patches = read_patches(layer, inputs, places).flatten(1)
     with torch.no_grad():
         computed = patches @ layer.get_parameter("weight").flatten(1).T + layer.get_parameter("bias")
         assert (computed - read_outputs(layer, layer(inputs), places)).abs().max() < 1e-12
-    assert torch.equal(torch.cat([piece.image for piece in places.pieces(2**20)]), places.image)
+    assert torch.equal(torch.cat([torch.stack(piece) for piece in pieces(places, 2**20)], 1), torch.stack(places))
 
 
 def test_a_selecting_layer_is_sampled_behind_its_selection() -> None:
@@ -61,11 +62,11 @@ def test_a_selecting_layer_is_sampled_behind_its_selection() -> None:
 def test_few_distinct_places_are_taken_once_and_draws_repeat_with_the_seed() -> None:
     layer, inputs = nn.Conv2d(1, 1, 3), torch.zeros(2, 1, 5, 4)
     places = draw_places(layer, inputs, 6, generator(), distinct=True)
-    found = torch.stack([places.image, *places.position], 1).tolist()
+    found = torch.stack(places, 1).tolist()
     assert sorted(found) == [[image, row, column] for image in range(2) for row in range(3) for column in range(2)]
     first, again = (draw_places(layer, inputs, 4, generator(3)) for _ in range(2))
-    assert torch.equal(first.position[0], again.position[0])
-    assert len(draw_places(layer, inputs, 4, generator(), distinct=True)) == 8
+    assert torch.equal(first[1], again[1])
+    assert len(draw_places(layer, inputs, 4, generator(), distinct=True)[0]) == 8
 
 
 class InPlace(nn.Module):

@@ -11,14 +11,13 @@ from rethink_prune.cost import Cost
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.selection import (
     Limits,
+    WantedCost,
     drop_lowest,
     explicit_widths,
     global_threshold,
     kept_count,
-    missed_target,
     widths_for_global_ratio,
     widths_for_ratio,
-    widths_for_target,
 )
 
 SIZES = {"layer1.0.conv1": 16, "layer1.1.conv1": 16, "layer2.0.conv1": 32}
@@ -88,7 +87,7 @@ def test_target_is_reached_within_one_percent_or_refused_with_the_nearest() -> N
     wide = {f"conv{i}": 1000 for i in range(3)}
 
     def solve(target: float, quantity: str, sizes: dict[str, int]) -> dict[str, int]:
-        return widths_for_target(target, quantity, lambda r: widths_for_ratio(r, sizes), cost_of, cost_of(sizes))
+        return WantedCost(quantity, target, cost_of(sizes)).find_widths(lambda r: widths_for_ratio(r, sizes), cost_of)
 
     assert abs(cost_of(solve(1234, "params", wide)).params - 1234) <= 12
     assert abs(cost_of(solve(0.25, "macs", wide)).macs - 2_250_000) <= 22_500
@@ -100,13 +99,12 @@ def test_target_is_reached_within_one_percent_or_refused_with_the_nearest() -> N
 
 def test_what_scores_decide_may_miss_a_target_and_says_so() -> None:
     narrow = {"conv": 4}
-    widths = widths_for_target(
-        0.6, "params", lambda r: widths_for_ratio(r, narrow), cost_of, cost_of(narrow), strict=False
-    )
+    wanted = WantedCost("params", 0.6, cost_of(narrow))
+    widths = wanted.find_widths(lambda r: widths_for_ratio(r, narrow), cost_of, strict=False)
     assert widths == {"conv": 2}
-    said = missed_target(0.6, "params", cost_of(widths), cost_of(narrow))
+    said = wanted.describe_miss(cost_of(widths))
     assert said == ["pruner.target_params=0.6: the nearest these scores allow is 2 of 4"]
-    assert missed_target(0.5, "params", cost_of(widths), cost_of(narrow)) == []
+    assert WantedCost("params", 0.5, cost_of(narrow)).describe_miss(cost_of(widths)) == []
 
 
 def test_ties_keep_the_lower_index() -> None:
@@ -184,7 +182,7 @@ def test_target_is_met_by_one_threshold_over_all_layers() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = {f"conv{i}": torch.rand(1000, generator=generator) * (i + 1) for i in range(3)}
     full = cost_of({layer: 1000 for layer in scores})
-    widths = widths_for_target(0.5, "params", lambda r: widths_for_global_ratio(r, scores)[0], cost_of, full)
+    widths = WantedCost("params", 0.5, full).find_widths(lambda r: widths_for_global_ratio(r, scores)[0], cost_of)
     assert cost_of(widths).params == pytest.approx(1500, rel=0.01)
     threshold = global_threshold(scores.values(), 0.5)
     assert list(widths.values()) == pytest.approx([int((s > threshold).sum()) for s in scores.values()], abs=15)

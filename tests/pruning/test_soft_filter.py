@@ -16,8 +16,9 @@ from rethink_prune.config import ChannelOptions
 from rethink_prune.errors import UserError
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import find_pruner
+from rethink_prune.pruning.channel_target import ChannelTarget
 from rethink_prune.pruning.pruner import PruneResult
-from rethink_prune.pruning.soft_filter import SoftFilter, SoftFilterTarget
+from rethink_prune.pruning.soft_filter import SoftFilter
 from rethink_prune.study.budget import scratch_b_epochs
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.cut import reshape
@@ -64,7 +65,7 @@ def soft(model: nn.Module, **options: Any) -> PruneResult:
     return prune(model, "soft_filter", example=EXAMPLE, **options)
 
 
-def targeted(model: nn.Module, **options: Any) -> tuple[SoftFilter, SoftFilterTarget]:
+def targeted(model: nn.Module, **options: Any) -> tuple[SoftFilter, ChannelTarget]:
     found = find_pruner("soft_filter")
     pruner = found(found.options_type.model_validate({"name": "soft_filter", **options}))
     assert isinstance(pruner, SoftFilter)

@@ -315,7 +315,7 @@ def test_published_variants_and_their_epochs_of_scratch_b(variant: int, removed:
     target = pruner.target(model, torch.zeros(1, 3, 224, 224), "preact_resnet50")
     architecture = target.architecture()
     assert target.known
-    assert (pruner.options.target, pruner.options.variant) == ("variant", str(variant))
+    assert (pruner.options.target_option, pruner.options.variant) == ("variant", str(variant))
     assert architecture.removed == tuple(f"{stage}.{b}.conv3" for stage, blocks in removed.items() for b in blocks)
     assert [layer.layer for layer in target.report().layers if not layer.kept] == list(architecture.removed)
     # 100 epochs times the ratio of MACs, as published.
@@ -335,7 +335,7 @@ def test_a_variant_removes_its_blocks_whatever_the_factors_say() -> None:
 def test_without_a_variant_the_strength_decides_and_nothing_is_known() -> None:
     pruner, target = make(build_model("resnet20"), sparse={"strength": 0.3})
     assert not target.known
-    assert getattr(pruner.options, pruner.options.target) == 0.3
+    assert getattr(pruner.options, pruner.options.target_option) == 0.3
     assert all(layer.kept == layer.full == 1 for layer in target.report().layers)
     key = pruner.sparse(target).key
     assert key["strength"] == 0.3

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from rethink_prune.report.comparison import Report, Row, compare
+from rethink_prune.report.gather import gather
 from rethink_prune.report.groups import group_runs
-from rethink_prune.report.runs import gather
+from rethink_prune.report.results import Report, ResultRow, compute_report
 
 WriteRun = Callable[..., Path]
 
 
 def report(place: Path, *, margin: float = 0.5, mix: bool = False) -> Report:
     gathered = gather([place])
-    return compare(group_runs(gathered.runs, mix=mix), margin=margin, problems=gathered.problems)
+    return compute_report(group_runs(gathered.runs, mix=mix), margin=margin, problems=gathered.problems)
 
 
-def only_row(place: Path, **options: float) -> Row:
+def only_row(place: Path, **options: float) -> ResultRow:
     ((row,),) = [table.rows for table in report(place, **options).tables]
     return row
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from rethink_prune.errors import UserError
-from rethink_prune.report.groups import Group, group_runs
-from rethink_prune.report.runs import gather
+from rethink_prune.report.gather import gather
+from rethink_prune.report.groups import RunGroup, group_runs
 
 WriteRun = Callable[..., Path]
 Run = Callable[..., dict[str, Any]]
 
 
-def groups_of(*places: Path, by: tuple[str, ...] = (), mix: bool = False) -> list[Group]:
+def groups_of(*places: Path, by: tuple[str, ...] = (), mix: bool = False) -> list[RunGroup]:
     return group_runs(gather(places).runs, by=by, mix=mix)
 
 
@@ -27,7 +27,7 @@ def test_runs_of_a_study_are_one_group_and_of_another_target_another(write_run: 
         for seed in (1, 0):
             write_run(seed, {"finetune": 90.0 + seed}, target={"ratio": ratio})
     groups = groups_of(tmp_path / "runs")
-    assert [group.target for group in groups] == ["ratio 0.15", "ratio 0.3", "ratio 0.5"]
+    assert [group.study.target_text for group in groups] == ["ratio 0.15", "ratio 0.3", "ratio 0.5"]
     assert [[run.study.seed for run in group.runs] for group in groups] == [[0, 1]] * 3
 
 
@@ -206,4 +206,4 @@ def test_places_without_runs_are_refused(tmp_path: Path) -> None:
 def test_names_that_no_page_can_show_are_made_harmless(write_run: WriteRun, tmp_path: Path) -> None:
     write_run(0, {"finetune": 90.0}, model="a\u0000b\n\u202ec", experiment="x\ud800y")
     (group,) = groups_of(tmp_path / "runs")
-    assert (group.model, group.experiment) == ("a?b??c", "x?y")
+    assert (group.study.model, group.experiment) == ("a?b??c", "x?y")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rethink_prune.report.statistics import Difference, holm, paired_difference, sample, sign_flip_p
+from rethink_prune.report.statistics import Difference, describe_seeds, holm, paired_difference, sign_flip_p
 
 
 def differ(*differences: float, margin: float = 0.5) -> Difference:
@@ -15,10 +15,10 @@ def differ(*differences: float, margin: float = 0.5) -> Difference:
 
 
 def test_mean_and_standard_deviation_by_hand() -> None:
-    found = sample([1.0, 2.0, 3.0, 6.0])
+    found = describe_seeds([1.0, 2.0, 3.0, 6.0])
     assert (found.n, found.mean) == (4, 3.0)
     assert found.sd == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3))
-    assert sample([5.0]).sd is None
+    assert describe_seeds([5.0]).sd is None
 
 
 def test_paired_t_interval_by_hand() -> None:

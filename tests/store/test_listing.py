@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from rethink_prune.errors import UserError
-from rethink_prune.store.listing import StageState, list_stages, size, stages_table
 from rethink_prune.status import main
-from rethink_prune.store.stages import Stage
+from rethink_prune.store.listing import StageState, list_stages, stages_table
+from rethink_prune.store.stage import Stage
+from rethink_prune.text import size
 
 Run = Callable[..., dict[str, Any]]
 

@@ -17,10 +17,12 @@ import torch
 
 from harness import SMALL, configure
 from rethink_prune import files, status
-from rethink_prune.store import stages as store
 from rethink_prune.errors import UserError
+from rethink_prune.store import ownership, store
+from rethink_prune.store.stage import Stage, Started
+from rethink_prune.store.store import Store
+from rethink_prune.store.weights import save_weights
 from rethink_prune.study.keys import stage_name
-from rethink_prune.store.stages import Stage, Started, Store, save_weights
 from rethink_prune.study.run import run_study
 from rethink_prune.training.interrupts import Interrupts
 
@@ -152,7 +154,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from rethink_prune.store.stages import Store
+    from rethink_prune.store.store import Store
     made = Store(Path(sys.argv[1])); made.prepare()
     stage = made.stage("large-1")
     with stage.hold():
@@ -194,7 +196,7 @@ def test_a_killed_process_frees_its_stage_at_once(tmp_path: Path) -> None:
 
 def test_a_silent_owner_is_replaced_and_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process keeps its lock but sends no heartbeat; when it wakes up, the stage is no longer its own."""
-    monkeypatch.setattr(store, "STALE_SECONDS", 3.0)
+    monkeypatch.setattr(ownership, "STALE_SECONDS", 3.0)
     process = holder(tmp_path, 60)
     process.send_signal(signal.SIGSTOP)
     stage = Store(tmp_path).stage("large-1")

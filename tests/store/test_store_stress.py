@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from rethink_prune.files import file_digest
-from rethink_prune.store.stages import Store
+from rethink_prune.store.store import Store
 
 PROCESSES, STAGES, KILLS = 8, 50, 24
 
@@ -20,11 +20,11 @@ PROCESSES, STAGES, KILLS = 8, 50, 24
 WORKER = """
     import os, random, sys, time
     from pathlib import Path
-    from rethink_prune.store import stages as store
+    from rethink_prune.store import ownership, store
     from rethink_prune.files import write_atomically
 
     root, seed, stages = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    store.POLL_SECONDS, store.HEARTBEAT_SECONDS = 0.02, 0.05
+    ownership.POLL_SECONDS, ownership.HEARTBEAT_SECONDS = 0.02, 0.05
     journal = os.open(root / "journal", os.O_WRONLY | os.O_APPEND)
 
     def note(event, number):

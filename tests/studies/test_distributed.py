@@ -49,9 +49,9 @@ SCRIPT = """
     import os, signal, sys, time
     from datetime import timedelta
     import torch
-    from rethink_prune.store import stages as store
+    from rethink_prune.store import stage, store
     from rethink_prune.__main__ import main
-    from rethink_prune.training import distributed, step
+    from rethink_prune.training import step, torchrun
 
     rank = int(os.environ["RANK"])
     exec(os.environ["CHANGE"])
@@ -66,7 +66,7 @@ if rank > 0:
     for name in ("prepare", "stage", "record_run"):
         setattr(store.Store, name, refuse)
     for name in ("status", "result", "hold", "begin", "finish"):
-        setattr(store.Stage, name, refuse)
+        setattr(stage.Stage, name, refuse)
 """
 KILL = """
 calls, plain = 0, step.PlainStep.__call__
@@ -207,7 +207,7 @@ step.PlainStep.__call__ = lambda *arguments: (time.sleep(0.3), plain(*arguments)
 
 def test_waiting_for_another_job_is_not_a_collective(folder: Path, alone: dict[str, Any]) -> None:
     # The others wait for longer than a collective may take here.
-    change = "distributed._TIMEOUT = timedelta(seconds=5)"
+    change = "torchrun._TIMEOUT = timedelta(seconds=5)"
     large = folder / "store/stages" / Path(alone["large"]["stage"]).name
     large.mkdir(parents=True)
     with FileLock(large / "lock"):

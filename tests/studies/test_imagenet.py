@@ -19,10 +19,9 @@ import torch
 from PIL import Image
 from torchvision.models import resnet34
 
-from harness import configure
+from harness import configure, plan_of
 from rethink_prune.data import StreamBatches
 from rethink_prune.errors import UserError
-from rethink_prune.study.setup import Setup
 
 Run = Callable[..., dict[str, Any]]
 
@@ -188,11 +187,11 @@ def test_whoever_dies_in_the_middle_of_an_epoch_the_same_command_goes_on(
 
 def test_a_plan_needs_no_files_and_takes_weights_of_torchvision_into_account(tmp_path: Path) -> None:
     arguments = ["experiment=l1_resnet34_a_imagenet", "dry_run=true", "device=cpu", f"store.root={tmp_path}"]
-    plan = Setup(configure(*arguments)).plan()
+    plan = plan_of(configure(*arguments))
     assert plan["large"]["train_flops"] == 6 * plan["large"]["macs"] * 90 * 1_281_167
     file = tmp_path / "resnet34.pth"
     torch.save(resnet34().state_dict(), file)
-    imported = Setup(configure(*arguments, f"large.checkpoint={file}")).plan()
+    imported = plan_of(configure(*arguments, f"large.checkpoint={file}"))
     assert not imported["large"]["trained"]
     assert imported["large"]["train_flops"] == 0
     assert imported["arms"] == plan["arms"], "lengths still come from the recipe"
@@ -200,9 +199,7 @@ def test_a_plan_needs_no_files_and_takes_weights_of_torchvision_into_account(tmp
 
 def test_the_modern_recipe_differs_from_the_papers(tmp_path: Path) -> None:
     arguments = ["experiment=l1_resnet34_a_imagenet", "dry_run=true", "device=cpu", f"store.root={tmp_path}"]
-    paper, modern = (
-        Setup(configure(*arguments, f"recipe={name}")).config.recipe for name in ("imagenet", "imagenet_modern")
-    )
+    paper, modern = (configure(*arguments, f"recipe={name}").recipe for name in ("imagenet", "imagenet_modern"))
     assert (paper.schedule, paper.step, paper.weight_decay, paper.decay_norms) == ("step", 30, 1e-4, True)
     assert (paper.warmup, paper.label_smoothing) == (0, 0.0)
     assert (modern.schedule, modern.warmup, modern.label_smoothing) == ("cosine", 5, 0.1)

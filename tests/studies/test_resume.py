@@ -23,7 +23,7 @@ KILLER = """
     import os, signal, sys
     import torch
     torch.set_num_threads(1)
-    import rethink_prune.files, rethink_prune.store.stages
+    import rethink_prune.files, rethink_prune.store.stage
     import rethink_prune.training.checkpoint, rethink_prune.training.step
     from rethink_prune.__main__ import main
 
@@ -46,7 +46,7 @@ KILLER = """
         (path.parent / f".{path.name}-half.tmp").write_bytes(bytes(content)[: len(content) // 2])
         die()
 
-    checkpoint, store = rethink_prune.training.checkpoint, rethink_prune.store.stages
+    checkpoint, store = rethink_prune.training.checkpoint, rethink_prune.store.stage
     step = rethink_prune.training.step.PlainStep
     if point == "step":
         step.__call__ = after(count, step.__call__, lambda *args: die())

@@ -18,7 +18,7 @@ from rethink_prune import build_model, load_model
 from rethink_prune.errors import UserError
 from rethink_prune.models.initialisers import INITIALISERS
 from rethink_prune.seeds import derive_seed, seeded
-from rethink_prune.store.stages import Stage
+from rethink_prune.store.stage import Stage
 
 Run = Callable[..., dict[str, Any]]
 
@@ -122,7 +122,7 @@ def test_scratch_arms_of_a_predefined_target_need_no_large_network(small_study: 
 def test_scratch_starts_from_a_fresh_draw_of_the_narrow_network(
     small_study: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rethink_prune.study import run as module
+    from rethink_prune.study import work as module
 
     started: dict[str, dict[str, torch.Tensor]] = {}
     real = module.train

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from harness import configure
-from rethink_prune.config import BudgetConfig, Phase
+from rethink_prune.config import BudgetConfig, Phase, RecipeConfig
+from rethink_prune.cost import Cost
 from rethink_prune.study.budget import Budget, scratch_b_epochs, training_for
 from rethink_prune.study.run import run_study
 from rethink_prune.training.interrupts import Interrupts
@@ -43,6 +44,10 @@ def test_cap_and_finetuning_epochs() -> None:
 def test_scratch_b_is_not_lost_to_rounding_of_the_ratio() -> None:
     # 49 * (100 / 49) is 99.99... in floating point.
     assert scratch_b_epochs(49, 100, 49) == 100
+
+
+def budget(recipe: RecipeConfig, macs_reference: int, **rule: Any) -> Budget:
+    return Budget(recipe, BudgetConfig(name="x", **rule), Cost(1, 1), macs_reference, 100)
 
 
 def phase(**options: Any) -> Phase:
@@ -82,15 +87,16 @@ def test_steps_scale_to_whole_epochs(epochs: int, base: int, step: int, mileston
 def test_base_epochs_do_not_double_absolute_milestones() -> None:
     # Soft filter pruning, ResNet-56, 70 % kept by the reference's count: 551 epochs, drops at 82, 165, 220.
     recipe = configure("recipe=soft_filter").recipe
-    training = Budget(recipe, BudgetConfig(name="x", base_epochs=400), 13784, 10000).training("scratch_b")
+    training = budget(recipe, 13784, base_epochs=400).optimizer("scratch_b", Cost(1, 10000))
+    assert training is not None
     assert (training.epochs, training.milestones) == (551, (1, 82, 165, 220))
     assert training.gammas == (10, 0.2, 0.2, 0.2)
 
 
 def test_budget_rules_reach_the_arms() -> None:
     recipe = configure("recipe=paper").recipe
-    stricter = Budget(recipe, BudgetConfig(name="x", add_finetune_epochs=True), 200, 100)
-    assert stricter.training("scratch_b").epochs == 320 + 40
-    other_base = Budget(recipe, BudgetConfig(name="x", base_epochs=200), 200, 100)
-    assert other_base.training("scratch_b").epochs == 400
-    assert other_base.training("large").epochs == 160
+    half = Cost(1, 100)
+    stricter, other_base = budget(recipe, 200, add_finetune_epochs=True), budget(recipe, 200, base_epochs=200)
+    lengths = [stricter.optimizer("scratch_b", half), *map(other_base.optimizer, ("scratch_b", "large"), (half, half))]
+    assert [length.epochs for length in lengths if length] == [320 + 40, 400, 160]
+    assert stricter.optimizer("scratch_b", None) is None, "follows from a pruned network that is not known"

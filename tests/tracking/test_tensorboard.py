@@ -24,7 +24,8 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.get_experiment import Handler as GetExperiment
 from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessionGroups
 
-from rethink_prune.tracking.tensorboard import ArmEvents, write_aggregates, write_study
+from rethink_prune.report.board import write_seed_curves
+from rethink_prune.tracking.tensorboard import ArmEvents, write_study
 
 Run = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[2]
@@ -126,7 +127,7 @@ def test_a_study_shows_its_table_and_what_was_chosen(small_study: Run, tmp_path:
 
 
 def test_seeds_become_their_mean_between_the_least_and_the_greatest(tmp_path: Path) -> None:
-    write_aggregates({"l1 0.5": {"finetune": [(80, 90), (84, 93), (85, 96)]}}, tmp_path)
+    write_seed_curves({"l1 0.5": {"finetune": [(80, 90), (84, 93), (85, 96)]}}, tmp_path)
     run = tmp_path / "l1 0.5/finetune"
     assert curve(run, "top1/test") == [(1, 83.0), (2, 93.0)]
     assert curve(run, "seeds/top1_test_mean") == [(1, 83.0), (2, 93.0)]
@@ -138,7 +139,7 @@ def test_seeds_become_their_mean_between_the_least_and_the_greatest(tmp_path: Pa
 
 
 def test_an_epoch_counts_when_all_seeds_have_reached_it(tmp_path: Path) -> None:
-    write_aggregates({"g": {"scratch_b": [(80, 90, 95), (84,)], "finetune": [(70, 71), []]}}, tmp_path)
+    write_seed_curves({"g": {"scratch_b": [(80, 90, 95), (84,)], "finetune": [(70, 71), []]}}, tmp_path)
     assert curve(tmp_path / "g/scratch_b", "top1/test") == [(1, 82.0)]
     assert "top1/test" not in events(tmp_path / "g/finetune").Tags()["scalars"]
     assert "finetune" not in texts(tmp_path / "g", "summary")
@@ -146,7 +147,7 @@ def test_an_epoch_counts_when_all_seeds_have_reached_it(tmp_path: Path) -> None:
 
 def test_the_band_is_drawn_from_tags_that_a_run_has_all_or_none_of(tmp_path: Path) -> None:
     """TensorBoard complains about every run that has some of the three, and draws none with other steps."""
-    write_aggregates({"g": {"finetune": [(80, 90), (84, 93)]}}, tmp_path / "report")
+    write_seed_curves({"g": {"finetune": [(80, 90), (84, 93)]}}, tmp_path / "report")
     single = ArmEvents(tmp_path / "single", flops_before=0, flops_per_image=1)
     single.write(rows(80, 90))
     single.close()
@@ -162,14 +163,14 @@ def test_the_band_is_drawn_from_tags_that_a_run_has_all_or_none_of(tmp_path: Pat
 
 
 def test_writing_aggregates_again_replaces_them(tmp_path: Path) -> None:
-    write_aggregates({"old": {"finetune": [(80,)]}}, tmp_path / "board")
-    write_aggregates({"new": {"finetune": [(81,)]}}, tmp_path / "board")
+    write_seed_curves({"old": {"finetune": [(80,)]}}, tmp_path / "board")
+    write_seed_curves({"new": {"finetune": [(81,)]}}, tmp_path / "board")
     assert [path.name for path in (tmp_path / "board").iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("label", ["../../outside", "/etc", "a/b", "..", "", "naïve <b>\n"])
 def test_labels_are_names_of_folders_inside(label: str, tmp_path: Path) -> None:
-    write_aggregates({label: {"finetune": [(80,)]}, "a?b": {"finetune": [(70,)]}}, tmp_path / "x/y/board")
+    write_seed_curves({label: {"finetune": [(80,)]}, "a?b": {"finetune": [(70,)]}}, tmp_path / "x/y/board")
     runs = {path.parent.relative_to(tmp_path / "x/y/board") for path in (tmp_path).rglob("finetune/events*")}
     assert len(runs) == 2
     assert all(len(run.parts) == 2 for run in runs)
@@ -177,13 +178,13 @@ def test_labels_are_names_of_folders_inside(label: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arm", ["../../../outside", "/etc/outside"])
 def test_arms_are_names_of_folders_inside(arm: str, tmp_path: Path) -> None:
-    write_aggregates({"l1": {arm: [(80,)]}}, tmp_path / "x/y/board")
+    write_seed_curves({"l1": {arm: [(80,)]}}, tmp_path / "x/y/board")
     (events_file,) = (path for path in tmp_path.rglob("events*") if path.parent.name != "l1")
     assert events_file.parent.parent == tmp_path / "x/y/board/l1"
 
 
 def test_labels_that_fall_together_stay_apart(tmp_path: Path) -> None:
-    write_aggregates({"a/b": {"finetune": [(80,)]}, "a?b": {"finetune": [(70,)]}}, tmp_path)
+    write_seed_curves({"a/b": {"finetune": [(80,)]}, "a?b": {"finetune": [(70,)]}}, tmp_path)
     finals = [curve(path.parent, "top1/test")[0][1] for path in sorted(tmp_path.rglob("finetune/events*"))]
     assert sorted(value.expected for value in finals) == [70.0, 80.0]
 
@@ -193,7 +194,7 @@ def test_make_board_shows_runs_and_the_reports_means_on_loopback(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_study(tmp_path / "runs/1/tensorboard/hparams", {"seed": 0}, {"top1/finetune": 90.0}, "the table")
-    write_aggregates({"l1": {"finetune": [(80,), (84,)]}}, tmp_path / "report/tensorboard")
+    write_seed_curves({"l1": {"finetune": [(80,), (84,)]}}, tmp_path / "report/tensorboard")
     (command,) = re.findall(r"^\t\$\(BIN\)/tensorboard (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert "--host 127.0.0.1" in command
     board = program.TensorBoard()

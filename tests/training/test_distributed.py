@@ -6,9 +6,9 @@ from torch import nn
 
 from harness import configure
 from rethink_prune.errors import UserError
-from rethink_prune.study.setup import Setup
+from rethink_prune.study.prepare import prepare_study
 from rethink_prune.training.distributed import ALONE, Processes
-from rethink_prune.training.precision import _device_of, resolve_device
+from rethink_prune.training.runtime import _device_of, resolve_device
 
 CUDA = torch.device("cuda")
 
@@ -39,15 +39,17 @@ def test_batch_norms_are_synchronised_on_cuda_only_and_keep_their_names() -> Non
 def test_a_batch_that_is_too_small_for_all_processes_is_refused() -> None:
     config = configure("recipe.batch_size=8", "device=cpu")
     with pytest.raises(UserError) as error:
-        Setup(config, Processes(world=5, local_world=5))
+        prepare_study(config, Processes(world=5, local_world=5))
     assert str(error.value) == (
         "recipe.batch_size=8: too few for 5 processes, which need two images each; start at most 4"
     )
 
 
 def test_slimming_penalises_the_same_scales_when_norms_are_synchronised() -> None:
-    setup = Setup(configure("dataset=cifar10", "model=vgg16", "model.head=mlp", "pruner=slimming", "device=cpu"))
-    model, other = setup.build(), setup.build()
+    study = prepare_study(
+        configure("dataset=cifar10", "model=vgg16", "model.head=mlp", "pruner=slimming", "device=cpu")
+    )
+    model, other = study.networks.large(), study.networks.large()
     Processes(world=2).share_norms(other, CUDA)
     kinds = {type(module) for module in model.modules()}
     assert {nn.BatchNorm1d, nn.BatchNorm2d} <= kinds
@@ -55,7 +57,7 @@ def test_slimming_penalises_the_same_scales_when_norms_are_synchronised() -> Non
     for network in (model, other):
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        setup.sparse_hooks.before_step(network, 0.1)
+        study.pruner.sparse(study.target).before_step(network, 0.1)
         grads.append({name for name, parameter in network.named_parameters() if parameter.grad.any()})
     assert grads[0] == grads[1] != set()
 
@@ -83,14 +85,17 @@ def test_every_process_has_a_cuda_device_of_its_own() -> None:
 def test_one_process_alone_sends_nothing() -> None:
     values = torch.ones(2)
     assert ALONE.sum(values) is values
-    assert ALONE.most(3, 0) == [3, 0]
+    assert ALONE.max(3, 0) == [3, 0]
     assert ALONE.broadcast("x") == "x"
     assert ALONE.wrap(model := nn.Linear(1, 1), torch.device("cpu"), static=True) is model
 
 
 def test_errors_of_the_body_are_not_taken_for_lost_processes() -> None:
     two = Processes(world=2)
-    with pytest.raises(RuntimeError, match="shapes"), two.explained():
+    with pytest.raises(RuntimeError, match="shapes"), two.translate_connection_errors():
         raise RuntimeError("shapes do not fit")
-    with pytest.raises(UserError, match="process 0 of 2: another process of this training is gone"), two.explained():
+    with (
+        pytest.raises(UserError, match="process 0 of 2: another process of this training is gone"),
+        two.translate_connection_errors(),
+    ):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242")

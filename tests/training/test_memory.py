@@ -23,8 +23,9 @@ EPOCHS = """
     from rethink_prune.training.hooks import TrainingHooks
     from rethink_prune.training.checkpoint import Checkpoints
     from rethink_prune.training.interrupts import Interrupts
-    from rethink_prune.training.train import Runtime, train
+    from rethink_prune.training.runtime import Runtime
     from rethink_prune.training.schedule import OptimizerSpec
+    from rethink_prune.training.train import train
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")

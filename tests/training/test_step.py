@@ -14,10 +14,11 @@ from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.pruning.slimming import ScalePenalty
-from rethink_prune.training import step as step_module
+from rethink_prune.training.accelerate import WARM_UP, RecordedStep, build_step
 from rethink_prune.training.hooks import HeldMasks, TrainingHooks
+from rethink_prune.training.runtime import Runtime
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer
-from rethink_prune.training.step import WARM_UP, LossAndLogits, RecordedStep, Step, build_step
+from rethink_prune.training.step import LossAndLogits, PlainStep, Step
 
 CPU = torch.device("cpu")
 SPEC = OptimizerSpec("sgd", 0.05, 0.9, False, 1e-4, "constant", 1, (), ())
@@ -80,23 +81,20 @@ class Trained:
 
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer, hooks: TrainingHooks) -> Step:
     device = next(model.parameters()).device
-    return build_step(model, optimizer, hooks, device=device, precision="fp32", accelerate="off")
+    return build_step(model, optimizer, hooks, runtime=Runtime(device, "fp32", "off"))
 
 
 class FakeRecorder:
     """Keeps the work and does it when it is replayed, as a recording would: on its own tensors, into its own."""
 
     def __init__(self, *, random: bool = False, fails: str | None = None) -> None:
-        self.random = random
+        self.draws = random
         self.fails = fails
         self.recorded = self.replayed = self.warmed = 0
 
     def warm_up(self, work: Callable[[], LossAndLogits]) -> LossAndLogits:
         self.warmed += 1
         return work()
-
-    def draws(self) -> bool:
-        return self.random
 
     def record(self, work: Callable[[], LossAndLogits]) -> tuple[Callable[[], None], LossAndLogits]:
         if self.fails:
@@ -177,8 +175,8 @@ def test_only_hooks_that_say_so_are_replayed(caplog: pytest.LogCaptureFixture) -
     optimizer = build_optimizer(model.parameters(), SPEC, fused=False)
     # Decided before anything of CUDA is touched.
     device = torch.device("cuda")
-    step = build_step(model, optimizer, Counting(), device=device, precision="fp32", accelerate="auto")
-    assert type(step) is step_module.PlainStep
+    step = build_step(model, optimizer, Counting(), runtime=Runtime(device, "fp32"))
+    assert type(step) is PlainStep
     assert "because Counting does not say that its steps can be replayed" in caplog.text
 
 
@@ -230,7 +228,7 @@ def test_what_fails_compiled_is_done_plainly_and_said_once(
 
 def compiled(model: nn.Module, optimizer: torch.optim.Optimizer, hooks: TrainingHooks) -> Step:
     device = next(model.parameters()).device
-    return build_step(model, optimizer, hooks, device=device, precision="fp32", accelerate="compile")
+    return build_step(model, optimizer, hooks, runtime=Runtime(device, "fp32", "compile"))
 
 
 @pytest.mark.parametrize("hooks", [masked, factors])
@@ -257,7 +255,7 @@ def test_channels_last_trains_as_the_plain_format_to_one_in_a_thousand() -> None
 
 def accelerated(model: nn.Module, optimizer: torch.optim.Optimizer, hooks: TrainingHooks) -> Step:
     device = next(model.parameters()).device
-    return build_step(model, optimizer, hooks, device=device, precision="fp32", accelerate="auto")
+    return build_step(model, optimizer, hooks, runtime=Runtime(device, "fp32"))
 
 
 @cuda

@@ -14,12 +14,15 @@ from rethink_prune.data import EvalBatches, Split, TrainBatches
 from rethink_prune.errors import Interrupted
 from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.study.keys import optimizer_key
+from rethink_prune.training.accelerate import build_step
 from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.evaluate import evaluate
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
+from rethink_prune.training.progress import Progress, Row
+from rethink_prune.training.runtime import Runtime
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
-from rethink_prune.training.step import build_step
-from rethink_prune.training.train import Diverged, Progress, Row, Runtime, evaluate, train
+from rethink_prune.training.train import Diverged, train
 
 CPU = torch.device("cpu")
 STATISTICS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -357,9 +360,7 @@ def test_labels_are_smoothed_in_training_alone(tmp_path: Path) -> None:
         model,
         torch.optim.SGD(model.parameters(), lr=0.0),
         NO_HOOKS,
-        device=CPU,
-        precision="fp32",
-        accelerate="auto",
+        runtime=Runtime(CPU, "fp32"),
         label_smoothing=0.5,
     )
     loss, _ = step(logits, labels)

@@ -1,1 +1,1 @@
-"""The commands: their arguments, and sweeps of many studies."""
+"""What the command line adds to a study: its arguments are checked, sweeps list their failures, jobs are requeued."""

@@ -1,4 +1,4 @@
-"""The configuration that commands read, and what is wrong with a command where Hydra's answer would be a riddle."""
+"""Check a command's arguments where Hydra's own message would not say what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLUGINS = {
     "slurm": ("hydra-submitit-launcher", "launchers"),
     "ray": ("hydra-ray-launcher", "ray"),
 }
-_PRINTING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
+_PRINTING_OPTIONS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 
 
 def check_arguments(arguments: Sequence[str], conf: Path) -> None:
@@ -26,11 +26,19 @@ def check_arguments(arguments: Sequence[str], conf: Path) -> None:
     ------
     UserError
         If nothing is chosen from a group, or a launcher that is not there.
+
+    Examples
+    --------
+    >>> from rethink_prune.files import conf_dir
+    >>> check_arguments(["budget=null"], Path(conf_dir()))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    rethink_prune.errors.UserError: budget=null: must be one of capped, paper, ...
     """
     for argument in arguments:
         group, separator, choice = argument.partition("=")
         if separator and group and choice == "null" and (conf / group).is_dir():
-            choices = ", ".join(_choices(conf / group))
+            choices = ", ".join(sorted(file.stem for file in (conf / group).glob("*.yaml")))
             raise UserError(f"{argument}: must be one of {choices}; leave it out for the default")
         if group == "launcher" and choice in _PLUGINS:
             package, extra = _PLUGINS[choice]
@@ -40,15 +48,13 @@ def check_arguments(arguments: Sequence[str], conf: Path) -> None:
                 raise UserError(
                     f'{argument}: needs {package}; install it with pip install "rethink-prune[{extra}]"'
                 ) from None
+            # Submitit finds this out itself, but ends with a traceback.
             if choice == "slurm" and shutil.which("srun") is None:
                 raise UserError(f"{argument}: there is no srun here; start it on a machine of the Slurm cluster")
 
 
-def end_quietly_unread(arguments: Sequence[str]) -> None:
-    """Let a command that only prints end without an error when nobody reads on, as in ``--help | head``."""
-    if not _PRINTING.isdisjoint(arguments):
+def end_quietly_on_closed_pipe(arguments: Sequence[str]) -> None:
+    """Let a command that only prints end without an error when its reader has gone, as in ``--help | head``."""
+    # Not for studies: these must go on, and save, when the terminal that reads their log is gone.
+    if not _PRINTING_OPTIONS.isdisjoint(arguments):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
-
-def _choices(group: Path) -> list[str]:
-    return sorted(file.stem for file in group.glob("*.yaml"))

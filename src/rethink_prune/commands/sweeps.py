@@ -1,7 +1,7 @@
-"""Multiruns: which GPU a job takes, what became of every job, and jobs that are requeued.
+"""Multiruns: which GPU a job takes, what became of every job, and jobs that a cluster requeues.
 
-Hydra ends a multirun with the error of the first job that failed. Here a job notes its failure beside its results, in
-``outcome.json``, and ends well for Hydra; when all have ended, the command lists those that failed.
+Hydra ends a multirun with the error of the first job that failed. Here a job writes its failure beside its results, to
+``outcome.json``, and ends as a success for Hydra; after the last job, the command lists those that failed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rethink_prune.errors import Interrupted, UserError
 from rethink_prune.files import write_json
+from rethink_prune.training.interrupts import SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +31,27 @@ OUTCOME_FILE = "outcome.json"
 
 
 def job_device(number: int, gpus: int) -> str:
-    """Return the device of a job among `gpus`: they take turns by job number; ``auto`` where there are none."""
+    """Return the device of a job among `gpus`: jobs take turns by number; ``auto`` where there are no GPUs.
+
+    Examples
+    --------
+    >>> [job_device(number, gpus=2) for number in range(3)]
+    ['cuda:0', 'cuda:1', 'cuda:0']
+    """
     return f"cuda:{number % gpus}" if gpus else "auto"
 
 
 def choose_device(device: str, run: HydraConf) -> str:
     """Return the device of a study that is configured with `device`: of ``auto`` in jobs of joblib, a GPU by number."""
+    # Batch systems show a job only its own GPUs; joblib's processes all see the same ones.
     if device != "auto" or run.mode != RunMode.MULTIRUN or run.runtime.choices["hydra/launcher"] != "joblib":
         return device
     return job_device(run.job.num, _count_gpus())
 
 
 def _count_gpus() -> int:
-    import torch  # takes seconds, and only some launchers ask
+    # Imported here: it takes seconds, and only some launchers ask.
+    import torch
 
     return torch.cuda.device_count()
 
@@ -53,18 +62,19 @@ OmegaConf.register_new_resolver("gpus_of_a_job", lambda: min(1, _count_gpus()), 
 
 
 class StartSweep(Callback):
-    """Makes a multirun's configuration known to :func:`judged`, and its folder free of an earlier one's outcomes."""
+    """Prepares :func:`raise_if_jobs_failed`; ``conf/config.yaml`` names this class."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Set what ``HydraConfig`` returns outside of jobs."""
+        """Keep the multirun's configuration, and remove the outcomes that an earlier one left in its folder."""
+        # Hydra itself sets this only inside jobs, of which some launchers run none in this process.
         HydraConfig.instance().set_config(config)
         for file in Path(config.hydra.sweep.dir).rglob(OUTCOME_FILE):
             file.unlink()
 
 
 @contextmanager
-def noted(run: HydraConf) -> Iterator[None]:
-    """Run the body as a job of a multirun: an error is logged and noted, and ends this job only.
+def record_outcome(run: HydraConf) -> Iterator[None]:
+    """Run the body as a job of a multirun: write an error to the log and to ``outcome.json`` instead of raising it.
 
     Outside of a multirun, errors pass.
     """
@@ -73,36 +83,37 @@ def noted(run: HydraConf) -> Iterator[None]:
         return
     file = Path(run.runtime.output_dir) / OUTCOME_FILE
     job = {"job": run.job.num, "overrides": list(run.overrides.task)}
+    # A job whose process is killed leaves this.
     write_json(file, {**job, "state": "running"})
     try:
         yield
     except Exception as error:
-        own = isinstance(error, UserError)
-        reason = str(error) if own else f"{type(error).__name__}: {error}"
-        log.error("job %s failed: %s", run.job.num, reason, exc_info=not own)
+        is_user_error = isinstance(error, UserError)
+        reason = str(error) if is_user_error else f"{type(error).__name__}: {error}"
+        log.error("job %s failed: %s", run.job.num, reason, exc_info=not is_user_error)
         write_json(file, {**job, "state": "failed", "reason": reason})
     else:
         write_json(file, {**job, "state": "done"})
 
 
 @contextmanager
-def judged() -> Iterator[None]:
+def raise_if_jobs_failed() -> Iterator[None]:
     """Run the body, which may be a multirun, and raise `UserError` with a list of the jobs that failed."""
     try:
         yield
-    except SystemExit:  # a launcher gave up, and Hydra has said why
-        _check_jobs()
+    except SystemExit:
+        # A launcher gave up, and Hydra has printed why.
+        _check_outcomes()
         raise
-    _check_jobs()
+    _check_outcomes()
 
 
-def _check_jobs() -> None:
+def _check_outcomes() -> None:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return
     files = Path(HydraConfig.get().sweep.dir).rglob(OUTCOME_FILE)
     jobs = [{**json.loads(file.read_text()), "folder": file.parent} for file in files]
-    jobs.sort(key=lambda job: job["job"])
-    failed = [job for job in jobs if job["state"] != "done"]
+    failed = sorted((job for job in jobs if job["state"] != "done"), key=lambda job: job["job"])
     if failed:
         lines = [f"{len(failed)} of {len(jobs)} jobs failed; the same command again does only what is missing:"]
         for job in failed:
@@ -112,14 +123,19 @@ def _check_jobs() -> None:
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Return the signals on which a study saves and stops; in a job of submitit, that it is requeued on is one."""
-    usual = (signal.SIGINT, signal.SIGTERM)
-    return (*usual, signal.SIGUSR2) if _in_submitit() else usual
+    """Return the signals on which a study saves and stops; in a job of submitit, the one before a requeue as well.
+
+    Examples
+    --------
+    >>> [number.name for number in stop_signals()]
+    ['SIGINT', 'SIGTERM']
+    """
+    return (*SIGNALS, signal.SIGUSR2) if _in_submitit_job() else SIGNALS
 
 
 @contextmanager
-def left_to_submitit() -> Iterator[None]:
-    """Run the body; once a signal has stopped it in a job of submitit, leave what becomes of the job to the scheduler.
+def wait_for_requeue() -> Iterator[None]:
+    """Run the body; in a job of submitit that a signal has stopped, leave it to the cluster to end the job.
 
     Before its time limit, a job gets SIGUSR2, on which submitit's own handler requeues and ends it. SIGTERM comes some
     time before a kill, after which Slurm starts a preempted job again: not if the job has ended by itself.
@@ -127,14 +143,16 @@ def left_to_submitit() -> Iterator[None]:
     try:
         yield
     except Interrupted as stop:
-        if _in_submitit() and stop.signum != signal.SIGINT:
-            log.info("%s", stop)
-            if stop.signum == signal.SIGUSR2:
-                signal.raise_signal(signal.SIGUSR2)
-            while True:
-                signal.pause()  # until the kill, or SIGUSR2
-        raise
+        if not _in_submitit_job() or stop.signum == signal.SIGINT:
+            raise
+        log.info("%s", stop)
+        # The study's own handler is gone by now, and submitit's is back in its place.
+        if stop.signum == signal.SIGUSR2:
+            signal.raise_signal(signal.SIGUSR2)
+        # Until the kill, or SIGUSR2.
+        while True:
+            signal.pause()
 
 
-def _in_submitit() -> bool:
+def _in_submitit_job() -> bool:
     return "SUBMITIT_EXECUTOR" in os.environ

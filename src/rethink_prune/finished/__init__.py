@@ -1,1 +1,4 @@
-"""What can be done with a finished network: load it, take it along, test it elsewhere, measure it."""
+"""What can be done with the network of a finished stage: load it, export it, evaluate it, measure it.
+
+Everything that ``python -m rethink_prune.export`` does is here, one file for each thing.
+"""

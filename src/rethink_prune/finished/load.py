@@ -1,7 +1,6 @@
-"""Networks from finished stages, and the weights a user brings along.
+"""Networks from finished stages.
 
-Nothing here executes code from a file: safetensors, JSON, YAML's safe subset, and torch files with
-``weights_only=True``.
+Nothing here executes code that a stage names: its files are safetensors, JSON and YAML's safe subset.
 """
 
 from __future__ import annotations
@@ -12,19 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
-from rethink_prune.store.stages import Stage, load_stage_weights
+from rethink_prune.store.stage import Stage
+from rethink_prune.store.weights import load_stage_weights
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.cut import reshape
 
-TORCHVISION = "torchvision:"
+Factory = Callable[..., nn.Module]
+_NETWORK_KEYS = {"name": str, "options": dict, "num_classes": int, "in_channels": int, "image_size": int}
 
 
-def load_model(folder: str | Path, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
+def load_model(folder: str | Path, factory: Factory | None = None) -> nn.Module:
     """Rebuild the network of a finished stage.
 
     Parameters
@@ -55,7 +55,7 @@ def load_model(folder: str | Path, factory: Callable[..., nn.Module] | None = No
     return model.eval()
 
 
-def build_unpruned(stage: Stage, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
+def build_unpruned(stage: Stage, factory: Factory | None = None) -> nn.Module:
     """Build the network that a stage's was pruned from, with arbitrary weights; arguments as for `load_model`."""
     network = read_config(stage)["network"]
     name, options = network["name"], network["options"]
@@ -93,15 +93,18 @@ def read_config(stage: Stage) -> dict[str, Any]:
     UserError
         If it does not describe a network.
     """
-    path = stage.folder / "config.yaml"
-    kinds = {"name": str, "options": dict, "num_classes": int, "in_channels": int, "image_size": int}
-    try:
-        config = yaml.safe_load(path.read_text())
-        if all(isinstance(config["network"][name], kind) for name, kind in kinds.items()):
-            return config
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path}: is damaged or of another version: it describes no network")
+    config = stage.config()
+    network = config.get("network")
+    # Anybody may have written the file, and build_model gets what stands in it.
+    if not (isinstance(network, dict) and all(isinstance(network.get(k), kind) for k, kind in _NETWORK_KEYS.items())):
+        raise UserError(f"{stage.folder / 'config.yaml'}: is damaged or of another version: it describes no network")
+    return config
+
+
+def image_shape(stage: Stage) -> tuple[int, int, int]:
+    """Return the shape of one image that the stage's network takes, C x H x W."""
+    network = read_config(stage)["network"]
+    return network["in_channels"], network["image_size"], network["image_size"]
 
 
 def _one_line(error: Exception) -> str:

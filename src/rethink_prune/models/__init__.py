@@ -1,47 +1,52 @@
-"""Networks by name, or by import path."""
+"""Networks by name, or by import path.
+
+A family of networks is one file in this folder. Its ``NETWORKS`` maps names to what builds them, and the class of its
+networks names the initialiser in its attribute ``initialiser``. Beside the file, a network needs a configuration in
+``conf/model/``.
+"""
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from rethink_prune.errors import UserError
 from rethink_prune.imports import import_object
-from rethink_prune.models.densenet import DenseNet
-from rethink_prune.models.preact_resnet import PreActResNet
-from rethink_prune.models.preresnet import PreResNet
-from rethink_prune.models.resnet import ResNet
-from rethink_prune.models.resnext import ResNeXt
-from rethink_prune.models.vgg import LAYERS, VGG
-from rethink_prune.models.vgg_imagenet import VGG16GAP, VGG11BatchNorm1d
 
-MODELS: Mapping[str, Callable[..., nn.Module]] = {
-    **{name: partial(VGG, layers) for name, layers in LAYERS.items()},
-    **{f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56, 110)},
-    **{f"preresnet{depth}": partial(PreResNet, depth) for depth in (*range(20, 111, 9), 164)},
-    "densenet40": partial(DenseNet, 40),
-    "densenet_bc100": partial(DenseNet, 100, bottleneck=True, compression=0.5),
-    "resnext29": partial(ResNeXt, 29),
-    # For ImageNet; the others are torchvision's.
-    "vgg16_gap": VGG16GAP,
-    "vgg11_bn1d": VGG11BatchNorm1d,
-    "preact_resnet50": partial(PreActResNet, (3, 4, 6, 3)),
-}
+Factory = Callable[..., nn.Module]
+
+
+def _collect_networks() -> dict[str, Factory]:
+    files = [importlib.import_module(file.name) for file in pkgutil.iter_modules(__path__, f"{__name__}.")]
+    # Files that hold no family, such as blocks.py, have no NETWORKS.
+    return {name: factory for file in files for name, factory in getattr(file, "NETWORKS", {}).items()}
+
+
+# In the order of the files' names.
+MODELS: Mapping[str, Factory] = _collect_networks()
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
 
 
-def model_factory(name: str) -> Callable[..., nn.Module]:
+def model_factory(name: str) -> Factory:
     """Return what builds the network `name`: an entry of :data:`MODELS`, or the import path ``module:factory``.
 
     Raises
     ------
     UserError
         If there is no such network.
+
+    Examples
+    --------
+    >>> model_factory("resnet20").func.__name__
+    'ResNet'
+    >>> model_factory("torch.nn:Identity")
+    <class 'torch.nn.modules.linear.Identity'>
     """
     if name in MODELS:
         return MODELS[name]
@@ -94,12 +99,15 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
             raise UserError(f"model.{option}: {name} has no such option; it has: {', '.join(known)}")
         if name in MODELS:
             _check_kind(option, value, type(parameters[option].default))
+    # A network of the user's own may take images of one kind only, and has no such parameter then.
     if "in_channels" in parameters:
         options["in_channels"] = in_channels
     try:
         model = factory(num_classes=num_classes, **options)
+    # The user's factory may raise anything.
     except Exception as error:
-        if name in MODELS and isinstance(error, ValueError):  # says which option cannot have its value
+        if name in MODELS and isinstance(error, ValueError):
+            # Our networks' messages begin with the option whose value is wrong.
             raise UserError(f"model.{error}") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
@@ -108,29 +116,34 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={name}: gave a {type(model).__name__}, not a torch.nn.Module")
-    model.network_name = name  # type: ignore[assignment]  # published variants are looked up by it
+    # The published variants of a pruner are looked up by this name.
+    model.network_name = name  # type: ignore[assignment]
     return model
 
 
 def asked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options without those that `name` lacks and that ask for nothing.
 
-    A configuration for one of our networks lists its options with their defaults; with the name of another network put
-    over it, these are left out, while a value that someone chose stays, for `build_model` to refuse.
+    A configuration lists a network's options with their defaults. If its name is then replaced by that of another
+    network, options at their defaults are left out. A value that someone chose stays, for `build_model` to refuse.
+
+    Examples
+    --------
+    >>> asked_options("vgg16", {"head": "mlp", "detach_shortcut": False})
+    {'head': 'mlp'}
+    >>> asked_options("vgg16", {"detach_shortcut": True})
+    {'detach_shortcut': True}
     """
-    own = inspect.signature(model_factory(name)).parameters
-    defaults: dict[str, list[Any]] = {}
-    for factory in MODELS.values():
-        for option, parameter in inspect.signature(factory).parameters.items():
-            defaults.setdefault(option, []).append(parameter.default)
-    return {
-        option: value
-        for option, value in options.items()
-        if (option in own and name in MODELS) or value not in defaults.get(option, [])
-    }
+    factory = model_factory(name)
+    own = inspect.signature(factory).parameters if name in MODELS else {}
+    signatures = map(inspect.signature, MODELS.values())
+    # A list, not a set: a value that someone chose need not be hashable.
+    defaults = [(option, p.default) for signature in signatures for option, p in signature.parameters.items()]
+    return {option: value for option, value in options.items() if option in own or (option, value) not in defaults}
 
 
 def _check_kind(option: str, value: object, kind: type) -> None:
-    """Refuse a value that is not of the kind of the option's default: the text "false", say, would count as true."""
+    """Refuse a value that is not of the kind of the option's default."""
+    # The text "false" would count as true. A whole number may stand for a float, but true and false may not.
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise UserError(f"model.{option}={value}: must be {_KINDS[kind]}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
+
+from rethink_prune.models.blocks import count_blocks
 
 
 class DenseLayer(nn.Module):
@@ -11,20 +15,17 @@ class DenseLayer(nn.Module):
 
     Parameters
     ----------
-    in_channels, growth_rate : int
-        Channels of the input, and those that the layer adds.
+    growth_rate : int
+        Channels that the layer adds.
     bottleneck : bool
         Let a 1 x 1 convolution bring the input to ``4 * growth_rate`` channels first.
     """
 
     def __init__(self, in_channels: int, growth_rate: int, *, bottleneck: bool) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        if bottleneck:
-            layers += _norm_relu_conv(in_channels, 4 * growth_rate, kernel_size=1)
-            in_channels = 4 * growth_rate
-        layers += _norm_relu_conv(in_channels, growth_rate, kernel_size=3)
-        self.branch = nn.Sequential(*layers)
+        inner = 4 * growth_rate if bottleneck else in_channels
+        first = _norm_relu_conv(in_channels, inner, kernel_size=1) if bottleneck else []
+        self.branch = nn.Sequential(*first, *_norm_relu_conv(inner, growth_rate, kernel_size=3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input and the new channels, N x (`in_channels` + `growth_rate`) x H x W."""
@@ -44,15 +45,20 @@ class DenseNet(nn.Module):
         See :class:`DenseLayer`.
     compression : float
         Share of the channels that the convolution between two stages keeps, in (0, 1].
-    num_classes, in_channels : int
-        Sizes of the output and of the input image's channels.
 
     Notes
     -----
     Takes N x `in_channels` x H x W with H, W >= 4, gives N x `num_classes`. The first convolution has twice
     `growth_rate` channels, also without bottleneck and compression, as in Network Slimming (Liu et al. 2017,
     arXiv:1708.06519). What Liu et al. (2019) call DenseNet-BC-100 is, in their code, the form without bottleneck.
+
+    Examples
+    --------
+    >>> DenseNet(10, num_classes=5)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 5])
     """
+
+    initialiser = "cifar_resnet"
 
     def __init__(
         self,
@@ -65,9 +71,7 @@ class DenseNet(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        layers, remainder = divmod(depth - 4, 6 if bottleneck else 3)
-        if remainder or layers < 1:
-            raise ValueError(f"depth={depth}: must be {6 if bottleneck else 3}n + 4 with n >= 1")
+        layers = count_blocks(depth, layers_per_block=6 if bottleneck else 3, other_layers=4)
         if growth_rate < 1:
             raise ValueError(f"growth_rate={growth_rate}: must be at least 1")
         if not 0 < compression <= 1:
@@ -82,6 +86,7 @@ class DenseNet(nn.Module):
 
         added = layers * growth_rate
         first = 2 * growth_rate
+        # The sizes round down, and at least one channel is left, however strong the compression.
         second = max(1, int((first + added) * compression))
         third = max(1, int((second + added) * compression))
         self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
@@ -103,8 +108,15 @@ class DenseNet(nn.Module):
 
 
 def _norm_relu_conv(in_channels: int, out_channels: int, *, kernel_size: int) -> list[nn.Module]:
+    # The convolution needs no bias: a batch norm comes after it, before the next convolution or the classifier.
     return [
         nn.BatchNorm2d(in_channels),
         nn.ReLU(inplace=True),
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
     ]
+
+
+NETWORKS = {
+    "densenet40": partial(DenseNet, 40),
+    "densenet_bc100": partial(DenseNet, 100, bottleneck=True, compression=0.5),
+}

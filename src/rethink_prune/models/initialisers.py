@@ -1,152 +1,137 @@
 """How each family of networks draws its weights.
 
-An initialiser re-draws *every* parameter and resets every running statistic of a network, whatever its widths, from
-torch's global generator, module by module in the order of ``model.modules()``. Scratch arms call it after surgery: a
-slice of a wide layer's initialisation is not the initialisation of a narrow layer, because the standard deviation
-depends on the width.
-
-Except where an initialiser says otherwise, batch norms start at gamma 1 and beta 0.
+An initialiser draws *every* parameter of a network anew, whatever its widths, and resets every running statistic. It
+uses torch's global generator, module by module in the order of ``model.modules()``. Scratch arms call it after surgery:
+the standard deviation depends on the width, so a slice of a wide layer's weights is not the initialisation of a narrow
+layer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import nn
 
-Initialiser = Callable[[nn.Module], None]
+from rethink_prune.models.torchvision_families import torchvision_initialiser
+
+Layer = nn.Conv2d | nn.Linear
+Std = Callable[[Layer], float]
 
 
-def reset_parameters(model: nn.Module) -> None:
-    """Let each module draw its weights as its own constructor does.
+def he_fan_out(layer: Layer) -> float:
+    """Return ``sqrt(2 / fan-out)``: He et al. 2015 (arXiv:1502.01852) over the output side.
+
+    Examples
+    --------
+    >>> he_fan_out(nn.Conv2d(4, 8, kernel_size=2))
+    0.25
+    """
+    # The kernel's size times all output channels. As in torch, the groups of a convolution do not divide it.
+    return math.sqrt(2.0 / (layer.weight[0, 0].numel() * layer.weight.shape[0]))
+
+
+def he_fan_in(layer: Layer) -> float:
+    """Return ``sqrt(2 / fan-in)``; in a grouped convolution the fan-in is that of one group.
+
+    Examples
+    --------
+    >>> he_fan_in(nn.Linear(32, 5))
+    0.25
+    """
+    return math.sqrt(2.0 / layer.weight[0].numel())
+
+
+def _one_hundredth(layer: Layer) -> float:
+    return 0.01
+
+
+def draw_weights(
+    model: nn.Module,
+    *,
+    conv_std: Std | None = None,
+    linear_std: Std | None = None,
+    half_gamma: tuple[type[nn.Module], ...] = (),
+) -> None:
+    """Draw normal weights and zero biases; let every other module reset itself, as its constructor does.
+
+    Parameters
+    ----------
+    conv_std, linear_std : callable, optional
+        Give the standard deviation of a 2-D convolution, of a linear layer; without it they reset themselves too.
+    half_gamma : tuple of types
+        Kinds of batch norm whose gamma starts at 0.5. All others start at 1.
 
     Raises
     ------
     ValueError
         If a module holds parameters of its own and has no ``reset_parameters``.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+    >>> draw_weights(model, conv_std=he_fan_out, half_gamma=(nn.BatchNorm2d,))
+    >>> model[0].bias.tolist(), model[1].weight.tolist()
+    ([0.0, 0.0], [0.5, 0.5])
     """
+    # All draws come from one generator: another order of modules would give other weights for the same seed.
     for name, module in model.named_modules():
-        _reset(module, name)
+        if isinstance(module, nn.Conv2d) and conv_std is not None:
+            _draw_normal(module, conv_std(module))
+        elif isinstance(module, nn.Linear) and linear_std is not None:
+            _draw_normal(module, linear_std(module))
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+        # Only the module's own parameters: those of its children are drawn when their turn comes.
+        elif any(True for _ in module.parameters(recurse=False)):
+            raise ValueError(f"{name or 'the network'} ({type(module).__name__}) has no reset_parameters()")
+        if isinstance(module, half_gamma):
+            nn.init.constant_(module.get_parameter("weight"), 0.5)
 
 
-def cifar_resnet(model: nn.Module) -> None:
-    """Convolutions N(0, sqrt(2 / (k k C_out))), batch norm 1 and 0, the rest as torch does (Liu et al. 2019)."""
-    _draw(model, conv_std=_he_fan_out)
+def _draw_normal(layer: Layer, std: float) -> None:
+    nn.init.normal_(layer.weight, 0.0, std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
-def cifar_resnet_half_gamma(model: nn.Module) -> None:
-    """As :func:`cifar_resnet`, with batch norm gamma 0.5: PreResNet and DenseNet of Network Slimming."""
-    _draw(model, conv_std=_he_fan_out)
-    _halve_gammas(model, nn.BatchNorm2d)
+_draw_as_vgg = partial(draw_weights, conv_std=he_fan_out, linear_std=_one_hundredth)
 
-
-def cifar_vgg(model: nn.Module) -> None:
-    """As :func:`cifar_resnet`, with 2-D batch norm gamma 0.5, linear layers N(0, 0.01), zero biases."""
-    _draw(model, conv_std=_he_fan_out, linear_std=lambda _: 0.01)
-    _halve_gammas(model, nn.BatchNorm2d)
-
-
-def cifar_vgg_fan_in(model: nn.Module) -> None:
-    """Convolutions N(0, sqrt(2 / (k k C_in))), linear layers N(0, 0.01), zero biases: VGG of the unstructured study."""
-    _draw(model, conv_std=_he_fan_in, linear_std=lambda _: 0.01)
-
-
-def slimming_vgg(model: nn.Module) -> None:
-    """As :func:`cifar_vgg`, with gamma 0.5 in 1-D batch norm too: VGG-11 of Network Slimming on ImageNet."""
-    _draw(model, conv_std=_he_fan_out, linear_std=lambda _: 0.01)
-    _halve_gammas(model, nn.BatchNorm1d, nn.BatchNorm2d)
-
-
-def kaiming_fan_in(model: nn.Module) -> None:
-    """Convolutions and linear layers N(0, sqrt(2 / fan-in)), zero biases: Sparse Structure Selection."""
-    _draw(model, conv_std=_he_fan_in, linear_std=lambda linear: math.sqrt(2.0 / linear.in_features))
-
-
-def torchvision_resnet(model: nn.Module) -> None:
-    """Convolutions Kaiming normal over fan-out, everything else as torch does."""
-    _draw(model, conv_std=_he_fan_out)
-
-
-def torchvision_vgg(model: nn.Module) -> None:
-    """As :func:`torchvision_resnet`, with linear layers N(0, 0.01) and zero biases."""
-    _draw(model, conv_std=_he_fan_out, linear_std=lambda _: 0.01)
-
-
-INITIALISERS: Mapping[str, Initialiser] = {
-    "cifar_resnet": cifar_resnet,
-    "cifar_resnet_half_gamma": cifar_resnet_half_gamma,
-    "cifar_vgg": cifar_vgg,
-    "cifar_vgg_fan_in": cifar_vgg_fan_in,
-    "slimming_vgg": slimming_vgg,
-    "kaiming_fan_in": kaiming_fan_in,
-    "torchvision_resnet": torchvision_resnet,
-    "torchvision_vgg": torchvision_vgg,
-    "reset_parameters": reset_parameters,
-}
-
-# Where the class of a network lives tells its family.
-_FAMILIES: Mapping[str, str] = {
-    "rethink_prune.models.resnet": "cifar_resnet",
-    "rethink_prune.models.preresnet": "cifar_resnet",
-    "rethink_prune.models.densenet": "cifar_resnet",
-    "rethink_prune.models.resnext": "cifar_resnet",
-    "rethink_prune.models.vgg": "cifar_vgg",
-    "rethink_prune.models.vgg_imagenet": "slimming_vgg",  # VGG-16-GAP, without batch norm, has no gamma to halve
-    "rethink_prune.models.preact_resnet": "kaiming_fan_in",
-    "torchvision.models.resnet": "torchvision_resnet",
-    "torchvision.models.vgg": "torchvision_vgg",
-    "torchvision.models.mobilenetv2": "torchvision_vgg",
-    "torchvision.models.mobilenetv3": "torchvision_vgg",
+INITIALISERS: Mapping[str, Callable[[nn.Module], None]] = {
+    # Liu et al. 2019 (arXiv:1810.05270) for CIFAR.
+    "cifar_resnet": partial(draw_weights, conv_std=he_fan_out),
+    # PreResNet and DenseNet of Network Slimming (Liu et al. 2017, arXiv:1708.06519).
+    "cifar_resnet_half_gamma": partial(draw_weights, conv_std=he_fan_out, half_gamma=(nn.BatchNorm2d,)),
+    # The gammas of 1-D batch norms, in the classifier, stay at 1.
+    "cifar_vgg": partial(_draw_as_vgg, half_gamma=(nn.BatchNorm2d,)),
+    # VGG in the study of unstructured pruning of Liu et al. 2019.
+    "cifar_vgg_fan_in": partial(draw_weights, conv_std=he_fan_in, linear_std=_one_hundredth),
+    # VGG-11 for ImageNet of Network Slimming.
+    "slimming_vgg": partial(_draw_as_vgg, half_gamma=(nn.BatchNorm1d, nn.BatchNorm2d)),
+    # Sparse Structure Selection (Huang and Wang 2018, arXiv:1707.01213).
+    "kaiming_fan_in": partial(draw_weights, conv_std=he_fan_in, linear_std=he_fan_in),
+    # The constructors of torchvision's networks.
+    "torchvision_resnet": partial(draw_weights, conv_std=he_fan_out),
+    "torchvision_vgg": _draw_as_vgg,
+    # Each module as its own constructor does.
+    "reset_parameters": draw_weights,
 }
 
 
 def family_initialiser(model: nn.Module) -> str | None:
-    """Return the name of the initialiser of `model`'s family, or None if the family is not known."""
-    return _FAMILIES.get(type(model).__module__)
+    """Return the name of the initialiser of `model`'s family, or None if the family is not known.
 
+    The class of a network names it in its attribute ``initialiser``.
 
-def _draw(
-    model: nn.Module,
-    *,
-    conv_std: Callable[[nn.Conv2d], float],
-    linear_std: Callable[[nn.Linear], float] | None = None,
-) -> None:
-    """Draw normal weights and zero biases; what has no standard deviation here resets itself."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            _normal(module, conv_std(module))
-        elif isinstance(module, nn.Linear) and linear_std is not None:
-            _normal(module, linear_std(module))
-        else:
-            _reset(module, name)
-
-
-def _halve_gammas(model: nn.Module, *kinds: type[nn.BatchNorm1d] | type[nn.BatchNorm2d]) -> None:
-    for module in model.modules():
-        if isinstance(module, kinds):
-            nn.init.constant_(module.weight, 0.5)
-
-
-# He et al. 2015 (arXiv:1502.01852) over the output side is the standard deviation of the paper's networks. Fan-out
-# follows torch, which does not divide it by the groups of a convolution.
-def _he_fan_out(conv: nn.Conv2d) -> float:
-    return math.sqrt(2.0 / (conv.kernel_size[0] * conv.kernel_size[1] * conv.out_channels))
-
-
-def _he_fan_in(conv: nn.Conv2d) -> float:
-    return math.sqrt(2.0 / conv.weight[0].numel())
-
-
-def _normal(module: nn.Conv2d | nn.Linear, std: float) -> None:
-    nn.init.normal_(module.weight, 0.0, std)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-def _reset(module: nn.Module, name: str) -> None:
-    reset = getattr(module, "reset_parameters", None)
-    if callable(reset):
-        reset()
-    elif any(True for _ in module.parameters(recurse=False)):
-        raise ValueError(f"{name or 'the network'} ({type(module).__name__}) has no reset_parameters()")
+    Examples
+    --------
+    >>> from rethink_prune.models.resnet import ResNet
+    >>> family_initialiser(ResNet(20))
+    'cifar_resnet'
+    """
+    # Only the class's own attribute counts: a class derived from a family may have layers that the family does not.
+    named = vars(type(model)).get("initialiser")
+    if isinstance(named, str) and named in INITIALISERS:
+        return named
+    return torchvision_initialiser(model)

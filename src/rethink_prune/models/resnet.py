@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from rethink_prune.models.blocks import ThreeStageNetwork, count_blocks
 
 
 class BasicBlock(nn.Module):
@@ -15,8 +19,8 @@ class BasicBlock(nn.Module):
 
     Parameters
     ----------
-    in_channels, channels : int
-        Channels of the input and of everything after it.
+    channels : int
+        Output channels of both convolutions.
     stride : {1, 2}
         Stride of the first convolution.
     detach_shortcut : bool
@@ -41,7 +45,9 @@ class BasicBlock(nn.Module):
         if self.detach_shortcut:
             x = x.detach()
         if self.stride == 2:
+            # The first convolution rounds odd sizes up, so the shortcut has to.
             x = F.avg_pool2d(x, 2, ceil_mode=True)
+        # Pairs of (before, after), from the last dimension to the first: width, height, channels.
         return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,47 +57,30 @@ class BasicBlock(nn.Module):
         return self.relu(out + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class ResNet(ThreeStageNetwork):
     """Three stages of basic blocks with 16, 32 and 64 channels.
 
     Parameters
     ----------
     depth : int
         ``6n + 2`` for ``n`` blocks per stage: 20, 32, 44, 56, 110, ...
-    num_classes, in_channels : int
-        Sizes of the output and of the input image's channels.
     detach_shortcut : bool
         See :class:`BasicBlock`.
 
-    Notes
-    -----
-    Takes N x `in_channels` x H x W of any size, gives N x `num_classes`.
+    Examples
+    --------
+    >>> ResNet(20, num_classes=5)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 5])
     """
+
+    initialiser = "cifar_resnet"
 
     def __init__(
         self, depth: int, *, num_classes: int = 10, in_channels: int = 3, detach_shortcut: bool = False
     ) -> None:
-        super().__init__()
-        blocks, remainder = divmod(depth - 2, 6)
-        if remainder or blocks < 1:
-            raise ValueError(f"depth={depth}: must be 6n + 2 with n >= 1")
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.relu = nn.ReLU(inplace=True)
+        blocks = count_blocks(depth, layers_per_block=6, other_layers=2)
+        block = partial(BasicBlock, detach_shortcut=detach_shortcut)
+        super().__init__(block, (16, 16, 32, 64), blocks=blocks, num_classes=num_classes, in_channels=in_channels)
 
-        def stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
-            first = BasicBlock(in_channels, channels, stride, detach_shortcut=detach_shortcut)
-            rest = [BasicBlock(channels, channels, 1, detach_shortcut=detach_shortcut) for _ in range(blocks - 1)]
-            return nn.Sequential(first, *rest)
 
-        self.layer1 = stage(16, 16, 1)
-        self.layer2 = stage(16, 32, 2)
-        self.layer3 = stage(32, 64, 2)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(64, num_classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits, N x `num_classes`."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(self.pool(x).flatten(1))
+NETWORKS = {f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56, 110)}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
+
+from rethink_prune.models.blocks import ThreeStageNetwork, count_blocks
 
 
 class ResNeXtBlock(nn.Module):
@@ -11,12 +15,10 @@ class ResNeXtBlock(nn.Module):
 
     Parameters
     ----------
-    in_channels, width, out_channels : int
-        Channels of the input, of the grouped convolution and of the output.
-    groups : int
-        Groups of the 3 x 3 convolution.
-    stride : int
-        Stride of the 3 x 3 convolution and of the shortcut.
+    width : int
+        Output channels of the first two convolutions.
+    groups, stride : int
+        Of the 3 x 3 convolution; the shortcut has the same stride.
     """
 
     def __init__(self, in_channels: int, width: int, out_channels: int, *, groups: int, stride: int) -> None:
@@ -41,60 +43,41 @@ class ResNeXtBlock(nn.Module):
         return self.relu(out + self.shortcut(x))
 
 
-class ResNeXt(nn.Module):
+class ResNeXt(ThreeStageNetwork):
     """Three stages of ResNeXt blocks with 256, 512 and 1024 output channels.
 
     Parameters
     ----------
     depth : int
         ``9n + 2`` for ``n`` blocks per stage: 29, ...
-    cardinality, base_width : int
-        Groups of the 3 x 3 convolutions, and channels per group in the first stage; they double from stage to stage.
-    num_classes, in_channels : int
-        Sizes of the output and of the input image's channels.
+    cardinality : int
+        Groups of the 3 x 3 convolutions.
+    base_width : int
+        Channels of each group in the first stage. They double from stage to stage.
 
-    Notes
-    -----
-    Takes N x `in_channels` x H x W of any size, gives N x `num_classes`.
+    Examples
+    --------
+    >>> with torch.device("meta"):
+    ...     ResNeXt(29).layer1[0].conv2
+    Conv2d(512, 512, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=8, bias=False)
     """
 
+    initialiser = "cifar_resnet"
+
     def __init__(
-        self,
-        depth: int,
-        *,
-        cardinality: int = 8,
-        base_width: int = 64,
-        num_classes: int = 10,
-        in_channels: int = 3,
+        self, depth: int, *, cardinality: int = 8, base_width: int = 64, num_classes: int = 10, in_channels: int = 3
     ) -> None:
-        super().__init__()
-        blocks, remainder = divmod(depth - 2, 9)
-        if remainder or blocks < 1:
-            raise ValueError(f"depth={depth}: must be 9n + 2 with n >= 1")
-        if cardinality < 1:
-            raise ValueError(f"cardinality={cardinality}: must be at least 1")
-        if base_width < 1:
-            raise ValueError(f"base_width={base_width}: must be at least 1")
+        blocks = count_blocks(depth, layers_per_block=9, other_layers=2)
+        for option, value in (("cardinality", cardinality), ("base_width", base_width)):
+            if value < 1:
+                raise ValueError(f"{option}={value}: must be at least 1")
 
-        def stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+        def block(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+            # By convention, `base_width` is meant for the stage with 256 output channels.
             width = cardinality * base_width * out_channels // 256
-            first = ResNeXtBlock(in_channels, width, out_channels, groups=cardinality, stride=stride)
-            rest = [
-                ResNeXtBlock(out_channels, width, out_channels, groups=cardinality, stride=1) for _ in range(blocks - 1)
-            ]
-            return nn.Sequential(first, *rest)
+            return ResNeXtBlock(in_channels, width, out_channels, groups=cardinality, stride=stride)
 
-        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.layer1 = stage(64, 256, 1)
-        self.layer2 = stage(256, 512, 2)
-        self.layer3 = stage(512, 1024, 2)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(1024, num_classes)
+        super().__init__(block, (64, 256, 512, 1024), blocks=blocks, num_classes=num_classes, in_channels=in_channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits, N x `num_classes`."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(self.pool(x).flatten(1))
+
+NETWORKS = {"resnext29": partial(ResNeXt, 29)}

@@ -7,8 +7,9 @@ the factors ``y`` that the forward pass uses, a step is ::
     x_new = soft_threshold(y - lr * gradient, lr * strength)
     y_new = x_new + momentum * (x_new - x)
 
-It is the publication's form in one sequence, ``v_new = x_new - y + momentum * v; y_new = x_new + momentum * v_new``,
-with ``v_new = x_new - x`` put in: a factor that stays at zero is then zero in floating point too.
+The publication writes ``v_new = x_new - y + momentum * v; y_new = x_new + momentum * v_new``, which is the same with
+``v_new = x_new - x``. This form takes no difference that rounding could keep from zero: a factor that stays at zero is
+exactly zero.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rethink_prune.surgery.channels import Positions
+from rethink_prune.surgery.plan import Positions
 from rethink_prune.training.hooks import TrainingHooks
 
 # Exact classes: a subclass may compute something that no weights express when it is scaled.
@@ -66,6 +67,7 @@ class ScalingFactors(TrainingHooks):
             for unit, positions in enumerate(units):
                 unit_of[list(positions)] = unit
             module.factor = nn.Parameter(torch.ones(len(units), dtype=module.weight.dtype, device=module.weight.device))
+            # A buffer, so that checkpoints hold the step's state.
             module.register_buffer("factor_before", torch.ones_like(module.factor.data))
             module.register_buffer("factor_of_channel", unit_of, persistent=False)
             # On the module, so that a copy of the network has a handle of its own.
@@ -81,7 +83,7 @@ class ScalingFactors(TrainingHooks):
         """Take one step with the factors, and clear their gradients, which no optimiser does."""
         for module in self._scaled(model):
             factor, before = module.factor, module.factor_before
-            if factor.grad is None:
+            if factor.grad is None:  # its layer took no part in this step
                 continue
             proximal = F.softshrink(factor - lr * factor.grad, lr * self._strength)
             factor.copy_(proximal + self._momentum * (proximal - before))
@@ -104,7 +106,13 @@ class ScalingFactors(TrainingHooks):
 
 
 def can_scale(module: nn.Module) -> bool:
-    """Tell whether factors on the output of this module can be folded into its weights."""
+    """Tell whether factors on the output of this module can be folded into its weights.
+
+    Examples
+    --------
+    >>> can_scale(nn.Conv2d(3, 8, 3)), can_scale(nn.BatchNorm2d(8)), can_scale(nn.BatchNorm2d(8, affine=False))
+    (True, True, False)
+    """
     return type(module) in _CONVS or (type(module) in _NORMS and bool(module.affine))
 
 
@@ -122,6 +130,13 @@ def unit_magnitudes(module: nn.Module, units: Sequence[Positions]) -> torch.Tens
     -------
     torch.Tensor
         Shape ``(len(units),)``.
+
+    Examples
+    --------
+    >>> norm = nn.BatchNorm2d(3)  # its weights start at one, its biases at zero
+    >>> norm.weight.data[:] = torch.tensor([0.0, -2.0, 0.5])
+    >>> unit_magnitudes(norm, [(0,), (1, 2)])
+    tensor([0., 2.])
     """
     weight = module.get_parameter("weight").detach()
     magnitudes = weight.reshape(len(weight), -1).abs().amax(1)

@@ -15,18 +15,20 @@ first convolution of each block, apart from blocks the authors found sensitive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from rethink_prune.pruning.pruner import Batches, Pruner
-from rethink_prune.surgery.channels import ChannelGroup
+from rethink_prune.config import ChannelOptions
+from rethink_prune.pruning.channel_pruner import ChannelPruner, Groups, Scores, score_units
+from rethink_prune.pruning.pruner import Batches, Variant, Variants
 
 
-def _resnet(blocks: Sequence[int], stage_ratios: Sequence[float], skipped_convs: Iterable[int]) -> Mapping[str, Any]:
-    """Say a published target of a ResNet with so many basic `blocks` per stage in terms of layer names.
+def _basic_block_variant(blocks: Sequence[int], stage_ratios: Sequence[float], skipped_convs: Iterable[int]) -> Variant:
+    """Return a published target of a ResNet with so many basic `blocks` per stage in terms of layer names.
 
     The publications number the convolutions from 1, the stem's, without projections; block ``b`` (from 0) holds
     ``2b + 2`` and ``2b + 3``, and only the even ones are pruned.
@@ -38,12 +40,11 @@ def _resnet(blocks: Sequence[int], stage_ratios: Sequence[float], skipped_convs:
     }
 
 
+# The authors found these sensitive; the last stage, with ratio 0, stays whole anyway.
 _RESNET34_SKIPS = (2, 8, 14, 16, 26, 28, 30, 32)
 
 
-def sums_over_filters(
-    model: nn.Module, groups: Sequence[ChannelGroup], measure: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def sums_over_filters(model: nn.Module, groups: Groups, measure: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
     """Return, for every unit of each group, the sum of a measure of its filters.
 
     Parameters
@@ -53,49 +54,51 @@ def sums_over_filters(
         Of convolutions or linear layers.
     measure : callable
         From a layer's filters, C_out x (C_in k k) in float64, to one number for each.
+
+    Examples
+    --------
+    >>> from rethink_prune.surgery.channels import ChannelGroup
+    >>> group = ChannelGroup("0", "conv", ("0",), ({"0": (0,)}, {"0": (1,)}), {})
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 1))
+    >>> model[0].weight.data[:, 0, 0, 0] = torch.tensor([3.0, -4.0])
+    >>> sums_over_filters(model, [group], lambda filters: filters.abs().sum(1))
+    {'0': tensor([3., 4.], dtype=torch.float64)}
     """
-    measured = {
-        layer: measure(model.get_parameter(f"{layer}.weight").detach().double().flatten(1))
-        for group in groups
-        for layer in group.layers
-    }
-    return {
-        group.name: torch.stack(
-            [
-                torch.cat([measured[layer][list(positions)] for layer, positions in unit.items()]).sum()
-                for unit in group.units
-            ]
-        )
-        for group in groups
-    }
+
+    # A layer may be in several groups.
+    @cache
+    def of_layer(layer: str) -> torch.Tensor:
+        return measure(model.get_parameter(f"{layer}.weight").detach().double().flatten(1))
+
+    return {group.name: score_units(group.units, of_layer, torch.sum) for group in groups}
 
 
-class L1(Pruner):
-    """Scores a filter by the sum of its absolute weights."""
+class L1(ChannelPruner[ChannelOptions]):
+    """Scores a filter by the sum of its absolute weights.
 
-    variants: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+    :source: Li et al. 2017
+    :goes: channels
+    :by: smallest sum of absolute weights
+    """
+
+    name = "l1"
+    position = 1
+    variants: ClassVar[Variants] = {
         "vgg16": {"A": {"widths": [32, 64, 128, 128, *[256] * 9]}},
         "resnet56": {
-            "A": _resnet((9, 9, 9), (0.1, 0.1, 0.1), (16, 20, 38, 54)),
-            "B": _resnet((9, 9, 9), (0.6, 0.3, 0.1), (16, 18, 20, 34, 38, 54)),
+            "A": _basic_block_variant((9, 9, 9), (0.1, 0.1, 0.1), (16, 20, 38, 54)),
+            "B": _basic_block_variant((9, 9, 9), (0.6, 0.3, 0.1), (16, 18, 20, 34, 38, 54)),
         },
         "resnet110": {
-            "A": _resnet((18, 18, 18), (0.5, 0.0, 0.0), (36,)),
-            "B": _resnet((18, 18, 18), (0.5, 0.4, 0.3), (36, 38, 74)),
+            "A": _basic_block_variant((18, 18, 18), (0.5, 0.0, 0.0), (36,)),
+            "B": _basic_block_variant((18, 18, 18), (0.5, 0.4, 0.3), (36, 38, 74)),
         },
         "torchvision.models:resnet34": {
-            "A": _resnet((3, 4, 6, 3), (0.3, 0.3, 0.3, 0.0), _RESNET34_SKIPS),
-            "B": _resnet((3, 4, 6, 3), (0.5, 0.6, 0.4, 0.0), _RESNET34_SKIPS),
+            "A": _basic_block_variant((3, 4, 6, 3), (0.3, 0.3, 0.3, 0.0), _RESNET34_SKIPS),
+            "B": _basic_block_variant((3, 4, 6, 3), (0.5, 0.6, 0.4, 0.0), _RESNET34_SKIPS),
         },
     }
 
-    def scores(
-        self,
-        model: nn.Module,
-        groups: Sequence[ChannelGroup],
-        *,
-        data: Batches | None,
-        generator: torch.Generator,
-    ) -> dict[str, torch.Tensor]:
-        """Return the summed absolute weights of every unit, in float64; `data` and `generator` are not used."""
+    def scores(self, model: nn.Module, groups: Groups, *, data: Batches, generator: torch.Generator) -> Scores:
+        """Return the summed absolute weights of every unit, in float64."""
         return sums_over_filters(model, groups, lambda filters: filters.abs().sum(1))

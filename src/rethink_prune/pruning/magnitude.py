@@ -16,24 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
 from torch import nn
 
-from rethink_prune.config import PerLayerRatio, Positive, TargetOptions, check_ratio
+from rethink_prune.config import Positive, Ratio, TargetOptions
 from rethink_prune.cost import Cost, layer_macs, weight_macs
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.pruner import (
-    Batches,
-    LayerWidth,
-    Pruner,
-    PruneReport,
-    PruneResult,
-    Target,
-)
-from rethink_prune.pruning.selection import check_reach, widths_for_global_ratio, widths_for_ratio, widths_for_target
+from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target
+from rethink_prune.pruning.selection import PerLayer, wanted_cost, widths_for_global_ratio, widths_for_ratio
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.cut import reshape
 from rethink_prune.surgery.masks import apply_masks
@@ -44,12 +36,10 @@ class MagnitudeOptions(TargetOptions):
 
     ranking: Literal["global", "layer"] = "global"
     linear: bool = False
-    ratio: Annotated[PerLayerRatio | None, Field(union_mode="smart")] = None
+    ratio: Ratio = None
     target_macs: Positive | None = None
     target_params: Positive | None = None
     skip: tuple[str, ...] = ()
-
-    _ratio_in_range = field_validator("ratio", mode="before")(check_ratio)
 
 
 class MagnitudeTarget(Target):
@@ -60,14 +50,13 @@ class MagnitudeTarget(Target):
     options : MagnitudeOptions
     model, example
         See `Target`.
-    network : str, optional
+    network : str
         The network's name, for messages.
     """
 
-    def __init__(
-        self, options: MagnitudeOptions, model: nn.Module, example: torch.Tensor, network: str | None = None
-    ) -> None:
+    def __init__(self, options: MagnitudeOptions, model: nn.Module, example: torch.Tensor, network: str) -> None:
         super().__init__(model, example)
+        self._options = options
         kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *((nn.Linear,) if options.linear else ()))
         parameters = dict(model.named_parameters())  # one that layers share is there once
         self.layers = {
@@ -77,19 +66,18 @@ class MagnitudeTarget(Target):
         }
         if not self.layers:
             raise UserError(
-                f"pruner.name={options.name}: finds no convolutions in {network or type(model).__name__}"
+                f"pruner.name={options.name}: finds no convolutions in {network}"
                 + ("" if options.linear else "; pruner.linear=true prunes linear layers")
             )
-        self._options = options
         if options.ranking == "global" and isinstance(options.ratio, list | dict):
             raise UserError("pruner.ratio: one for each layer needs pruner.ranking=layer")
         # Finds patterns that match nothing, or everything, before any training.
         ratio = options.ratio if options.ratio is not None else 0.5
         self.check_removal(widths_for_ratio(ratio, self.layers, skip=options.skip))
-        for quantity, value in (("macs", options.target_macs), ("params", options.target_params)):
-            if value is not None:
-                narrowest = widths_for_ratio(1 - 1e-12, self.layers, skip=options.skip)
-                check_reach(value, quantity, self._cost_of(narrowest), self.full_cost)
+        self._wanted = wanted_cost(options, self)
+        if self._wanted is not None:
+            narrowest = widths_for_ratio(1 - 1e-12, self.layers, skip=options.skip)
+            self._wanted.check_reach(self._cost_of(narrowest))
 
     @property
     def known(self) -> bool:
@@ -100,35 +88,32 @@ class MagnitudeTarget(Target):
         """Return the unpruned architecture."""
         return Architecture()
 
-    def report(self, masks: Mapping[str, torch.Tensor] | None = None) -> PruneReport:
-        """Return how many weights each layer keeps."""
-        kept = {name: int(mask.sum()) for name, mask in (masks or {}).items()}
-        layers = tuple(LayerWidth(name, kept.get(f"{name}.weight", size), size) for name, size in self.layers.items())
-        return PruneReport(layers)
+    def report(self, counts: Mapping[str, int] | None = None, warnings: tuple[str, ...] = ()) -> PruneReport:
+        """Return how many weights each layer keeps: all of them without `counts`."""
+        kept = counts or self.layers
+        return PruneReport(
+            tuple(LayerWidth(name, kept[name], size) for name, size in self.layers.items()), {}, warnings
+        )
 
     def check_removal(self, counts: Mapping[str, int]) -> None:
         """Raise `UserError` if these counts are those of the unpruned network."""
         if counts == self.layers:
-            raise UserError(f"pruner.{self._options.target}: removes no weight (with pruner.skip as it is)")
+            raise UserError(f"pruner.{self._options.target_option}: removes no weight (with pruner.skip as it is)")
 
     def counts(self, magnitudes: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], list[str]]:
         """Return how many weights each layer keeps, and the layers that keep one only for being emptied otherwise."""
         options = self._options
 
-        def counts_at(ratio: float) -> dict[str, int]:
+        def rank(ratio: PerLayer) -> tuple[dict[str, int], list[str]]:
             if options.ranking == "layer":
-                return widths_for_ratio(ratio, self.layers, skip=options.skip)
-            return widths_for_global_ratio(ratio, magnitudes, skip=options.skip)[0]
+                return widths_for_ratio(ratio, self.layers, skip=options.skip), []
+            assert isinstance(ratio, float)
+            return widths_for_global_ratio(ratio, magnitudes, skip=options.skip)
 
-        if options.ratio is not None:
-            if options.ranking == "layer":
-                return widths_for_ratio(options.ratio, self.layers, skip=options.skip), []
-            assert isinstance(options.ratio, float)
-            return widths_for_global_ratio(options.ratio, magnitudes, skip=options.skip)
-        quantity = "macs" if options.target_macs is not None else "params"
-        counts = widths_for_target(
-            getattr(options, f"target_{quantity}"), quantity, counts_at, self._cost_of, self.full_cost
-        )
+        if self._wanted is None:
+            assert options.ratio is not None
+            return rank(options.ratio)
+        counts = self._wanted.find_widths(lambda ratio: rank(ratio)[0], self._cost_of)
         return counts, [name for name, count in counts.items() if count == 1 < self.layers[name]]
 
     @cached_property
@@ -136,25 +121,34 @@ class MagnitudeTarget(Target):
         return weight_macs(self.shapes, layer_macs(self.shapes, self.input_shape))
 
     def _cost_of(self, counts: Mapping[str, int]) -> Cost:
+        # From the numbers of weights alone: which ones go is not chosen yet.
         gone = {name: size - counts[name] for name, size in self.layers.items()}
         macs_gone = sum(self._weight_macs[f"{name}.weight"] * gone[name] // self.layers[name] for name in gone)
         return Cost(self.full_cost.params - sum(gone.values()), self.full_cost.macs - macs_gone)
 
 
-class Magnitude(Pruner):
-    """Masks the weights of smallest magnitude."""
+class Magnitude(Pruner[MagnitudeOptions, MagnitudeTarget]):
+    """Masks the weights of smallest magnitude.
 
+    :source: Han et al. 2015
+    :goes: single weights
+    :by: absolute value, ranked over all layers; masks
+    """
+
+    name = "magnitude"
+    position = 6
     options_type = MagnitudeOptions
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> MagnitudeTarget:
         """Apply the options to a network."""
-        return MagnitudeTarget(self.options, model, example, network)
+        return MagnitudeTarget(self.options, model, example, network or type(model).__name__)
 
     def prune(
-        self, model: nn.Module, target: MagnitudeTarget, *, data: Batches | None, generator: torch.Generator
+        self, model: nn.Module, target: MagnitudeTarget, *, data: Batches, generator: torch.Generator
     ) -> PruneResult:
-        """Return a copy of `model` with masked weights set to zero; `data` and `generator` are not used."""
+        """Return a copy of `model` with masked weights set to zero."""
         magnitudes = {name: model.get_parameter(f"{name}.weight").detach().abs().flatten() for name in target.layers}
+        # A threshold among values that are not numbers would mean nothing.
         for name, values in magnitudes.items():
             if not torch.isfinite(values).all():
                 raise UserError(f"pruner: {name} has weights that are not finite")
@@ -164,10 +158,11 @@ class Magnitude(Pruner):
         for name, values in magnitudes.items():
             # Layers that lose nothing have a mask as well: scratch arms draw all convolutions by one rule.
             mask = torch.zeros(len(values), dtype=torch.bool)
+            # Stable, so that the choice among equal weights is the same on every machine.
             mask[torch.sort(values, descending=True, stable=True).indices[: counts[name]].cpu()] = True
             masks[f"{name}.weight"] = mask.view(model.get_parameter(f"{name}.weight").shape)
+        # A copy: with nothing to cut, reshape changes no shape.
         pruned = reshape(model, Architecture())
         apply_masks(pruned, masks)
-        report = target.report(masks)
         warnings = tuple(f"{name}: the threshold would have emptied it; its largest weight stays" for name in emptied)
-        return PruneResult(pruned, Architecture(masks=masks), PruneReport(report.layers, {}, warnings))
+        return PruneResult(pruned, Architecture(masks=masks), target.report(counts, warnings))

@@ -6,25 +6,23 @@ the same ratio. The draw follows the study's seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
-from rethink_prune.pruning.pruner import Batches, Pruner
-from rethink_prune.surgery.channels import ChannelGroup
+from rethink_prune.config import ChannelOptions
+from rethink_prune.pruning.channel_pruner import ChannelPruner, Groups, Scores
+from rethink_prune.pruning.pruner import Batches
 
 
-class Random(Pruner):
-    """Scores at random."""
+class Random(ChannelPruner[ChannelOptions]):
+    """Scores at random.
 
-    def scores(
-        self,
-        model: nn.Module,
-        groups: Sequence[ChannelGroup],
-        *,
-        data: Batches | None,
-        generator: torch.Generator,
-    ) -> dict[str, torch.Tensor]:
+    :goes: channels
+    :by: chance: the baseline
+    """
+
+    name = "random"
+
+    def scores(self, model: nn.Module, groups: Groups, *, data: Batches, generator: torch.Generator) -> Scores:
         """Return uniform draws from [0, 1), one per unit, in float64."""
         return {group.name: torch.rand(group.size, generator=generator, dtype=torch.float64) for group in groups}

@@ -1,23 +1,24 @@
-"""From a target to how many channels each group keeps, and from scores to which ones.
+"""How many channels each layer keeps, by a ratio, by widths or by a cost; and which ones, by scores.
 
-What every pruner that scores has in common: per-layer ratios and widths, a target for the whole network found by
-bisection, rounding, and a deterministic choice.
+All functions know layers by name alone, so they serve channels and single weights alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 
+from rethink_prune.config import TargetOptions
 from rethink_prune.cost import Cost
 from rethink_prune.errors import UserError
+from rethink_prune.pruning.pruner import Target
 
 PerLayer = float | Sequence[float] | Mapping[str, float]
 
-TARGET_TOLERANCE = 0.01
+TOLERANCE = 0.01
 _SHARES = "; values below 1 are shares"
 
 
@@ -43,6 +44,7 @@ class Limits:
 
     def apply(self, kept: int, size: int) -> int:
         """Return the width nearest to `kept` from above that respects the bounds and `size`."""
+        # Rounds up in whole numbers: the ceiling of a quotient is minus the floor of its opposite.
         multiple = -(-max(kept, self.min_channels) // self.round_to) * self.round_to
         return min(size, multiple)
 
@@ -51,7 +53,7 @@ def widths_for_ratio(
     ratio: PerLayer,
     sizes: Mapping[str, int],
     *,
-    skip: Sequence[str] = (),
+    skip: Collection[str] = (),
     limits: Limits = Limits(),
     kept: Callable[[int, float], int] = kept_count,
 ) -> dict[str, int]:
@@ -64,7 +66,7 @@ def widths_for_ratio(
         shell patterns (``layer1.*``), the first match counts, and layers without one are left whole.
     sizes : mapping of str to int
         Full width per prunable layer, in network order.
-    skip : sequence of str
+    skip : collection of str
         Names or patterns of layers to leave whole.
     limits : Limits
         Not applied to layers that are left whole.
@@ -75,28 +77,34 @@ def widths_for_ratio(
     ------
     UserError
         If a pattern matches no layer or a sequence has the wrong length.
+
+    Examples
+    --------
+    >>> widths_for_ratio({"conv*": 0.25}, {"conv1": 8, "conv2": 16, "fc": 10}, skip=["conv2"])
+    {'conv1': 6, 'conv2': 16, 'fc': 10}
     """
-    ratios = _per_layer("ratio", ratio, sizes)
-    left_whole = _matches("skip", skip, sizes)
+    ratios = _ratios_of_pruned(ratio, sizes, skip)
     return {
-        layer: size if layer in left_whole or layer not in ratios else limits.apply(kept(size, ratios[layer]), size)
+        layer: limits.apply(kept(size, ratios[layer]), size) if layer in ratios else size
         for layer, size in sizes.items()
     }
 
 
-def layers_out_of_reach(ratio: PerLayer, sizes: Mapping[str, int], *, skip: Sequence[str] = ()) -> list[str]:
-    """Return the layers of which a ratio would leave less than one channel, so that they keep more than it says."""
-    ratios = _per_layer("ratio", ratio, sizes)
-    left_whole = _matches("skip", skip, sizes)
-    return [
-        layer
-        for layer, size in sizes.items()
-        if layer not in left_whole and layer in ratios and size * (1 - ratios[layer]) + 1e-9 < 1
-    ]
+def layers_out_of_reach(ratio: PerLayer, sizes: Mapping[str, int], *, skip: Collection[str] = ()) -> list[str]:
+    """Return the layers of which a ratio would leave less than one channel, so that they keep more than it says.
+
+    Examples
+    --------
+    >>> layers_out_of_reach(0.9, {"conv1": 4, "conv2": 16})
+    ['conv1']
+    """
+    ratios = _ratios_of_pruned(ratio, sizes, skip)
+    # The constant of `kept_count`.
+    return [layer for layer, share in ratios.items() if sizes[layer] * (1 - share) + 1e-9 < 1]
 
 
 def widths_for_global_ratio(
-    ratio: float, scores: Mapping[str, torch.Tensor], *, skip: Sequence[str] = (), limits: Limits = Limits()
+    ratio: float, scores: Mapping[str, torch.Tensor], *, skip: Collection[str] = (), limits: Limits = Limits()
 ) -> tuple[dict[str, int], list[str]]:
     """Return the kept width per layer if all units are ranked together.
 
@@ -109,7 +117,7 @@ def widths_for_global_ratio(
         Share of all units, those of skipped layers excepted; 0 keeps everything.
     scores : mapping of str to torch.Tensor
         Per prunable layer.
-    skip : sequence of str
+    skip : collection of str
         Names or patterns of layers to leave whole.
     limits : Limits
         Each layer keeps its best units up to these bounds, and at least one.
@@ -119,20 +127,33 @@ def widths_for_global_ratio(
     widths : dict of str to int
     emptied : list of str
         Layers with no unit above the threshold.
+
+    Examples
+    --------
+    >>> widths_for_global_ratio(0.5, {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([4.0, 5.0, 6.0])})
+    ({'a': 1, 'b': 2}, ['a'])
     """
     sizes = {layer: len(values) for layer, values in scores.items()}
-    left_whole = _matches("skip", skip, sizes)
-    ranked = {layer: values for layer, values in scores.items() if layer not in left_whole}
+    skipped = _matching_layers("skip", skip, sizes)
+    ranked = {layer: values for layer, values in scores.items() if layer not in skipped}
+    # The rule would remove one unit even for a ratio of zero.
     if not ratio or not ranked:
         return sizes, []
+    # One comparison for all, so equal scores go or stay together.
     threshold = global_threshold(ranked.values(), ratio)
     above = {layer: int((values > threshold).sum()) for layer, values in ranked.items()}
-    widths = {layer: limits.apply(max(1, above.get(layer, size)), size) for layer, size in sizes.items()}
-    return sizes | {layer: widths[layer] for layer in ranked}, [layer for layer, count in above.items() if not count]
+    widths = {layer: limits.apply(max(1, count), sizes[layer]) for layer, count in above.items()}
+    return sizes | widths, [layer for layer, count in above.items() if not count]
 
 
 def global_threshold(values: Iterable[torch.Tensor], ratio: float) -> torch.Tensor:
-    """Return the value at index ``int(n * ratio)`` of all `n` values in ascending order."""
+    """Return the value at index ``int(n * ratio)`` of all `n` values in ascending order.
+
+    Examples
+    --------
+    >>> global_threshold([torch.tensor([3.0, 1.0]), torch.tensor([[2.0, 4.0]])], 0.5)
+    tensor(3.)
+    """
     ordered = torch.cat([value.flatten() for value in values]).sort().values
     return ordered[min(int(len(ordered) * ratio), len(ordered) - 1)]
 
@@ -144,6 +165,11 @@ def explicit_widths(widths: Sequence[int] | Mapping[str, int], sizes: Mapping[st
     ------
     UserError
         If a width is not in [1, full width], a pattern matches no layer, or a list has the wrong length.
+
+    Examples
+    --------
+    >>> explicit_widths({"conv1": 3}, {"conv1": 8, "conv2": 16})
+    {'conv1': 3, 'conv2': 16}
     """
     wanted = _per_layer("widths", widths, sizes)
     for layer, width in wanted.items():
@@ -152,123 +178,166 @@ def explicit_widths(widths: Sequence[int] | Mapping[str, int], sizes: Mapping[st
     return {layer: int(wanted.get(layer, size)) for layer, size in sizes.items()}
 
 
-def check_reach(target: float, quantity: str, narrowest: Cost, full: Cost) -> None:
-    """Raise `UserError` if even the narrowest network there can be costs more than `target` allows.
+@dataclass(frozen=True)
+class WantedCost:
+    """How many MACs or parameters the pruned network shall have.
 
-    Parameters
+    Attributes
     ----------
-    target, quantity
-        As for `widths_for_target`.
-    narrowest, full : Cost
-        Of the network with as little as possible left, and of the unpruned one.
-    """
-    least, total = getattr(narrowest, quantity), getattr(full, quantity)
-    if least > (1 + TARGET_TOLERANCE) * _amount(target, total):
-        raise UserError(
-            f"pruner.target_{quantity}={target:g}: out of reach; the least that can remain is {least} of {total}"
-            f"{_SHARES}"
-        )
-
-
-def widths_for_target(
-    target: float,
-    quantity: str,
-    widths_at: Callable[[float], dict[str, int]],
-    cost_of: Callable[[Mapping[str, int]], Cost],
-    full: Cost,
-    *,
-    strict: bool = True,
-) -> dict[str, int]:
-    """Find the one ratio for all layers at which the network costs `target`.
-
-    The cost falls in steps as the ratio grows, because layers of equal width lose a channel at the same ratio.
-    Bisection closes in on the step that holds the target; inside it, a second bisection decides how many layers, in
-    network order, already lose their channel.
-
-    Parameters
-    ----------
-    target : float
-        MACs or parameters; a value below 1 is a share of the full network's.
     quantity : {"macs", "params"}
-        What `target` counts.
-    widths_at : callable
-        Gives the widths for a ratio.
-    cost_of : callable
-        Gives the network's cost for widths.
+        What is counted.
+    value : float
+        As typed; below 1, a share of the unpruned network's.
     full : Cost
-        Cost of the unpruned network.
-    strict : bool
-        Whether to refuse what is not within 1 % of the target.
+        Of the unpruned network.
 
-    Raises
-    ------
-    UserError
-        If it is refused; names the nearest cost that can be reached.
+    Examples
+    --------
+    >>> wanted = WantedCost("macs", 0.5, full=Cost(params=10, macs=100))
+    >>> wanted.amount
+    50.0
+    >>> wanted.describe_miss(Cost(params=5, macs=60))
+    ['pruner.target_macs=0.5: the nearest these scores allow is 60 of 100']
     """
-    total = getattr(full, quantity)
-    wanted = _amount(target, total)
-    seen: dict[tuple[int, ...], tuple[float, dict[str, int]]] = {}
 
-    def costs_more(widths: dict[str, int]) -> bool:
-        key = tuple(widths.values())
-        if key not in seen:
-            seen[key] = float(getattr(cost_of(widths), quantity)), widths
-        return seen[key][0] > wanted
+    quantity: str
+    value: float
+    full: Cost
 
-    low, high = 0.0, 1.0
-    wide, narrow = widths_at(low), widths_at(high)
-    if costs_more(wide) and not costs_more(narrow):
-        while high - low > 1e-4:
-            middle = (low + high) / 2
-            if costs_more(widths_at(middle)):
-                low, wide = middle, widths_at(middle)
-            else:
-                high, narrow = middle, widths_at(middle)
-        layers = list(wide)
-        first, last = 0, len(layers)
-        while last - first > 1:
-            count = (first + last) // 2
-            if costs_more({layer: (narrow if i < count else wide)[layer] for i, layer in enumerate(layers)}):
-                first = count
-            else:
-                last = count
-    reached, widths = min(seen.values(), key=lambda entry: abs(entry[0] - wanted))
-    if strict and abs(reached - wanted) > TARGET_TOLERANCE * wanted:
-        raise UserError(
-            f"pruner.target_{quantity}={target:g}: cannot be reached within {TARGET_TOLERANCE:.0%} by one ratio for "
-            f"all layers; the nearest is {reached:.0f} (of {total} unpruned){_SHARES}"
-        )
-    return widths
+    @property
+    def total(self) -> int:
+        """What the unpruned network has."""
+        return self.of(self.full)
+
+    @property
+    def amount(self) -> float:
+        """What the pruned network shall have."""
+        return self.value * self.total if self.value < 1 else self.value
+
+    def of(self, cost: Cost) -> int:
+        """Return what counts of a cost."""
+        return int(getattr(cost, self.quantity))
+
+    def check_reach(self, narrowest: Cost) -> None:
+        """Raise `UserError` if a network with as little as possible left, of cost `narrowest`, still costs more."""
+        # Only what no network can reach is refused here; what falls between two steps, by `find_widths`.
+        least = self.of(narrowest)
+        if least > (1 + TOLERANCE) * self.amount:
+            raise UserError(
+                f"pruner.target_{self.quantity}={self.value:g}: out of reach; the least that can remain is {least} of "
+                f"{self.total}{_SHARES}"
+            )
+
+    def describe_miss(self, reached: Cost) -> list[str]:
+        """Return a line if the cost is not within 1 % of what is wanted; else nothing."""
+        found = self.of(reached)
+        if abs(found - self.amount) <= TOLERANCE * self.amount:
+            return []
+        return [
+            f"pruner.target_{self.quantity}={self.value:g}: the nearest these scores allow is {found} of {self.total}"
+        ]
+
+    def find_widths(
+        self,
+        widths_at: Callable[[float], dict[str, int]],
+        cost_of: Callable[[Mapping[str, int]], Cost],
+        *,
+        strict: bool = True,
+    ) -> dict[str, int]:
+        """Find the one ratio for all layers at which the network has the wanted cost.
+
+        The cost falls in steps as the ratio grows, because layers of equal width lose a channel at the same ratio.
+        Bisection finds the step that holds the wanted cost. Inside the step, a second bisection decides how many
+        layers, in network order, already lose their channel.
+
+        Parameters
+        ----------
+        widths_at : callable
+            Gives the widths for a ratio.
+        cost_of : callable
+            Gives the network's cost for widths.
+        strict : bool
+            Whether to refuse what is not within 1 %.
+
+        Raises
+        ------
+        UserError
+            If it is refused; names the nearest cost that can be reached.
+        """
+        wanted = self.amount
+        # Counting a cost is slow: each set of widths is counted once, and the nearest of all is the answer.
+        seen: dict[tuple[int, ...], tuple[float, dict[str, int]]] = {}
+
+        def costs_more(widths: dict[str, int]) -> bool:
+            key = tuple(widths.values())
+            if key not in seen:
+                seen[key] = float(self.of(cost_of(widths))), widths
+            return seen[key][0] > wanted
+
+        low, high = 0.0, 1.0
+        wide, narrow = widths_at(low), widths_at(high)
+        if costs_more(wide) and not costs_more(narrow):
+            # Fine enough to part the steps of layers of up to 10,000 channels.
+            while high - low > 1e-4:
+                middle = (low + high) / 2
+                if costs_more(widths_at(middle)):
+                    low, wide = middle, widths_at(middle)
+                else:
+                    high, narrow = middle, widths_at(middle)
+            layers = list(wide)
+            first, last = 0, len(layers)
+            while last - first > 1:
+                count = (first + last) // 2
+                if costs_more({layer: (narrow if i < count else wide)[layer] for i, layer in enumerate(layers)}):
+                    first = count
+                else:
+                    last = count
+        reached, widths = min(seen.values(), key=lambda entry: abs(entry[0] - wanted))
+        if strict and abs(reached - wanted) > TOLERANCE * wanted:
+            raise UserError(
+                f"pruner.target_{self.quantity}={self.value:g}: cannot be reached within {TOLERANCE:.0%} by one ratio "
+                f"for all layers; the nearest is {reached:.0f} (of {self.total} unpruned){_SHARES}"
+            )
+        return widths
 
 
-def _amount(target: float, total: int) -> float:
-    return target * total if target < 1 else target
-
-
-def missed_target(target: float, quantity: str, reached: Cost, full: Cost) -> list[str]:
-    """Return what to say about a cost that is not within 1 % of its target: a line, or nothing."""
-    total, found = getattr(full, quantity), getattr(reached, quantity)
-    wanted = _amount(target, total)
-    if abs(found - wanted) <= TARGET_TOLERANCE * wanted:
-        return []
-    return [f"pruner.target_{quantity}={target:g}: the nearest these scores allow is {found} of {total}"]
+def wanted_cost(options: TargetOptions, target: Target) -> WantedCost | None:
+    """Return the cost that the options ask for; None if they state what goes in another way."""
+    name = options.target_option
+    if not name.startswith("target_"):
+        return None
+    return WantedCost(name.removeprefix("target_"), getattr(options, name), target.full_cost)
 
 
 def drop_lowest(scores: Mapping[str, torch.Tensor], widths: Mapping[str, int]) -> dict[str, list[int]]:
-    """Return, per group, the units to drop so that the best-scored ones remain; ties keep the lower index."""
+    """Return, per group, the units to drop so that the best-scored ones remain; ties keep the lower index.
+
+    Examples
+    --------
+    >>> drop_lowest({"conv1": torch.tensor([2.0, 1.0, 2.0])}, {"conv1": 1})
+    {'conv1': [1, 2]}
+    """
     drop = {}
     for name, values in scores.items():
+        # Stable, so that the choice among equal scores is the same on every machine.
         best_first = torch.sort(values, descending=True, stable=True).indices
         drop[name] = sorted(best_first[widths[name] :].tolist())
     return drop
 
 
-def _per_layer(
-    option: str, values: float | Sequence[float] | Mapping[str, float], sizes: Mapping[str, int]
-) -> dict[str, float]:
+def _ratios_of_pruned(ratio: PerLayer, sizes: Mapping[str, int], skip: Collection[str]) -> dict[str, float]:
+    """Return the ratio of each layer that has one and is not skipped."""
+    ratios = _per_layer("ratio", ratio, sizes)
+    skipped = _matching_layers("skip", skip, sizes)
+    return {layer: share for layer, share in ratios.items() if layer not in skipped}
+
+
+def _per_layer(option: str, values: PerLayer, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return the value of each layer that has one, in network order."""
     if isinstance(values, Mapping):
-        _matches(option, values, sizes)
-        first = {layer: next((p for p in values if _match(layer, p)), None) for layer in sizes}
+        # For its errors alone: which pattern a layer takes, the first match decides.
+        _matching_layers(option, values, sizes)
+        first = {layer: next((p for p in values if _matches(layer, p)), None) for layer in sizes}
         return {layer: values[pattern] for layer, pattern in first.items() if pattern is not None}
     if isinstance(values, Sequence):
         if len(values) != len(sizes):
@@ -279,15 +348,17 @@ def _per_layer(
     return dict.fromkeys(sizes, values)
 
 
-def _matches(option: str, patterns: Sequence[str] | Mapping[str, float], sizes: Mapping[str, int]) -> set[str]:
+def _matching_layers(option: str, patterns: Collection[str], sizes: Mapping[str, int]) -> set[str]:
+    """Return the layers that match any of the patterns; raise `UserError` for a pattern that matches none."""
     found = set()
     for pattern in patterns:
-        layers = {layer for layer in sizes if _match(layer, pattern)}
+        layers = {layer for layer in sizes if _matches(layer, pattern)}
         if not layers:
             raise UserError(f"pruner.{option}: {pattern} matches no prunable layer; there are: {', '.join(sizes)}")
         found |= layers
     return found
 
 
-def _match(layer: str, pattern: str) -> bool:
+def _matches(layer: str, pattern: str) -> bool:
+    # A name may hold characters that a pattern reads as wildcards, such as brackets.
     return layer == pattern or fnmatchcase(layer, pattern)

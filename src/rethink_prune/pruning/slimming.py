@@ -20,16 +20,20 @@ entry, because the authors report ratios, not widths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from rethink_prune.config import ChannelOptions, Frozen, Positive
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.pruner import Batches, ChannelTarget, Pruner
+from rethink_prune.pruning.channel_pruner import ChannelPruner, Groups, Scores, score_units
+from rethink_prune.pruning.channel_target import ChannelTarget
+from rethink_prune.pruning.pruner import Batches
 from rethink_prune.surgery.channels import ChannelGroup
+from rethink_prune.surgery.plan import Positions
 from rethink_prune.training.hooks import TrainingHooks
 
 
@@ -47,19 +51,28 @@ class SlimmingOptions(ChannelOptions):
     sparse: SlimmingTraining = SlimmingTraining()
 
 
-class Slimming(Pruner):
-    """Scores a channel by the magnitude of its batch norm's scale."""
+class Slimming(ChannelPruner[SlimmingOptions]):
+    """Scores a channel by the magnitude of its batch norm's scale.
 
+    :source: Liu et al. 2017
+    :goes: channels, and inputs of pre-activation and dense blocks
+    :by: batch-norm scales, ranked over all layers
+    :trains: L1 penalty on the scales
+    """
+
+    name = "slimming"
+    position = 4
     options_type = SlimmingOptions
     selecting = "norm"
-    trains_sparse: ClassVar[bool] = True
+    trains_sparse = True
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
         """Apply the options to a network; refuse one without scales to rank."""
         where = f"pruner.name={self.options.name}: ranks channels by the scales of batch norms, and"
+        # Said before the analysis, which would only find that no channel passes a batch norm.
         if not self._scaled_norms(model):
             raise UserError(f"{where} {network or type(model).__name__} has none")
-        target = ChannelTarget(self, model, example, network)
+        target = super().target(model, example, network)
         for norm in (norm for group in target.groups for norm in group.norms):
             if getattr(model.get_submodule(norm), "weight", None) is None:
                 raise UserError(f"{where} {norm} has none (affine=False)")
@@ -70,7 +83,7 @@ class Slimming(Pruner):
         scaled = all(any(positions) for positions in zip(*group.norms.values(), strict=True))
         return bool(group.norms) and scaled and (group.kind != "linear" or self.options.linear)
 
-    def sparse(self, target: Any) -> TrainingHooks:
+    def sparse(self, target: ChannelTarget) -> TrainingHooks:
         """Return the L1 subgradient."""
         return ScalePenalty(self.options.sparse.strength, self._scaled_norms(target.shapes))
 
@@ -80,25 +93,18 @@ class Slimming(Pruner):
         modules = model.named_modules()
         return [name for name, module in modules if isinstance(module, kinds) and module.weight is not None]
 
-    def scores(
-        self,
-        model: nn.Module,
-        groups: Sequence[ChannelGroup],
-        *,
-        data: Batches | None,
-        generator: torch.Generator,
-    ) -> dict[str, torch.Tensor]:
-        """Return each unit's mean ``|gamma|`` in float64; `data` and `generator` are not used."""
-        scores = {}
-        for group in groups:
-            magnitudes = {name: model.get_parameter(f"{name}.weight").detach().double().abs() for name in group.norms}
-            scores[group.name] = torch.stack(
-                [
-                    torch.cat([magnitudes[name][list(units[index])] for name, units in group.norms.items()]).mean()
-                    for index in range(group.size)
-                ]
-            )
-        return scores
+    def scores(self, model: nn.Module, groups: Groups, *, data: Batches, generator: torch.Generator) -> Scores:
+        """Return each unit's mean ``|gamma|`` in float64."""
+
+        @cache
+        def magnitudes(norm: str) -> torch.Tensor:
+            return model.get_parameter(f"{norm}.weight").detach().double().abs()
+
+        def units(group: ChannelGroup) -> Iterator[Mapping[str, Positions]]:
+            for positions in zip(*group.norms.values(), strict=True):
+                yield dict(zip(group.norms, positions, strict=True))
+
+        return {group.name: score_units(units(group), magnitudes, torch.mean) for group in groups}
 
 
 class ScalePenalty(TrainingHooks):
@@ -127,5 +133,6 @@ class ScalePenalty(TrainingHooks):
         """Add ``strength * sign(gamma)`` to the gradients."""
         for name in self._norms:
             scale = model.get_parameter(f"{name}.weight")
+            # A frozen scale has no gradient, and is not penalised.
             if scale.grad is not None:
                 scale.grad.add_(scale.sign(), alpha=self._strength)

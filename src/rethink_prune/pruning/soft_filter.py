@@ -24,88 +24,64 @@ has fewer MACs and so more epochs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.config import ChannelOptions
 from rethink_prune.cost import on_meta
+from rethink_prune.pruning.channel_pruner import ChannelPruner, Groups, Scores
+from rethink_prune.pruning.channel_target import ChannelTarget
 from rethink_prune.pruning.l1 import sums_over_filters
-from rethink_prune.pruning.pruner import Batches, ChannelTarget, Pruner
-from rethink_prune.surgery.architecture import Architecture
-from rethink_prune.surgery.channels import ChannelGroup
-from rethink_prune.surgery.cut import apply
+from rethink_prune.pruning.pruner import Batches
+from rethink_prune.pruning.structures import module_calls
+from rethink_prune.surgery.channels import ChannelGroup, Channels
 from rethink_prune.surgery.graph import trace
-from rethink_prune.surgery.masks import apply_masks
 from rethink_prune.training.hooks import TrainingHooks
 
 
-class SoftFilterTarget(ChannelTarget):
-    """Groups of channels to remove; with ``scope=all`` also convolutions whose filters are masked.
+class SoftFilter(ChannelPruner[ChannelOptions]):
+    """Zeroes filters while it trains, and removes those that are zero at the end.
 
-    Attributes
-    ----------
-    masked : tuple of str
-        Names of the groups that stand for one convolution each, whose filters are masked instead of removed.
+    :source: He et al. 2018
+    :goes: channels; with `scope=all` filters of every convolution
+    :by: L2 norm
+    :trains: zeroes filters after each epoch, lets them grow again
     """
 
-    masked: tuple[str, ...] = ()
+    name = "soft_filter"
+    position = 7
+    trains_sparse = True
 
-    def _find_groups(self, model: nn.Module) -> tuple[ChannelGroup, ...]:
-        inner = tuple(group for group in self.channels.groups("inner") if group.kind == "conv")
-        if self._options.scope == "inner":
-            return inner
-        removed = {layer for group in inner for layer in group.layers}
-        whole = removed | set(self.channels.frozen)
-        filters = [group for group in _filter_groups(self.shapes) if group.name not in whole]
-        self.masked = tuple(group.name for group in filters)
+    def find_groups(self, model: nn.Module, channels: Channels) -> tuple[tuple[ChannelGroup, ...], Collection[str]]:
+        """Return the channels to remove; with ``scope=all`` also the convolutions whose filters are masked."""
+        removed = tuple(group for group in channels.groups("inner") if self.may_touch(group))
+        if self.options.scope == "inner":
+            return removed, ()
+        # Cut already, or not to be touched, such as the network's output.
+        whole = {layer for group in removed for layer in group.layers} | set(channels.frozen)
+        masked = [group for group in _filter_groups(model) if group.name not in whole]
         order = [name for name, _ in model.named_modules()]
-        return tuple(sorted((*inner, *filters), key=lambda group: order.index(group.layers[0])))
+        groups = sorted((*removed, *masked), key=lambda group: order.index(group.layers[0]))
+        return tuple(groups), {group.name for group in masked}
 
-    def _apply(self, model: nn.Module, drop: Mapping[str, Sequence[int]]) -> tuple[nn.Module, Architecture]:
-        cut = {name: units for name, units in drop.items() if name not in self.masked}
-        pruned, architecture = apply(model, self.channels.plan(cut))
-        masks: dict[str, torch.Tensor] = {}
-        for group in self.groups:
-            if group.name in self.masked and drop.get(group.name):
-                for module in (*group.layers, *group.norms):
-                    for kind, parameter in pruned.get_submodule(module).named_parameters(recurse=False):
-                        mask = torch.ones(parameter.shape, dtype=torch.bool)
-                        mask[list(drop[group.name])] = False
-                        masks[f"{module}.{kind}"] = mask
-        apply_masks(pruned, masks)
-        return pruned, Architecture(architecture.modules, architecture.edits, architecture.selections, masks=masks)
-
-
-class SoftFilter(Pruner):
-    """Zeroes filters while it trains, and removes those that are zero at the end."""
-
-    trains_sparse: ClassVar[bool] = True
-
-    def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> SoftFilterTarget:
-        """Apply the options to a network."""
-        return SoftFilterTarget(self, model, example, network)
+    def may_touch(self, group: ChannelGroup) -> bool:
+        """Tell whether these are filters of a convolution."""
+        return group.kind == "conv"
 
     def kept_count(self, size: int, ratio: float) -> int:
         """Return how many filters remain when ``int(size * ratio)`` go: at least one."""
         return max(1, size - int(size * ratio + 1e-9))
 
-    def sparse(self, target: Any) -> TrainingHooks:
+    def sparse(self, target: ChannelTarget) -> TrainingHooks:
         """Return the zeroing after each epoch."""
         return ZeroFilters(target, self.options)
 
-    def scores(
-        self,
-        model: nn.Module,
-        groups: Sequence[ChannelGroup],
-        *,
-        data: Batches | None,
-        generator: torch.Generator,
-    ) -> dict[str, torch.Tensor]:
-        """Return the L2 norm of every unit's filters in float64; `data` and `generator` are not used."""
+    def scores(self, model: nn.Module, groups: Groups, *, data: Batches, generator: torch.Generator) -> Scores:
+        """Return the L2 norm of every unit's filters in float64."""
         return filter_norms(model, groups)
 
 
@@ -114,13 +90,13 @@ class ZeroFilters(TrainingHooks):
 
     Parameters
     ----------
-    target : SoftFilterTarget
+    target : ChannelTarget
         Which layers, and how many filters go.
     options : ChannelOptions
         What the target was made of.
     """
 
-    def __init__(self, target: SoftFilterTarget, options: ChannelOptions) -> None:
+    def __init__(self, target: ChannelTarget, options: ChannelOptions) -> None:
         self._target = target
         self._options = options
 
@@ -137,41 +113,37 @@ class ZeroFilters(TrainingHooks):
     def after_epoch(self, model: nn.Module) -> None:
         """Zero the filters that are smallest now; none of a network that has diverged, whose loss will tell."""
         norms = filter_norms(model, self._target.groups)
+        # `choose` would refuse such norms with an error about the pruner; the loss says better what happened.
         if not all(torch.isfinite(values).all() for values in norms.values()):
             return
         drop = self._target.choose(norms).drop
         for group in self._target.groups:
             for index in drop[group.name]:
+                # The filter and its bias; the batch norm's gamma and beta go on training.
                 for layer, positions in group.units[index].items():
                     for parameter in model.get_submodule(layer).parameters(recurse=False):
                         parameter[list(positions)] = 0.0
 
 
-def filter_norms(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:
+def filter_norms(model: nn.Module, groups: Groups) -> Scores:
     """Return, for every unit of each group, the sum of its filters' L2 norms."""
     return sums_over_filters(model, groups, lambda filters: filters.square().sum(1).sqrt())
 
 
-def _filter_groups(shapes: nn.Module) -> list[ChannelGroup]:
+def _filter_groups(model: nn.Module) -> list[ChannelGroup]:
     """Return every convolution as a group of its own, with the batch norms that read it and nothing else."""
-    network = on_meta(shapes)
+    network = on_meta(model)
     modules = dict(network.named_modules())
     parameters = dict(network.named_parameters())  # one that layers share is there once
-    calls: dict[str, list[fx.Node]] = {}
-    for node in trace(network).nodes:
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
+    calls = module_calls(trace(network))
     groups: list[ChannelGroup] = []
     for name, nodes in calls.items():
         layer = modules[name]
         if isinstance(layer, nn.Conv2d) and f"{name}.weight" in parameters:
-            units = tuple({name: (index,)} for index in range(layer.out_channels))
-            positions = tuple((index,) for index in range(layer.out_channels))
             readers = {user for node in nodes for user in node.users}
-            norms = [
-                norm
-                for norm, reading in calls.items()
-                if isinstance(modules[norm], _BatchNorm) and readers >= {*reading}
-            ]
+            # A norm that reads another convolution too keeps its scale for that one.
+            norms = [norm for norm in calls if isinstance(modules[norm], _BatchNorm) and readers >= {*calls[norm]}]
+            positions = tuple((index,) for index in range(layer.out_channels))
+            units = tuple({name: position} for position in positions)
             groups.append(ChannelGroup(name, "conv", (name,), units, dict.fromkeys(norms, positions)))
     return groups

@@ -20,131 +20,102 @@ comes after all pruning. The widths follow from the options alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 import torch
-from pydantic import field_validator
-from torch import nn
 
-from rethink_prune.config import ChannelOptions, Count
+from rethink_prune.config import Count, VariantName
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.pruner import Batches, ChannelTarget, Choice, Pruner, PruneResult
-from rethink_prune.pruning.samples import (
-    FirstImages,
-    Reader,
-    WorkingCopy,
-    draw_places,
-    read_patches,
-)
+from rethink_prune.pruning.channel_target import ChannelTarget
+from rethink_prune.pruning.pruner import Variant, Variants
+from rethink_prune.pruning.reconstruction import Reconstruction, ReconstructionOptions, ReconstructionPruner
+from rethink_prune.pruning.samples import draw_places, pieces, read_patches
+from rethink_prune.pruning.working_copy import ChannelReader
 from rethink_prune.surgery.channels import ChannelGroup
 
 Matrix = npt.NDArray[np.float64]
 
-_VGG_CONV = {"widths": [32, 32, 64, 64, *[128] * 3, *[256] * 3, *[512] * 3]}
-_VGG_TINY = {"widths": [16, 16, 32, 32, *[64] * 3, *[128] * 3, 128, 128, 256]}
+_VGG_CONV: Variant = {"widths": [32, 32, 64, 64, *[128] * 3, *[256] * 3, *[512] * 3]}
+_VGG_TINY: Variant = {"widths": [16, 16, 32, 32, *[64] * 3, *[128] * 3, 128, 128, 256]}
 
 
-def _resnet(*widths: int) -> Mapping[str, Any]:
+def _bottleneck_variant(*widths: int) -> Variant:
+    """Return a target of a ResNet that gives both inner convolutions of each block of a stage one width."""
     return {"widths": {f"layer{stage}.*.conv[12]": width for stage, width in enumerate(widths, 1)}}
 
 
-class ThiNetOptions(ChannelOptions):
+class ThiNetOptions(ReconstructionOptions):
     """Options of :class:`ThiNet`: how much to sample."""
 
-    ranking: Literal["layer"] = "layer"
-    images: Count = 1000
     entries_per_image: Count = 10
-
-    @field_validator("variant", mode="before")
-    @classmethod
-    def _variant_may_look_like_a_number(cls, variant: object) -> object:
-        return str(variant) if isinstance(variant, int) else variant
+    variant: VariantName = None
 
 
-class ThiNet(Pruner):
-    """Removes the channels that the next layer misses least, and scales those that stay."""
+class ThiNet(ReconstructionPruner[ThiNetOptions]):
+    """Removes the channels that the next layer misses least, and scales those that stay.
 
+    :source: Luo et al. 2017
+    :goes: channels
+    :by: least squared error of the next layer, chosen greedily; the rest is rescaled by least squares
+    """
+
+    name = "thinet"
+    position = 2
     options_type = ThiNetOptions
-    variants: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+    variants: ClassVar[Variants] = {
         "torchvision.models:vgg16": {"conv": _VGG_CONV},
         "vgg16_gap": {"gap": _VGG_CONV, "tiny": _VGG_TINY},
         "torchvision.models:resnet50": {
-            "30": _resnet(19, 38, 76, 153),
-            "50": _resnet(32, 64, 128, 256),
-            "70": _resnet(44, 89, 179, 358),
+            "30": _bottleneck_variant(19, 38, 76, 153),
+            "50": _bottleneck_variant(32, 64, 128, 256),
+            "70": _bottleneck_variant(44, 89, 179, 358),
         },
     }
-    needs_data = True
 
-    def check_images(self, target: Any, images: int) -> None:
+    def check_images(self, target: ChannelTarget, images: int) -> None:
         """Raise `UserError` if so many training images give fewer entries than a layer has channels."""
-        for group in target.groups:
-            if target.widths[group.name] < group.size:
-                self._check_entries(group, images)
+        for group, _ in target.narrowed():
+            self._check_entries(group, images)
 
-    def prune(self, model: nn.Module, target: Any, *, data: Batches | None, generator: torch.Generator) -> PruneResult:
-        """Go through the layers, then cut; `model` itself is untouched.
+    def rewrite_readers(
+        self, run: Reconstruction, group: ChannelGroup, width: int, readers: Sequence[ChannelReader]
+    ) -> list[int]:
+        """Choose greedily by the error of all readers, and scale what each reads of the units that stay."""
+        # Errors of several readers add up, and so do their Gram matrices.
+        grams = self._sample(run, group, readers)
+        dropped = sorted(choose_greedily(sum(grams, np.zeros((group.size, group.size))), group.size - width))
+        for reader, gram in zip(readers, grams, strict=True):
+            scales = torch.from_numpy(least_squares_scales(gram, dropped)).to(run.current.device)
+            weight = run.current.weight(reader.layer)
+            weight[:, reader.columns] *= scales[reader.units, None]
+            run.current.rewrite(reader.layer, weight)
+        return dropped
 
-        Raises
-        ------
-        UserError
-            If there are too few images, or if weights or activations are not finite.
-        """
-        scaled, drop = self.reconstruct(model, target, data=data, generator=generator)
-        return target.cut(scaled, Choice(drop))
-
-    def reconstruct(
-        self, model: nn.Module, target: ChannelTarget, *, data: Batches | None, generator: torch.Generator
-    ) -> tuple[nn.Module, dict[str, list[int]]]:
-        """Return a copy of `model` at full width with scaled weights, and the units to drop of each group."""
-        assert target.widths is not None, "they follow from the options with ranking=layer"
-        images = FirstImages(data, self.options.images, target.input_shape)
-        current = WorkingCopy(model, images.device)
-        drop: dict[str, list[int]] = {}
-        for group in target.groups:
-            removed = group.size - target.widths[group.name]
-            if not removed:
-                continue
-            readers = current.readers(target.channels, group)
-            grams = self._sample(current, group, readers, images, generator)
-            drop[group.name] = sorted(choose_greedily(sum(grams, np.zeros((group.size, group.size))), removed))
-            for reader, gram in zip(readers, grams, strict=True):
-                scales = torch.from_numpy(least_squares_scales(gram, drop[group.name])).to(current.device)
-                weight = current.weight(reader.layer)
-                weight[:, reader.columns] *= scales[reader.units, None]
-                current.rewrite(reader.layer, weight)
-            current.remove(group, drop[group.name], readers)
-        return current.rewritten(model), drop
-
-    def _sample(
-        self,
-        current: WorkingCopy,
-        group: ChannelGroup,
-        readers: Sequence[Reader],
-        images: FirstImages,
-        generator: torch.Generator,
-    ) -> list[Matrix]:
+    def _sample(self, run: Reconstruction, group: ChannelGroup, readers: Sequence[ChannelReader]) -> list[Matrix]:
         """Return for each reader the Gram matrix of the units' contributions to random entries of its output."""
+        current = run.current
         weights = [current.weight(reader.layer)[:, reader.columns] for reader in readers]
         grams = [torch.zeros(group.size, group.size, dtype=torch.float64, device=current.device) for _ in readers]
         nodes = [node for reader in readers for node in reader.nodes]
         seen = 0
-        for batch in images:
+        for batch in run.images:
             seen += len(batch)
             read = current.read(nodes, batch)
             for reader, weight, gram in zip(readers, weights, grams, strict=True):
                 layer = current.layer(reader.layer)
                 for inputs, *_ in (read[node] for node in reader.nodes):
-                    places = draw_places(layer, inputs, self.options.entries_per_image, generator)
-                    for piece in places.pieces(layer.weight[0].numel()):
-                        filters = torch.randint(len(weight), (len(piece),), generator=generator)
+                    places = draw_places(layer, inputs, self.options.entries_per_image, run.generator)
+                    for piece in pieces(places, layer.weight[0].numel()):
+                        # Drawn on the CPU, so that the sample does not depend on the device.
+                        filters = torch.randint(len(weight), (len(piece[0]),), generator=run.generator)
                         read_there = read_patches(layer, inputs, piece)[:, reader.columns]
                         parts = (read_there * weight[filters.to(current.device)]).sum(2)
-                        x = parts.new_zeros(len(piece), group.size).index_add_(1, reader.units, parts)
+                        # A unit sums its channels: several after a flatten.
+                        x = parts.new_zeros(len(parts), group.size).index_add_(1, reader.units, parts)
                         gram.addmm_(x.T, x)
         self._check_entries(group, seen)
         for reader, gram in zip(readers, grams, strict=True):
@@ -156,11 +127,10 @@ class ThiNet(Pruner):
         options = self.options
         images = min(options.images, available)
         if images * options.entries_per_image < group.size:
-            more_images = "pruner.images" if available >= options.images else "the number of training images"
             raise UserError(
                 f"pruner.entries_per_image={options.entries_per_image}: with {images} images (pruner.images="
                 f"{options.images}) too few for the {group.size} channels of {group.name}; "
-                f"raise it or {more_images}"
+                f"raise it or {self.limit_on_images(available)}"
             )
 
 
@@ -178,6 +148,12 @@ def choose_greedily(gram: Matrix, count: int) -> list[int]:
     -----
     With channel ``j``, the error of ``T`` grows by ``2 * sum over t in T of gram[t, j] + gram[j, j]``. Ties go to the
     lower index.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0, 3.0, -1.0], [2.0, 0.0, -2.0]])  # the first and the last channel cancel each other
+    >>> choose_greedily(x.T @ x, 2)
+    [0, 2]
     """
     growth = gram.diagonal().copy()
     chosen: list[int] = []
@@ -185,7 +161,7 @@ def choose_greedily(gram: Matrix, count: int) -> list[int]:
         best = int(growth.argmin())
         chosen.append(best)
         growth += 2 * gram[best]
-        growth[best] = np.inf
+        growth[best] = np.inf  # chosen once
     return chosen
 
 
@@ -202,8 +178,15 @@ def least_squares_scales(gram: Matrix, dropped: Sequence[int]) -> Matrix:
     -----
     Solves the normal equations of ``min over w: |x 1 - x_kept w|^2``; where many solutions are equally good, the one
     nearest to 1, so a channel of which the sample saw nothing keeps its weights.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0, 0.5], [2.0, 1.0]])  # the second channel is half of the first
+    >>> least_squares_scales(x.T @ x, [1]).round(6).tolist()
+    [1.5, 0.0]
     """
     stays = ~np.isin(np.arange(len(gram)), dropped)
     scales = np.zeros(len(gram))
+    # Solved for the difference to 1: of many solutions, lstsq gives the one of smallest norm.
     scales[stays] = 1 + scipy.linalg.lstsq(gram[stays][:, stays], gram[stays][:, ~stays].sum(1))[0]
     return scales

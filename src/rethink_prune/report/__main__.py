@@ -16,43 +16,34 @@ def main(arguments: list[str] | None = None) -> int:
         prog="rethink-prune-report",
         description="Compare the arms of many runs over their seeds: tables, statistics, pictures, and a page.",
     )
-    parser.add_argument(
-        "places",
-        nargs="+",
-        type=Path,
-        metavar="RUN_OR_STORE",
-        help="run folders, folders that hold some, stores, or results.json of earlier reports",
-    )
+    places = "run folders, folders that hold some, stores, or results.json of earlier reports"
+    margin = "within which arms are equivalent (%(default)s)"
+    by = "give each value of a setting, such as recipe.lr, rows of its own; can be repeated"
+    mix = "put runs into one row though their settings differ"
+    parser.add_argument("places", nargs="+", type=Path, metavar="RUN_OR_STORE", help=places)
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="(%(default)s)")
-    parser.add_argument(
-        "--margin", type=float, default=0.5, metavar="POINTS", help="within which arms are equivalent (%(default)s)"
-    )
-    parser.add_argument(
-        "--by",
-        action="append",
-        default=[],
-        metavar="SETTING",
-        help="give each value of a setting, such as recipe.lr, rows of its own; can be repeated",
-    )
-    parser.add_argument("--mix", action="store_true", help="put runs into one row though their settings differ")
+    parser.add_argument("--margin", type=float, default=0.5, metavar="POINTS", help=margin)
+    parser.add_argument("--by", action="append", default=[], metavar="SETTING", help=by)
+    parser.add_argument("--mix", action="store_true", help=mix)
     options = parser.parse_args(arguments)
     if not (math.isfinite(options.margin) and options.margin > 0):
         parser.error("--margin: must be a number of points above 0")
     # Imported here: --help needs no SciPy.
-    from rethink_prune.report.comparison import compare
+    from rethink_prune.report.documents import PAGE_FILE, write_overview
+    from rethink_prune.report.gather import gather
     from rethink_prune.report.groups import group_runs
-    from rethink_prune.report.publish import PAGE_FILE, overview, publish
-    from rethink_prune.report.runs import gather
+    from rethink_prune.report.publish import publish
+    from rethink_prune.report.results import compute_report
 
     try:
         gathered = gather(options.places)
         groups = group_runs(gathered.runs, by=options.by, mix=options.mix)
-        report = compare(groups, margin=options.margin, problems=gathered.problems)
+        report = compute_report(groups, margin=options.margin, problems=gathered.problems)
         publish(report, groups, options.out)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    print(overview(report))
+    print(write_overview(report))
     print(f"\nThe page: {options.out / PAGE_FILE}")
     return 0
 

@@ -1,16 +1,14 @@
-"""A report's tables as cells, and the cells as Markdown, CSV and LaTeX."""
+"""A report's tables as cells: what stands in each, as text and as numbers. :mod:`documents` writes them."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-from rethink_prune.report.comparison import PRUNED, ArmResult, Comparison, Report, Table
-from rethink_prune.report.statistics import Sample
-from rethink_prune.text import markdown
-from rethink_prune.report.verdicts import TITLES
+from rethink_prune.report.comparisons import ArmComparison
+from rethink_prune.report.networks import PRUNED, network_label
+from rethink_prune.report.results import Report, ResultRow, ResultTable
+from rethink_prune.report.statistics import Difference, SeedStatistics
 
 
 @dataclass(frozen=True)
@@ -19,11 +17,9 @@ class Cell:
 
     Attributes
     ----------
-    text : str
-    parts : mapping of str to float or None
+    parts
         The numbers in full, where it shows any, by what their columns in a CSV file are called after the cell's own; a
         cell sorts by the first.
-    bold : bool
     """
 
     text: str
@@ -51,147 +47,85 @@ class Grid:
     notes: tuple[str, ...] = ()
 
 
-def accuracy_grid(table: Table) -> Grid:
+def report_grids(report: Report) -> list[Grid]:
+    """Return all tables of a report in their order; those without rows are left out."""
+    grids = []
+    for number, table in enumerate(report.tables, 1):
+        grids += [
+            _accuracy_grid(f"accuracy-{number}", table),
+            _difference_grid(f"differences-{number}", table, report.margin),
+            _paper_grid(f"paper-{number}", table),
+            _cost_grid(f"cost-{number}", table),
+        ]
+    # Some tables have nothing to compare, or no row of the paper.
+    return [grid for grid in grids if grid.rows]
+
+
+def _accuracy_grid(name: str, table: ResultTable) -> Grid:
     """Return the table as the paper has it: a row for each network and target, a column for each arm."""
-    columns = ("network", "pruned by", *(TITLES.get(arm, arm) for arm in table.arms), "MACs kept, %", "parameters, %")
+    titles = (network_label(arm).title for arm in table.arms)
     rows = []
     for row in table.rows:
-        arms = [_accuracy(row.arm(name), bold=name in row.best) for name in table.arms]
-        kept = [_sample(row.macs_kept, 1), _sample(row.params_kept, 1)]
-        rows.append((Cell(row.network), Cell(row.pruned_by), *arms, *kept))
+        results = [(arm, row.arm(arm)) for arm in table.arms]
+        arms = [_cell(result.top1 if result else None, ".2f", bold=arm in row.best) for arm, result in results]
+        rows.append((*_row_names(row), *arms, _cell(row.macs_kept, ".1f"), _cell(row.params_kept, ".1f")))
     caption = (
         "Top-1 in percent after the last epoch: mean ± standard deviation (n seeds). Bold: the best arm of the pruned "
         "network, by its mean alone."
     )
-    return Grid("accuracy", table.title, columns, tuple(rows), caption, tuple(_notes(table)))
+    columns = ("network", "pruned by", *titles, "MACs kept, %", "parameters, %")
+    return Grid(name, table.title, columns, tuple(rows), caption, tuple(_notes_about_rows(table)))
 
 
-def difference_grid(table: Table, margin: float) -> Grid:
-    """Return the comparisons of a table."""
+def _difference_grid(name: str, table: ResultTable, margin: float) -> Grid:
     columns = (
         *("network", "pruned by", "arm", "against", "n", "difference", "95 % interval"),
         *("p", "p (Holm)", "least p (Holm)", "TOST p (Holm)"),
     )
-    rows = [
-        (Cell(row.network), Cell(row.pruned_by), *_names(comparison), *_difference(comparison))
-        for row in table.rows
-        for comparison in row.comparisons
-    ]
+    rows = tuple((*_row_names(row), *_comparison_cells(each)) for row in table.rows for each in row.comparisons)
     caption = (
         f"Points of top-1, paired by seed: paired-t interval; p of the sign-flip permutation test; TOST: equivalence "
         f"within {margin:g} points. Holm: corrected for all comparisons of this table; least p: what n allows."
     )
-    return Grid("differences", f"Differences: {table.title}", columns, tuple(rows), caption)
+    return Grid(name, f"Differences: {table.title}", columns, rows, caption)
 
 
-def cost_grid(table: Table) -> Grid:
-    """Return what each arm of a table takes."""
+def _cost_grid(name: str, table: ResultTable) -> Grid:
     columns = ("network", "pruned by", "arm", "epochs", "parameters", "MACs", "training FLOPs", "with ancestors")
     rows = []
     for row in table.rows:
         for result in row.arms:
-            if result.arm == PRUNED or result.top1 is None:
-                continue
-            total = None
-            if result.train_flops is not None and result.flops_before is not None:
-                total = result.train_flops + result.flops_before
-            numbers = [(result.epochs, "{:,.4g}"), (result.params, "{:,.0f}"), (result.macs, "{:,.0f}")]
-            flops = [(result.train_flops, "{:.3g}"), (total, "{:.3g}")]
-            cells = [_number(value, form) for value, form in (*numbers, *flops)]
-            rows.append((Cell(row.network), Cell(row.pruned_by), Cell(TITLES.get(result.arm, result.arm)), *cells))
+            # Pruning itself trains nothing, and means over no seed are not known.
+            if result.arm != PRUNED and result.top1 is not None:
+                numbers = (_cell(result.epochs, ",.4g"), _cell(result.params, ",.0f"), _cell(result.macs, ",.0f"))
+                flops = (_cell(result.train_flops, ".3g"), _cell(result.flops_total, ".3g"))
+                rows.append((*_row_names(row), Cell(network_label(result.arm).title), *numbers, *flops))
     caption = (
         "Means over seeds. MACs are those of convolutions and linear layers for one image; training FLOPs are 6 x MACs "
         "x images; ancestors are the trainings an arm starts from."
     )
-    return Grid("cost", f"Cost: {table.title}", columns, tuple(rows), caption)
+    return Grid(name, f"Cost: {table.title}", columns, tuple(rows), caption)
 
 
-def paper_grid(table: Table) -> Grid | None:
-    """Return a table's accuracies beside the paper's, or None where the paper has none of its rows."""
+def _paper_grid(name: str, table: ResultTable) -> Grid:
+    """Return a table's accuracies beside the paper's; without rows where the paper has none of them."""
     columns = ("network", "pruned by", "arm", "best epoch on test", "paper", "difference")
     rows = []
     for row in table.rows:
         for arm, theirs in row.paper.top1.items() if row.paper else ():
             result = row.arm(arm)
             ours = result and (result.top1 if arm == PRUNED else result.top1_best)
-            if not ours:
-                continue
-            cells = (_sample(ours, 2), _sample(theirs, 2), _number(ours.mean - theirs.mean, "{:+.2f}"))
-            rows.append((Cell(row.network), Cell(row.pruned_by), Cell(TITLES.get(arm, arm)), *cells))
-    if not rows:
-        return None
+            if ours:
+                numbers = (_cell(ours, ".2f"), _cell(theirs, ".2f"), _cell(ours.mean - theirs.mean, "+.2f"))
+                rows.append((*_row_names(row), Cell(network_label(arm).title), *numbers))
     caption = (
         "Top-1 in percent of the best epoch on the test images, which is what the paper reports (Liu et al. 2019, "
         "arXiv:1810.05270v1). It favours arms that are tested more often, so nothing else here rests on it."
     )
-    return Grid("paper", f"Beside the paper: {table.title}", columns, tuple(rows), caption)
+    return Grid(name, f"Beside the paper: {table.title}", columns, tuple(rows), caption)
 
 
-def report_grids(report: Report) -> list[Grid]:
-    """Return all tables of a report in their order."""
-    grids = []
-    for number, table in enumerate(report.tables, 1):
-        shown = (accuracy_grid(table), difference_grid(table, report.margin), paper_grid(table), cost_grid(table))
-        grids += [replace(grid, name=f"{grid.name}-{number}") for grid in shown if grid is not None and grid.rows]
-    return grids
-
-
-def to_markdown(grid: Grid) -> str:
-    """Return a grid as Markdown: a heading, the table, its caption and its notes."""
-    rows = [[f"**{escape_markdown(c.text)}**" if c.bold else escape_markdown(c.text) for c in row] for row in grid.rows]
-    notes = "\n".join(f"- {escape_markdown(note)}" for note in grid.notes)
-    parts = [f"## {escape_markdown(grid.title)}", markdown(grid.columns, rows), grid.caption, notes]
-    return "\n\n".join(filter(None, parts))
-
-
-def to_csv(grid: Grid) -> str:
-    """Return a grid as CSV with all digits; a mean has columns of its own for standard deviation and n."""
-    columns = [
-        list(dict.fromkeys(part for row in grid.rows for part in row[i].parts)) for i in range(len(grid.columns))
-    ]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = zip(grid.columns, columns, strict=True)
-    writer.writerow([f"{name}{part}" for name, parts in names for part in parts or [""]])
-    for row in grid.rows:
-        cells = zip(row, columns, strict=True)
-        writer.writerow([cell.parts.get(part, cell.text) for cell, parts in cells for part in parts or [""]])
-    return text.getvalue()
-
-
-def to_latex(grids: Iterable[Grid]) -> str:
-    """Return grids as LaTeX tables; the document needs the package booktabs."""
-    return "% \\usepackage{booktabs}\n\n" + "\n".join(map(_latex_table, grids))
-
-
-def _latex_table(grid: Grid) -> str:
-    columns = "l" * len(grid.columns[:2]) + "r" * len(grid.columns[2:])
-
-    def line(cells: Iterable[str]) -> str:
-        return f"  {' & '.join(cells)} \\\\"
-
-    body = [
-        line(f"\\textbf{{{_escape_latex(c.text)}}}" if c.bold else _escape_latex(c.text) for c in row)
-        for row in grid.rows
-    ]
-    return "\n".join(
-        [
-            "\\begin{table}",
-            f"  \\caption{{{_escape_latex(grid.title)}. {_escape_latex(grid.caption)}}}",
-            f"  \\begin{{tabular}}{{{columns}}}",
-            "  \\toprule",
-            line(map(_escape_latex, grid.columns)),
-            "  \\midrule",
-            *body,
-            "  \\bottomrule",
-            "  \\end{tabular}",
-            "\\end{table}",
-            "",
-        ]
-    )
-
-
-def _notes(table: Table) -> Iterable[str]:
+def _notes_about_rows(table: ResultTable) -> Iterator[str]:
     """Yield the notes of a table's rows, each once, with the rows it is about."""
     about: dict[str, list[str]] = {}
     for row in table.rows:
@@ -201,59 +135,37 @@ def _notes(table: Table) -> Iterable[str]:
         yield f"{'all rows' if 1 < len(titles) == len(table.rows) else '; '.join(titles)}: {note}."
 
 
-def _accuracy(result: ArmResult | None, *, bold: bool) -> Cell:
-    return _sample(result.top1 if result else None, 2, bold=bold)
+def _row_names(row: ResultRow) -> tuple[Cell, Cell]:
+    return Cell(row.network), Cell(row.pruned_by)
 
 
-def _number(value: float | None, form: str) -> Cell:
-    return Cell("") if value is None else Cell(form.format(value), {"": value})
-
-
-def _sample(value: Sample | None, digits: int, *, bold: bool = False) -> Cell:
+def _cell(value: SeedStatistics | float | None, form: str, *, bold: bool = False) -> Cell:
+    """Return the cell of a number, or of a mean with its standard deviation and n, in a format such as ``.2f``."""
     if value is None:
         return Cell("")
-    spread = "" if value.sd is None else f" ± {value.sd:.{digits}f}"
-    return Cell(f"{value.mean:.{digits}f}{spread} ({value.n})", {"": value.mean, " sd": value.sd, " n": value.n}, bold)
+    if not isinstance(value, SeedStatistics):
+        return Cell(format(value, form), {"": value})
+    spread = "" if value.sd is None else f" ± {value.sd:{form}}"
+    parts = {"": value.mean, " sd": value.sd, " n": value.n}
+    return Cell(f"{value.mean:{form}}{spread} ({value.n})", parts, bold)
 
 
-def _names(comparison: Comparison) -> tuple[Cell, Cell]:
-    return Cell(TITLES.get(comparison.first, comparison.first)), Cell(TITLES.get(comparison.second, comparison.second))
+def _comparison_cells(comparison: ArmComparison) -> Iterator[Cell]:
+    difference, tested = comparison.difference, comparison.tested
+    yield Cell(network_label(comparison.first).title)
+    yield Cell(network_label(comparison.second).title)
+    yield _cell(difference.n if difference else 0, "d")
+    yield _cell(difference.mean if difference else None, "+.2f")
+    yield _interval_cell(difference)
+    for p in (tested.p if tested else None, comparison.p_holm, comparison.p_holm_floor, comparison.p_equivalent_holm):
+        yield _cell(p, ".2g")
 
 
-def _difference(comparison: Comparison) -> tuple[Cell, ...]:
-    difference = comparison.difference
+def _interval_cell(difference: Difference | None) -> Cell:
     if difference is None:
-        return (_number(0, "{}"), *[Cell("")] * 6)
-    interval = Cell("none", {" low": None, " high": None})
-    if difference.interval is not None:
-        low, high = difference.interval
-        interval = Cell(f"[{low:+.2f}, {high:+.2f}]", {" low": low, " high": high})
-    ps = (comparison.p_holm, comparison.p_holm_floor, comparison.p_equivalent_holm)
-    tested = [_number(value, "{:.2g}") for value in (difference.p if difference.n > 1 else None, *ps)]
-    return _number(difference.n, "{}"), _number(difference.mean, "{:+.2f}"), interval, *tested
-
-
-def escape_markdown(text: str) -> str:
-    """Return `text` with nothing in it that Markdown or HTML would take for its own."""
-    # What would end a cell, begin markup, or be HTML; brackets alone, as around intervals, make no link.
-    for letters in ("\\", "`", "*", "|"):
-        text = text.replace(letters, f"\\{letters}")
-    text = text.replace("](", "]\\(").replace("]:", "]\\:")
-    return text.replace("<", "&lt;").replace(">", "&gt;")
-
-
-_LATEX = {
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "±": "$\\pm$",
-    "<": "$<$",
-    ">": "$>$",
-    "[": "{[}",  # at the start of a row, an option of the line break before it
-    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
-}
-
-
-def _escape_latex(text: str) -> str:
-    # Other letters would need packages of their own.
-    return "".join(_LATEX.get(letter, letter if letter.isascii() else "?") for letter in text)
+        return Cell("")
+    if difference.interval is None:
+        # The empty parts keep the two columns of the interval in a CSV file.
+        return Cell("none", {" low": None, " high": None})
+    low, high = difference.interval
+    return Cell(f"[{low:+.2f}, {high:+.2f}]", {" low": low, " high": high})

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from rethink_prune.errors import UserError
-from rethink_prune.report.runs import Pruned, Run, Trained, printable
-
-# Runs named in a message; more are counted.
-_NAMED = 3
-# What follows from the place a run was made in, and may change results within float tolerance.
-_CIRCUMSTANCES = ("device", "torch", "rethink-prune")
+from rethink_prune.report.records import RunRecord, StudyRecord, TrainedRecord
+from rethink_prune.report.settings import differing_settings, name_runs, recorded_settings
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs of one study, one for each seed.
 
     Attributes
     ----------
-    target : str
-        How much the pruner was told to remove, in words.
-    by : tuple of (str, str)
-        Settings that this group was told to differ from others in, with its values.
-    runs : tuple of Run
-    notes : tuple of str
+    by
+        Settings that were asked to tell groups apart, each with its value in this group.
+    notes
         What a reader of the row has to know.
     """
 
-    dataset: str
-    model: str
-    pruner: str
-    target: str
-    recipe: str
-    budget: str
+    runs: tuple[RunRecord, ...]
     by: tuple[tuple[str, str], ...]
-    runs: tuple[Run, ...]
     notes: tuple[str, ...]
+
+    @property
+    def study(self) -> StudyRecord:
+        """What was asked for: in all runs the same but for the seed, and for settings that are mixed."""
+        return self.runs[0].study
 
     @property
     def experiment(self) -> str | None:
@@ -49,15 +41,14 @@ class Group:
         return names.pop() if len(names) == 1 else None
 
 
-def group_runs(runs: Sequence[Run], *, by: Sequence[str] = (), mix: bool = False) -> list[Group]:
+def group_runs(runs: Sequence[RunRecord], *, by: Sequence[str] = (), mix: bool = False) -> list[RunGroup]:
     """Put runs into groups by data set, network, pruner, target, recipe and budget, and merge what is one run.
 
     Parameters
     ----------
-    runs : sequence of Run
-    by : sequence of str
+    by
         Further settings to keep apart, such as ``recipe.lr``: a group for each value.
-    mix : bool
+    mix
         Put runs into one group though their settings differ under the same names.
 
     Raises
@@ -66,175 +57,112 @@ def group_runs(runs: Sequence[Run], *, by: Sequence[str] = (), mix: bool = False
         If settings differ within a group and `mix` is off, if one seed has two results, or if `by` names a setting
         that no run has. All such reasons in one message, a line each.
     """
-    settings = {id(run): _settings(run) for run in runs}
-    _check_by(by, settings.values())
-    found: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
+    known = {name for run in runs for name in recorded_settings(run)}
+    unknown = [name for name in by if name not in known]
+    if unknown:
+        raise UserError(f"--by {unknown[0]}: no run has this setting; there are {', '.join(sorted(known))}")
+    found: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
-        study = run.study
-        values = tuple((name, settings[id(run)].get(name, "not recorded")) for name in by)
-        target = _target(study.target)
-        found[study.dataset, study.model, study.pruner, target, study.recipe, study.budget, values].append(run)
+        study, settings = run.study, recorded_settings(run)
+        values = tuple((name, settings.get(name, "not recorded")) for name in by)
+        # The target in words: it may be a list, which cannot be part of a key.
+        names = (study.dataset, study.model, study.pruner, study.target_text, study.recipe, study.budget)
+        found[names, values].append(run)
     groups, refused = [], []
-    for key, members in sorted(found.items(), key=lambda item: _natural(item[0])):
-        dataset, model, pruner, target, recipe, budget, values = key
+    for (_, values), members in sorted(found.items(), key=lambda item: _natural_order(item[0][0])):
         try:
-            merged, notes = _merged([(run, settings[id(run)]) for run in members], mix=mix)
+            merged, notes = _merge_seeds(members, mix=mix)
         except UserError as error:
-            refused.append(f"{model}, {pruner} {target} ({dataset}, {recipe} recipe, {budget} budget): {error}")
+            study = members[0].study
+            conditions = f"({study.dataset}, {study.recipe} recipe, {study.budget} budget)"
+            # All groups are looked at before any is refused, so that one message names all that is wrong.
+            refused.append(f"{study.model}, {study.pruner} {study.target_text} {conditions}: {error}")
         else:
-            groups.append(Group(dataset, model, pruner, target, recipe, budget, values, tuple(merged), tuple(notes)))
+            groups.append(RunGroup(tuple(merged), values, tuple(notes)))
     if refused:
         raise UserError("\n".join(refused))
     return groups
 
 
-def _settings(run: Run) -> dict[str, str]:
-    """Return what a run's results depend on beside the seed, by dotted names, as far as it was recorded."""
-    study = run.study
-    settings = dict(_flatten(study.settings or {}))
-    for name in ("precision", "train_images", "test_images"):
-        settings[name] = _text(getattr(study, name))
-    for arm, entry in run.trained.items():
-        if entry.processes:
-            settings[f"processes.{arm}"] = _text(list(entry.processes))
-    if study.settings is None:
-        # An older version wrote names only; lengths tell at least some recipes apart.
-        settings |= {f"epochs.{arm}": _text(e.epochs) for arm, e in run.trained.items() if arm in ("large", "finetune")}
-    return settings
+def _natural_order(names: Sequence[str]) -> tuple[tuple[int, float, str], ...]:
+    """Return a sort key in which numbers in targets count as numbers."""
+    words = [word for name in names for word in name.split()]
+    # Numbers and words cannot be compared: the first entry puts numbers before words.
+    return tuple((0, float(w), "") if w.replace(".", "", 1).isdecimal() else (1, 0.0, w) for w in words)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{printable(name)}.")
-        else:
-            yield f"{prefix}{printable(name)}", _text(value)
-
-
-def _text(value: Any) -> str:
-    return printable(value if isinstance(value, str) else json.dumps(value))
-
-
-def _target(target: Mapping[str, Any]) -> str:
-    return ", ".join(f"{printable(name)} {_text(value)}" for name, value in target.items())
-
-
-def _check_by(by: Sequence[str], settings: Iterable[Mapping[str, str]]) -> None:
-    known = {name for each in settings for name in each}
-    unknown = [name for name in by if name not in known]
-    if unknown:
-        raise UserError(f"--by {unknown[0]}: no run has this setting; there are {', '.join(sorted(known))}")
-
-
-def _differing(runs: Sequence[tuple[Run, Mapping[str, str]]]) -> dict[str, str]:
-    """Return the settings that differ, each with its values and runs in words; an unrecorded one agrees with any."""
-    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for run, settings in runs:
-        for name, value in settings.items():
-            found[name][value].append(run.name)
-    return {
-        name: f"{name} ({', '.join(f'{_shown(value)} in {_named(names)}' for value, names in values.items())})"
-        for name, values in found.items()
-        if len(values) > 1
-    }
-
-
-def _refusal(differing: Mapping[str, str]) -> str:
-    rows = " ".join(f"--by {name}" for name in differing)
-    return (
-        f"these runs do not belong in one row: they differ in {'; '.join(differing.values())}. Name only those that "
-        f"belong together, make rows of their own with {rows}, or mix them with --mix"
-    )
-
-
-def _shown(value: str) -> str:
-    return value if len(value) <= 24 else f"{value[:20]}..."
-
-
-def _named(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return " and ".join([", ".join(names[:_NAMED]), *([f"{more} more"] if more > 0 else [])])
-
-
-def _merged(runs: Sequence[tuple[Run, Mapping[str, str]]], *, mix: bool) -> tuple[list[Run], list[str]]:
+def _merge_seeds(runs: Sequence[RunRecord], *, mix: bool) -> tuple[list[RunRecord], list[str]]:
     """Return one run for each seed (and for the settings that differ, where they are mixed), and notes."""
     notes = []
-    differing = _differing(runs)
-    if differing and not mix:
-        raise UserError(_refusal(differing))
+    differing = differing_settings(runs)
     if differing:
+        if not mix:
+            rows = " ".join(f"--by {name}" for name in differing)
+            raise UserError(
+                f"these runs do not belong in one row: they differ in {'; '.join(differing.values())}. Name only those "
+                f"that belong together, make rows of their own with {rows}, or mix them with --mix"
+            )
         notes.append(f"mixes runs that differ in {'; '.join(differing.values())}")
-    same: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
-    for run, settings in runs:
+    same: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
+    for run in runs:
+        settings = recorded_settings(run)
+        # Mixed runs of one seed with different settings stay apart, and make pairs of their own.
         same[run.study.seed, *(settings.get(name, "") for name in differing)].append(run)
     merged = []
     for (seed, *_), found in sorted(same.items()):
-        run = found[0]
-        for other in found[1:]:
-            run = _merge(run, other)
-        merged.append(run)
+        merged.append(reduce(_merge_two, found))
         if len(found) > 1:
-            names = _named([each.name for each in found])
+            names = name_runs([each.name for each in found])
             notes.append(f"seed {seed}: {names} hold the same run; it is counted once")
-    return merged, [*notes, *_circumstances([run for run, _ in runs])]
+    return merged, [*notes, *_circumstances(runs)]
 
 
-def _merge(first: Run, second: Run) -> Run:
+def _merge_two(first: RunRecord, second: RunRecord) -> RunRecord:
     """Return one run of two with the same seed and settings: the same stages, or arms that were added later."""
-    entries: dict[str, Trained] = dict(first.trained)
+    entries = dict(first.trained)
     for name, entry in second.trained.items():
         other = entries.get(name)
         if other is None or not other.finished:
             entries[name] = entry
-        elif entry.finished and not _same(other, entry):
+        elif entry.finished and not _same_training(other, entry):
             raise UserError(
-                f"seed {first.study.seed} has two results: {name} is {_result(other)} in {first.name} and "
-                f"{_result(entry)} in {second.name}; name only one of these runs"
+                f"seed {first.study.seed} has two results: {name} is {_result_text(other)} in {first.name} and "
+                f"{_result_text(entry)} in {second.name}; name only one of these runs"
             )
-    study = first.study.model_copy(update={"arms": tuple(dict.fromkeys((*first.study.arms, *second.study.arms)))})
+    arms = tuple(dict.fromkeys((*first.study.arms, *second.study.arms)))
+    # One that has no accuracy yet is of an unfinished run.
+    pruned = second.pruned if first.pruned is None or first.pruned.top1 is None else first.pruned
     return first.model_copy(
         update={
-            "study": study,
+            "study": first.study.model_copy(update={"arms": arms}),
             "large": entries.pop("large", None),
             "sparse": entries.pop("sparse", None),
-            "pruned": _fuller(first, second),
+            "pruned": pruned or first.pruned,
             "arms": entries,
         }
     )
 
 
-def _same(first: Trained, second: Trained) -> bool:
+def _same_training(first: TrainedRecord, second: TrainedRecord) -> bool:
+    # A stage's name is a hash of what decides its result. Older summaries may not have it.
     other_stage = None not in (first.stage, second.stage) and first.stage != second.stage
     return not other_stage and (first.top1, first.epochs) == (second.top1, second.epochs)
 
 
-def _result(entry: Trained) -> str:
+def _result_text(entry: TrainedRecord) -> str:
     return f"{entry.top1:.2f} after {entry.epochs} epochs" + (f" ({entry.stage})" if entry.stage else "")
 
 
-def _fuller(first: Run, second: Run) -> Pruned | None:
-    if first.pruned is None or (first.pruned.top1 is None and second.pruned is not None):
-        return second.pruned
-    return first.pruned
-
-
-def _circumstances(runs: Sequence[Run]) -> list[str]:
-    """Return notes on where the runs of a group were made, if that differs."""
-    notes = []
-    for name in _CIRCUMSTANCES:
-        values = {run.study.device if name == "device" else run.study.versions.get(name, "") for run in runs}
-        if len(values - {""}) > 1:
-            notes.append(f"runs were made with different {name}: {', '.join(sorted(values - {''}))}")
+def _circumstances(runs: Sequence[RunRecord]) -> Iterator[str]:
+    """Yield notes on where the runs of a group were made, if that differs."""
+    # These may change results within float tolerance, so they are noted, not refused.
+    for name in ("device", "torch", "rethink-prune"):
+        values = {run.study.device if name == "device" else run.study.versions.get(name, "") for run in runs} - {""}
+        if len(values) > 1:
+            yield f"runs were made with different {name}: {', '.join(sorted(values))}"
     unrecorded = sum(run.study.settings is None for run in runs)
     if unrecorded:
-        notes.append(
+        yield (
             f"{unrecorded} runs are of an older version that recorded the names of recipe and budget, not their "
             "settings: that these are equal could not be checked"
         )
-    return notes
-
-
-def _natural(key: Sequence[Any]) -> tuple[Any, ...]:
-    """Return a sort key in which numbers in targets count as numbers."""
-    words = [word for part in key[:6] for word in str(part).split()]
-    return tuple((0, float(w), "") if w.replace(".", "", 1).isdecimal() else (1, 0.0, w) for w in words)

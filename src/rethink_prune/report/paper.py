@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from rethink_prune.report.statistics import Sample
+from rethink_prune.report.statistics import SeedStatistics
 
 
 @dataclass(frozen=True)
@@ -19,30 +19,35 @@ class PaperRow:
 
     Attributes
     ----------
-    table : int
-    epochs : int
+    epochs
         Of the unpruned network and of Scratch-E.
-    note : str or None
+    note
         How the accuracies differ from what is compared with them.
-    top1 : mapping of str to Sample
+    top1
         By arm; of the best epoch on the test images.
     """
 
     table: int
     epochs: int
     note: str | None
-    top1: Mapping[str, Sample]
+    top1: Mapping[str, SeedStatistics]
 
 
 def paper_row(experiment: str | None, target: Mapping[str, Any]) -> PaperRow | None:
-    """Return what the paper has for an experiment at a target such as ``{"ratio": 0.7}``; None if it has nothing."""
-    table = _tables().get(experiment)
-    if table is None:
-        return None
+    """Return what the paper has for an experiment at a target; None if it has nothing.
+
+    Examples
+    --------
+    >>> row = paper_row("l1_vgg16_cifar10", {"variant": "A"})
+    >>> row.table, row.epochs, row.top1["scratch_b"]
+    (1, 160, SeedStatistics(n=5, mean=93.78, sd=0.15))
+    """
+    table = _paper_tables().get(experiment, {"rows": []})
     for row in table["rows"]:
         if row["target"] == target:
             top1 = {
-                arm: Sample(table["runs"], value[0], value[1] if len(value) > 1 else None)
+                # One value alone is the mean of one run, which has no standard deviation.
+                arm: SeedStatistics(table["runs"], value[0], value[1] if len(value) > 1 else None)
                 for arm, value in row.items()
                 if arm != "target"
             }
@@ -51,5 +56,5 @@ def paper_row(experiment: str | None, target: Mapping[str, Any]) -> PaperRow | N
 
 
 @cache
-def _tables() -> Mapping[str | None, Any]:
+def _paper_tables() -> Mapping[str | None, Any]:
     return yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())

@@ -15,29 +15,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from rethink_prune.files import write_atomically
-from rethink_prune.report.comparison import ArmResult, Report, Row, Table
-from rethink_prune.report.verdicts import TITLES
+from rethink_prune.report.arm_results import SeedCurve
+from rethink_prune.report.networks import PRUNED, network_label
+from rethink_prune.report.results import Report, ResultRow, ResultTable
 
-# Okabe and Ito's palette, a line style and a marker for each arm.
-_STYLES = {
-    "large": ("#000000", (0, (1, 1)), "s"),
-    "finetune": ("#E69F00", "-", "o"),
-    "scratch_e": ("#56B4E9", "--", "^"),
-    "scratch_b": ("#0072B2", "-.", "D"),
-    "large_longer": ("#999999", (0, (5, 1, 1, 1, 1, 1)), "v"),
-    "sparse": ("#009E73", (0, (3, 1, 1, 1)), "P"),
-}
-_OTHER = ("#CC79A7", (0, (6, 2)), "X")
+_STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
 
-# The same report gives the same files; names are text, never formulas; letters are drawn, so any viewer shows them.
-_RC: dict[Any, Any] = {
-    "svg.hashsalt": "rethink-prune",
-    "text.parse_math": False,
-    "svg.fonttype": "path",
-    "axes.grid": True,
+# What each kind of picture shows, before the name of its row or table.
+_CAPTIONS = {
+    "differences": "Difference to the arm named second, paired by seed, with its 95 % interval",
+    "targets": "Top-1 after the last epoch against how much is pruned, mean and standard deviation over seeds",
+    "curves": "Top-1 during training: mean over seeds, band from the lowest to the highest seed",
+    "ledger": "Where the training FLOPs of each arm went",
+    "widths": "Width of each layer, kept and in full, in channels or, where those are pruned, in single weights",
 }
-_RC |= {"grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}
 
 
 @dataclass(frozen=True)
@@ -50,59 +41,46 @@ class Picture:
     svg: bytes
 
 
-def draw(report: Report) -> list[Picture]:
+def draw_pictures(report: Report) -> list[Picture]:
     """Draw all pictures of a report for which it has the numbers."""
-    with mpl.rc_context(_RC):
-        return [_picture(*drawn) for table in report.tables for drawn in _figures(table)]
-
-
-def save(pictures: Sequence[Picture], folder: Path) -> None:
-    """Write pictures as PNG and SVG files."""
-    for picture in pictures:
-        write_atomically(folder / f"{picture.name}.png", picture.png)
-        write_atomically(folder / f"{picture.name}.svg", picture.svg)
+    with mpl.rc_context(fname=_STYLE):
+        drawn = [each for table in report.tables for each in _figures(table)]
+        return [
+            _picture(f"{kind}-{slug}", f"{_CAPTIONS[kind]}: {title}", figure)
+            for kind, slug, title, figure in drawn
+            if figure is not None
+        ]
 
 
 def _picture(name: str, caption: str, figure: Figure) -> Picture:
-    files = {}
-    for form, options in (("png", {"dpi": 150, "metadata": {"Software": None}}), ("svg", {"metadata": {"Date": None}})):
-        file = io.BytesIO()
-        figure.savefig(file, format=form, **options)
-        files[form] = file.getvalue()
-    return Picture(name, caption, **files)
+    png, svg = io.BytesIO(), io.BytesIO()
+    # No version of matplotlib and no date in the files: the same report gives the same bytes.
+    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    return Picture(name, caption, png.getvalue(), svg.getvalue())
 
 
-def _figures(table: Table) -> Iterator[tuple[str, str, Figure]]:
-    first = table.rows[0].slug.split("-")[0]
-    if figure := _differences(table):
-        words = "Difference to the arm named second, paired by seed, with its 95 % interval"
-        yield f"differences-{first}", f"{words}: {table.title}", figure
+def _figures(table: ResultTable) -> Iterator[tuple[str, str, str, Figure | None]]:
+    """Yield each figure with its kind, the end of its file name, and the name of its row or table."""
+    yield "differences", table.rows[0].slug.split("-")[0], table.title, _differences_figure(table)
     for rows in _sweeps(table):
-        words = "Top-1 after the last epoch against how much is pruned, mean and standard deviation over seeds"
-        yield f"targets-{rows[0].slug.split('-')[0]}", f"{words}: {rows[0].sweep}", _against_target(rows)
+        yield "targets", rows[0].slug.split("-")[0], rows[0].sweep, _targets_figure(rows)
     for row in table.rows:
-        if figure := _curves(row):
-            words = "Top-1 during training: mean over seeds, band from the lowest to the highest seed"
-            yield f"curves-{row.slug}", f"{words}: {row.title}", figure
-        if figure := _ledger(row):
-            yield f"ledger-{row.slug}", f"Where the training FLOPs of each arm went: {row.title}", figure
-        if row.widths:
-            words = "Width of each layer, kept and in full, in channels or, where those are pruned, in single weights"
-            yield f"widths-{row.slug}", f"{words}: {row.title}", _widths(row)
+        yield "curves", row.slug, row.title, _curves_figure(row)
+        yield "ledger", row.slug, row.title, _ledger_figure(row)
+        yield "widths", row.slug, row.title, _widths_figure(row)
 
 
-def _curves(row: Row) -> Figure | None:
-    drawn = [result for result in row.arms if result.curve is not None]
+def _curves_figure(row: ResultRow) -> Figure | None:
+    drawn = [(result.arm, result.curve) for result in row.arms if result.curve is not None]
     if not drawn:
         return None
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     by_epoch, by_flops = figure.subplots(1, 2, sharey=True)
-    for result in drawn:
-        curve = result.curve
-        assert curve is not None
-        _line(by_epoch, result, curve.epoch)
+    for arm, curve in drawn:
+        _draw_curve(by_epoch, arm, curve, curve.epoch)
         if curve.flops is not None:
-            _line(by_flops, result, curve.flops)
+            _draw_curve(by_flops, arm, curve, curve.flops)
     by_epoch.set(xlabel="epoch", ylabel="test top-1 (%)")
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_flops.set(xlabel="training FLOPs, ancestors included")
@@ -111,23 +89,29 @@ def _curves(row: Row) -> Figure | None:
     return figure
 
 
-def _line(axes: Axes, result: ArmResult, x: Sequence[float]) -> None:
-    curve = result.curve
-    assert curve is not None
-    color, dashes, marker = _STYLES.get(result.arm, _OTHER)
-    axes.fill_between(x, curve.low, curve.high, color=color, alpha=0.2, linewidth=0)
+def _draw_curve(axes: Axes, arm: str, curve: SeedCurve, x: Sequence[float]) -> None:
+    axes.fill_between(x, curve.low, curve.high, color=network_label(arm).style.color, alpha=0.2, linewidth=0)
     every = max(1, len(x) // 8)
-    marked = ((len(x) - 1) % every, every)  # the last epoch among them
-    style: dict[str, Any] = {"color": color, "linestyle": dashes, "marker": marker, "markersize": 4}
-    axes.plot(x, curve.mean, **style, markevery=marked, label=_title(result.arm))
+    # The last epoch is among the marked ones: it is the one that counts.
+    marked = ((len(x) - 1) % every, every)
+    axes.plot(x, curve.mean, **_line_style(arm), markersize=4, markevery=marked, label=_short_title(arm))
 
 
-def _against_target(rows: Sequence[Row]) -> Figure:
+def _sweeps(table: ResultTable) -> list[list[ResultRow]]:
+    """Return the rows of each network and pruner that differ in how much is pruned."""
+    found: dict[str, list[ResultRow]] = defaultdict(list)
+    for row in table.rows:
+        found[row.sweep].append(row)
+    return [rows for rows in found.values() if len(rows) > 1]
+
+
+def _targets_figure(rows: Sequence[ResultRow]) -> Figure:
     """Draw accuracies against the target where it is a number, else against the MACs that are kept."""
+    # One axis fits only targets of one kind, such as ratios.
     names = {row.target and row.target[0] for row in rows}
     name = names.pop() if len(names) == 1 else None
 
-    def place(row: Row) -> float | None:
+    def place(row: ResultRow) -> float | None:
         if name and row.target:
             return row.target[1]
         return row.macs_kept.mean if row.macs_kept else None
@@ -135,64 +119,52 @@ def _against_target(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(5.5, 3.8), layout="constrained")
     axes = figure.subplots()
     for arm in dict.fromkeys(result.arm for row in rows for result in row.arms):
-        if arm not in _STYLES and arm in TITLES:
-            continue  # right after pruning: it would flatten all the others
+        # Accuracies right after pruning are so low that they would flatten all the others.
+        if arm == PRUNED:
+            continue
         points = [(place(row), result.top1) for row in rows if (result := row.arm(arm)) is not None]
         known = sorted((x, top1.mean, top1.sd or 0) for x, top1 in points if x is not None and top1 is not None)
         if known:
-            color, dashes, marker = _STYLES.get(arm, _OTHER)
             x, mean, sd = zip(*known, strict=True)
-            style: dict[str, Any] = {"color": color, "linestyle": dashes, "marker": marker, "markersize": 5}
-            axes.errorbar(x, mean, yerr=sd, capsize=3, label=_title(arm), **style)
+            axes.errorbar(x, mean, yerr=sd, capsize=3, label=_short_title(arm), markersize=5, **_line_style(arm))
     axes.set(xlabel=name or "MACs kept (%)", ylabel="test top-1 (%)")
     axes.legend(frameon=False)
     return figure
 
 
-def _sweeps(table: Table) -> Iterator[list[Row]]:
-    """Yield the rows of one network and pruner that differ in how much is pruned."""
-    found: dict[str, list[Row]] = defaultdict(list)
-    for row in table.rows:
-        found[row.sweep].append(row)
-    for rows in found.values():
-        if len(rows) > 1:
-            yield rows
-
-
-def _differences(table: Table) -> Figure | None:
-    shown = [
-        (f"{_title(c.first)} minus {_title(c.second)}\n{row.title}", c.first, c.difference)
-        for row in table.rows
-        for c in row.comparisons
-        if c.difference is not None
-    ]
+def _differences_figure(table: ResultTable) -> Figure | None:
+    shown = [(row, c, c.difference) for row in table.rows for c in row.comparisons if c.difference is not None]
     if not shown:
         return None
     figure = Figure(figsize=(7.5, 1 + 0.55 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    for y, (_, arm, difference) in enumerate(shown):
-        color, _, marker = _STYLES.get(arm, _OTHER)
+    labels = []
+    for y, (row, comparison, difference) in enumerate(shown):
+        labels.append(f"{_short_title(comparison.first)} minus {_short_title(comparison.second)}\n{row.title}")
+        style = network_label(comparison.first).style
         low, high = difference.interval or (difference.mean, difference.mean)
         error = [[difference.mean - low], [high - difference.mean]]
-        axes.errorbar(difference.mean, y, xerr=error, color=color, marker=marker, capsize=4)
+        axes.errorbar(difference.mean, y, xerr=error, color=style.color, marker=style.marker, capsize=4)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(shown)), [_clip(label) for label, _, _ in shown], fontsize=8)
+    axes.set_yticks(range(len(shown)), [_clip(label) for label in labels], fontsize=8)
+    # The first row of the table is at the top.
     axes.set(xlabel="points of top-1", ylim=(len(shown) - 0.5, -0.5))
     return figure
 
 
-def _ledger(row: Row) -> Figure | None:
-    shown = [r for r in row.arms if r.train_flops is not None and r.flops_before is not None]
+def _ledger_figure(row: ResultRow) -> Figure | None:
+    shown = [result for result in row.arms if result.flops_total is not None]
     if not shown:
         return None
     figure = Figure(figsize=(6.5, 1.2 + 0.4 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    before = np.array([r.flops_before for r in shown], dtype=float)
-    own = np.array([r.train_flops for r in shown], dtype=float)
+    before = np.array([result.flops_before for result in shown], dtype=float)
+    own = np.array([result.train_flops for result in shown], dtype=float)
     places = np.arange(len(shown))
+    # Hatched, so that the two parts differ in black and white too.
     axes.barh(places, before, color="#BBBBBB", edgecolor="black", hatch="//", label="what it starts from")
     axes.barh(places, own, left=before, color="#0072B2", edgecolor="black", label="its own training")
-    axes.set_yticks(places, [_title(r.arm) for r in shown])
+    axes.set_yticks(places, [_short_title(result.arm) for result in shown])
     axes.invert_yaxis()
     axes.set(xlabel="training FLOPs, mean over seeds")
     axes.xaxis.set_major_formatter(EngFormatter())
@@ -200,13 +172,16 @@ def _ledger(row: Row) -> Figure | None:
     return figure
 
 
-def _widths(row: Row) -> Figure:
+def _widths_figure(row: ResultRow) -> Figure | None:
     count = len(row.widths)
+    if not count:
+        return None
     figure = Figure(figsize=(min(16.0, max(5.0, 1.5 + 0.28 * count)), 3.6), layout="constrained")
     axes = figure.subplots()
     places = np.arange(count)
     axes.bar(places, [w.full for w in row.widths], color="white", edgecolor="black", hatch="..", label="in full")
     axes.bar(places, [w.kept for w in row.widths], color="#0072B2", edgecolor="black", label="kept")
+    # Names of layers can be as long as the picture is high.
     names = [_clip(w.layer, 30) for w in row.widths]
     axes.set_xticks(places, names, rotation=90, fontsize=7 if count <= 60 else 4)
     axes.set(ylabel="width")
@@ -215,8 +190,13 @@ def _widths(row: Row) -> Figure:
     return figure
 
 
-def _title(arm: str) -> str:
-    return _clip(TITLES.get(arm, arm), 24)
+def _line_style(arm: str) -> dict[str, Any]:
+    style = network_label(arm).style
+    return {"color": style.color, "linestyle": style.dashes, "marker": style.marker}
+
+
+def _short_title(arm: str) -> str:
+    return _clip(network_label(arm).title, 24)
 
 
 def _clip(text: str, length: int = 60) -> str:

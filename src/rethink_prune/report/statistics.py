@@ -1,7 +1,7 @@
 """What seeds can say: means, paired differences, how uncertain they are, and what their number allows.
 
 Arms of a study share the seed: its images, their order and their augmentation. So arms are compared seed by seed, and
-everything here but :func:`sample` looks at differences within seeds.
+everything here but :func:`describe_seeds` looks at differences within seeds.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _DIGITS = 9
 
 
 @dataclass(frozen=True)
-class Sample:
-    """`n` values: their mean and standard deviation (ddof 1), None for one value."""
+class SeedStatistics:
+    """`n` values, one a seed: their mean and standard deviation (ddof 1), None for one value."""
 
     n: int
     mean: float
@@ -35,17 +35,15 @@ class Difference:
 
     Attributes
     ----------
-    n : int
-    mean : float
-    sd : float or None
+    sd
         Of the differences, ddof 1; None with one seed.
-    interval : (float, float) or None
+    interval
         Paired-t interval of the mean at 95 %; None with one seed, or where all differences are equal.
-    p : float
+    p
         Two-sided sign-flip permutation test: exact up to n = 16, from 99,999 random flips above.
-    p_floor : float
+    p_floor
         The smallest p that n allows, 2 / 2**n where the test is exact: no differences, however large, give less.
-    p_equivalent : float or None
+    p_equivalent
         TOST: the larger p of two one-sided paired t tests against the margin. None where there is no interval.
     """
 
@@ -58,9 +56,21 @@ class Difference:
     p_equivalent: float | None
 
 
-def sample(values: Sequence[float]) -> Sample:
-    """Summarise at least one value."""
-    return Sample(len(values), float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+def describe_seeds(values: Sequence[float]) -> SeedStatistics | None:
+    """Return the mean and the standard deviation of one value a seed; None without values.
+
+    Examples
+    --------
+    >>> describe_seeds([93.0, 94.0, 95.0])
+    SeedStatistics(n=3, mean=94.0, sd=1.0)
+    """
+    if not values:
+        return None
+    return SeedStatistics(len(values), float(np.mean(values)), _standard_deviation(values))
+
+
+def _standard_deviation(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], *, margin: float) -> Difference:
@@ -68,9 +78,9 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, margin
 
     Parameters
     ----------
-    first, second : sequence of float
+    first, second
         Accuracies in percent, of the same seeds in the same order; at least one.
-    margin : float
+    margin
         Points within which two arms count as equivalent.
 
     Returns
@@ -84,29 +94,38 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, margin
     >>> difference.mean, difference.p, difference.p_floor
     (2.0, 0.25, 0.25)
     """
-    differences = np.round(np.subtract(first, second), _DIGITS)
+    differences = np.round(np.subtract(first, second), _DIGITS).tolist()
     n = len(differences)
     interval = p_equivalent = None
+    # A t test needs spread: with none, its statistic is 0 / 0 or infinite.
     if np.ptp(differences) > 0:
         found = stats.ttest_1samp(differences, 0.0).confidence_interval(1 - LEVEL)
         interval = (float(found.low), float(found.high))
         above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
         below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
         p_equivalent = float(max(above, below))
-    described = sample(differences.tolist())
     return Difference(
-        n, described.mean, described.sd, interval, sign_flip_p(differences.tolist()), _floor(n), p_equivalent
+        n=n,
+        mean=float(np.mean(differences)),
+        sd=_standard_deviation(differences),
+        interval=interval,
+        p=sign_flip_p(differences),
+        p_floor=2 / 2**n if n <= EXACT_UP_TO else 2 / (RESAMPLES + 1),
+        p_equivalent=p_equivalent,
     )
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Return p values corrected for their number after Holm (1979): all true hypotheses together keep the level.
+    """Return p values corrected for their number after Holm (1979).
+
+    The probability to reject any true hypothesis stays at or below the level.
 
     Examples
     --------
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
+    # SciPy corrects for the false discovery rate only, which is the weaker claim.
     order = np.argsort(ps, kind="stable")
     stepped = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1))
     corrected = np.empty(len(ps))
@@ -117,7 +136,12 @@ def holm(ps: Sequence[float]) -> list[float]:
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Return the two-sided p of the sign-flip permutation test: that the mean difference is zero.
 
-    Under that hypothesis, each difference might as well have had the other sign. Exact up to n = 16.
+    Under that hypothesis, each difference is as likely with the other sign. Exact up to n = 16.
+
+    Examples
+    --------
+    >>> sign_flip_p([1.0, 2.0, 3.0])  # two of the eight sums of flipped differences are as far from zero
+    0.25
     """
     if len(differences) == 1:
         return 1.0  # SciPy takes two or more
@@ -133,7 +157,3 @@ def sign_flip_p(differences: Sequence[float]) -> float:
         rng=None if exact else np.random.default_rng(0),
     )
     return float(result.pvalue)
-
-
-def _floor(n: int) -> float:
-    return 2 / 2**n if n <= EXACT_UP_TO else 2 / (RESAMPLES + 1)

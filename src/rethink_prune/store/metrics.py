@@ -13,19 +13,30 @@ METRICS_FILE = "metrics.csv"
 
 
 def write_metrics(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write all rows; numbers keep every digit, so that files of equal runs are equal."""
+    """Write all rows of a stage to its ``metrics.csv``.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_metrics(Path(folder), [{"epoch": 1, "loss": 0.25}])
+    ...     read_metrics(Path(folder))
+    [{'epoch': 1.0, 'loss': 0.25}]
+    """
     if not rows:
         return
     text = io.StringIO()
-    names = dict.fromkeys(name for row in rows for name in row)  # an earlier version may have begun with fewer
+    # The names of all rows: an earlier version may have begun the training, and written fewer columns.
+    names = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
+    # repr keeps every digit, so that files of equal runs are equal.
     writer.writerows({name: repr(value) for name, value in row.items()} for row in rows)
     write_atomically(folder / METRICS_FILE, text.getvalue().encode())
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the rows of a stage; none if it trained nothing."""
+    """Return the rows of a stage, without empty cells; no rows if it trained nothing."""
     path = folder / METRICS_FILE
     if not path.is_file():
         return []

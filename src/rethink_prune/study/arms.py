@@ -8,6 +8,8 @@ from typing import Literal
 
 Length = Literal["large", "finetune", "scratch_b"]
 
+_DASH_DOTS = (0, (5, 1, 1, 1, 1, 1))
+
 
 @dataclass(frozen=True)
 class Style:
@@ -57,36 +59,11 @@ class Arm:
 
 
 ARMS: Mapping[str, Arm] = {
-    "finetune": Arm(
-        network="pruned",
-        weights="inherited",
-        length="finetune",
-        title="fine-tuned",
-        name="fine-tuning",
-        style=Style("#E69F00", "-", "o"),
-    ),
-    "scratch_e": Arm(
-        network="pruned",
-        weights="fresh",
-        length="large",
-        title="Scratch-E",
-        name="Scratch-E",
-        style=Style("#56B4E9", "--", "^"),
-    ),
-    "scratch_b": Arm(
-        network="pruned",
-        weights="fresh",
-        length="scratch_b",
-        title="Scratch-B",
-        name="Scratch-B",
-        style=Style("#0072B2", "-.", "D"),
-    ),
+    "finetune": Arm("pruned", "inherited", "finetune", "fine-tuned", "fine-tuning", Style("#E69F00", "-", "o")),
+    "scratch_e": Arm("pruned", "fresh", "large", "Scratch-E", "Scratch-E", Style("#56B4E9", "--", "^")),
+    "scratch_b": Arm("pruned", "fresh", "scratch_b", "Scratch-B", "Scratch-B", Style("#0072B2", "-.", "D")),
+    # The control: does the unpruned network gain as much from Scratch-B's epochs?
     "large_longer": Arm(
-        network="large",
-        weights="fresh",
-        length="scratch_b",
-        title="unpruned, longer",
-        name="unpruned, longer",
-        style=Style("#999999", (0, (5, 1, 1, 1, 1, 1)), "v"),
+        "large", "fresh", "scratch_b", "unpruned, longer", "unpruned, longer", Style("#999999", _DASH_DOTS, "v")
     ),
 }

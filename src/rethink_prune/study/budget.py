@@ -6,10 +6,12 @@ Scratch-E trains the pruned architecture for as many epochs as the large network
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from rethink_prune.config import BudgetConfig, Phase, RecipeConfig
+from rethink_prune.cost import Cost
 from rethink_prune.study.arms import Length
+from rethink_prune.training.schedule import OptimizerSpec
 
 
 @dataclass(frozen=True)
@@ -92,52 +94,83 @@ def scratch_b_epochs(
 
 @dataclass(frozen=True)
 class Budget:
-    """The lengths of a study's trainings.
+    """Derives the lengths of a study's trainings, and keeps the ledger of what they cost.
 
     Attributes
     ----------
-    recipe : RecipeConfig
-    rule : BudgetConfig
+    recipe, rule
+        How networks are trained, and how long Scratch-B may train.
+    large : Cost
+        Of the unpruned network.
     macs_reference : int
         MACs per image of the network that Scratch-B is measured against.
-    macs_pruned : int
-        MACs per image of the pruned network.
+    train_images : int
+        Images of an epoch.
     """
 
     recipe: RecipeConfig
     rule: BudgetConfig
+    large: Cost
     macs_reference: int
-    macs_pruned: int
+    train_images: int
 
-    def training(self, length: Length) -> Training:
-        """Return the epochs and milestones of an arm with this length."""
-        recipe = self.recipe
-        if length == "finetune":
-            return phase_training(recipe.finetune)
-        if length == "large":
-            return phase_training(recipe)
-        epochs = scratch_b_epochs(
-            self.rule.base_epochs or recipe.epochs,
-            self.macs_reference,
-            self.macs_pruned,
-            cap=self.rule.cap,
-            finetune_epochs=recipe.finetune.epochs if self.rule.add_finetune_epochs else 0,
+    @property
+    def base_epochs(self) -> int:
+        """The epochs that Scratch-B stretches."""
+        return self.rule.base_epochs or self.recipe.epochs
+
+    @property
+    def finetune_epochs(self) -> int:
+        """The epochs of fine-tuning that Scratch-B gets on top."""
+        return self.recipe.finetune.epochs if self.rule.add_finetune_epochs else 0
+
+    def optimizer(self, length: Length, pruned: Cost | None) -> OptimizerSpec | None:
+        """Return how a network is trained for this length; None where that follows from a pruned network not known yet.
+
+        Parameters
+        ----------
+        length : {"large", "finetune", "scratch_b"}
+        pruned : Cost, optional
+            Of the pruned network.
+        """
+        phase: Phase = self.recipe.finetune if length == "finetune" else self.recipe
+        training = training_for(phase, phase.epochs, phase.epochs)
+        if length == "scratch_b":
+            if pruned is None:
+                return None
+            epochs = scratch_b_epochs(
+                self.base_epochs,
+                self.macs_reference,
+                pruned.macs,
+                cap=self.rule.cap,
+                finetune_epochs=self.finetune_epochs,
+            )
+            training = training_for(phase, epochs, self.base_epochs)
+        shared = {"optimizer", "momentum", "nesterov", "weight_decay", "decay_norms", "label_smoothing"}
+        return OptimizerSpec(
+            **self.recipe.model_dump(include=shared),
+            **asdict(training),
+            lr=phase.lr,
+            # Steps are written as milestones by now.
+            schedule="multistep" if phase.schedule == "step" else phase.schedule,
+            # An arm can be shorter than the warm-up of its phase.
+            warmup=min(phase.warmup, training.epochs - 1),
         )
-        return training_for(recipe, epochs, self.rule.base_epochs or recipe.epochs)
 
-    def summary(self) -> dict[str, object]:
-        """Return the rule and the numbers it was applied to."""
+    def train_flops(self, cost: Cost | None, phase: OptimizerSpec | None) -> int | None:
+        """Return the FLOPs of a training; None if the network or the length is not known."""
+        return cost.train_flops(phase.epochs * self.train_images) if cost and phase else None
+
+    def ledger(self, pruned: Cost | None) -> dict[str, object]:
+        """Return the rule, and the numbers it is applied to where the pruned network is known."""
+        if pruned is None:
+            return {"rule": self.rule.name}
         return {
             "rule": self.rule.name,
-            "base_epochs": self.rule.base_epochs or self.recipe.epochs,
+            "base_epochs": self.base_epochs,
             "cap": self.rule.cap,
-            "finetune_epochs_added": self.recipe.finetune.epochs if self.rule.add_finetune_epochs else 0,
+            "finetune_epochs_added": self.finetune_epochs,
             "macs_reference": self.macs_reference,
-            "macs_pruned": self.macs_pruned,
-            "macs_ratio": round(self.macs_reference / self.macs_pruned, 4),
+            "macs_pruned": pruned.macs,
+            "macs_ratio": round(self.macs_reference / pruned.macs, 4),
         }
-
-
-def phase_training(phase: Phase) -> Training:
-    """Return the length of a phase as it is written in the recipe."""
-    return training_for(phase, phase.epochs, phase.epochs)

@@ -10,16 +10,159 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from rethink_prune.config import StudyConfig
+from rethink_prune.data import DatasetInfo
 from rethink_prune.errors import UserError
+from rethink_prune.models import model_factory
+from rethink_prune.pruning import PRUNERS, Pruner
+from rethink_prune.study.plan import StageSpec
+from rethink_prune.study.pretrained import Checkpoint
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.schedule import OptimizerSpec
 
 # Options that came after the first stages were stored.
 _LATER_OPTIONS = {"warmup", "decay_norms", "label_smoothing"}
+
+
+@dataclass(frozen=True)
+class KeyParts:
+    """What the keys of a study's stages are made of; `key_parts` makes it.
+
+    Attributes
+    ----------
+    training : mapping
+        What the keys of all trainings have in common: ``data``, ``training``, ``seed``, ``network``.
+    pruner : mapping
+        What decides what goes, given the network's weights.
+    sparse : mapping, optional
+        What the pruner's own training adds.
+    given : mapping, optional
+        What decides the result of weights the user brought: they are evaluated on the test images.
+    """
+
+    training: Mapping[str, Any]
+    pruner: Mapping[str, Any]
+    sparse: Mapping[str, Any] | None
+    given: Mapping[str, Any] | None
+
+
+def key_parts(
+    config: StudyConfig,
+    info: DatasetInfo,
+    *,
+    fingerprint: str,
+    precision: str,
+    init: str | None,
+    model_options: Mapping[str, Any],
+    pruner: Pruner,
+    hooks: TrainingHooks | None,
+    given: Checkpoint | None,
+) -> KeyParts:
+    """Return what the keys of a study's stages are made of.
+
+    Parameters
+    ----------
+    config : StudyConfig
+    info : DatasetInfo
+        Has the sizes of images and output.
+    fingerprint : str
+        Of the images.
+    precision : {"fp32", "bf16"}
+        In which is computed.
+    init : str, optional
+        Name of the network's initialiser.
+    model_options : mapping
+        What ``build_model`` is told beside the sizes.
+    pruner : Pruner
+    hooks : TrainingHooks, optional
+        The pruner's part in its own training, if it has one.
+    given : Checkpoint, optional
+        Weights of the unpruned network that the user brought.
+    """
+    name, dataset, batch_size = config.model.name, config.dataset, config.recipe.batch_size
+    augment = {"pad": dataset.pad, "flip": dataset.flip} if config.recipe.augment else None
+    data = {"fingerprint": fingerprint, "augment": augment}
+    network = {
+        "name": name,
+        "options": dict(model_options),
+        "init": init,
+        "num_classes": info.num_classes,
+        "in_channels": info.channels,
+        "image_size": info.image_size,
+        # A user's own code counts by its file.
+        "source": source_digest(model_factory(name)) if ":" in name else None,
+    }
+    source = None if config.pruner.name in PRUNERS else source_digest(type(pruner))
+    training = {
+        "batch_size": batch_size,
+        "precision": precision,
+        **({} if config.sync_batchnorm else {"sync_batchnorm": False}),  # came later
+    }
+    evaluation = {"network": network, "fingerprint": fingerprint, "precision": precision}
+    return KeyParts(
+        training={"data": data, "training": training, "seed": config.seed, "network": network},
+        pruner={
+            **config.pruner.model_dump(mode="json"),
+            "source": source,
+            "seed": config.seed,
+            "images": {**data, "batch_size": batch_size} if pruner.needs_data else None,
+        },
+        sparse={"name": config.pruner.name, "source": source, **hooks.key} if hooks else None,
+        given={"checkpoint": given.digest, "known": given.training_cost, **evaluation} if given else None,
+    )
+
+
+def add_keys(stages: Sequence[StageSpec], parts: KeyParts, names: Mapping[str, str]) -> tuple[StageSpec, ...]:
+    """Return stages with their keys, as far as what they depend on is known.
+
+    Parameters
+    ----------
+    stages : sequence of StageSpec
+        Each behind the stage it starts from.
+    parts : KeyParts
+    names : mapping of str to str
+        Names of stages that were done before these, by title.
+    """
+    names = dict(names)
+    keyed = []
+    for spec in stages:
+        if spec.parent is None or spec.parent in names:
+            spec = replace(spec, key=stage_key(spec, parts, names.get(spec.parent or "")))
+        if spec.key is not None:
+            names[spec.title] = stage_name(spec.kind, spec.key)
+        keyed.append(spec)
+    return tuple(keyed)
+
+
+def stage_key(spec: StageSpec, parts: KeyParts, parent: str | None) -> dict[str, Any] | None:
+    """Return what decides a stage's result; None if its length or its architecture is not known yet.
+
+    Parameters
+    ----------
+    spec : StageSpec
+    parts : KeyParts
+    parent : str, optional
+        Name of the stage it starts from.
+    """
+    if spec.kind == "prune":
+        return {"parent": parent, "pruner": dict(parts.pruner)}
+    if spec.given:
+        return dict(parts.given or {})
+    if spec.optimizer is None or spec.architecture is None:
+        return None
+    return {
+        **parts.training,
+        "training": {**optimizer_key(spec.optimizer), **parts.training["training"]},
+        "architecture": architecture_key(spec.architecture),
+        "parent": parent,
+        "pruner": parts.sparse if spec.kind == "sparse" else None,
+    }
 
 
 def stage_name(kind: str, key: Mapping[str, Any]) -> str:
@@ -35,11 +178,61 @@ def stage_name(kind: str, key: Mapping[str, Any]) -> str:
 
 
 def optimizer_key(spec: OptimizerSpec) -> dict[str, Any]:
-    """Return the options of an optimiser and its schedule that decide a training."""
+    """Return the options of an optimiser and its schedule that decide a training.
+
+    Examples
+    --------
+    >>> spec = OptimizerSpec("sgd", 0.1, 0.9, False, 1e-4, "cosine", epochs=8, milestones=(), gammas=(), warmup=2)
+    >>> sorted(set(optimizer_key(spec)) & {"lr", "warmup", "label_smoothing"})
+    ['lr', 'warmup']
+    """
     return {
         option.name: getattr(spec, option.name)
         for option in fields(spec)
         if not (option.name in _LATER_OPTIONS and getattr(spec, option.name) == option.default)
+    }
+
+
+def architecture_key(architecture: Architecture) -> dict[str, Any]:
+    """Return an architecture as plain values; its masks, which are large, by their SHA-256.
+
+    Examples
+    --------
+    >>> architecture_key(Architecture(removed=("layer1.1.conv2",)))["removed"]
+    ('layer1.1.conv2',)
+    """
+    masks = {name: hashlib.sha256(mask.numpy().tobytes()).hexdigest() for name, mask in architecture.masks.items()}
+    return {
+        "modules": architecture.modules,
+        "edits": architecture.edits,
+        "selections": {name: indexes.tolist() for name, indexes in architecture.selections.items()},
+        "removed": architecture.removed,
+        "masks": masks,
+    }
+
+
+def settings(config: StudyConfig, parts: KeyParts) -> dict[str, Any]:
+    """Return what results depend on beside the seed, in full: the report does not mix runs that differ in it."""
+    dataset = config.dataset.model_dump(mode="json", exclude={"root", "workers"})
+    return {
+        "dataset": {**dataset, "fingerprint": parts.training["data"]["fingerprint"]},
+        "model": parts.training["network"],
+        "pruner": {**config.pruner.model_dump(mode="json"), "source": parts.pruner["source"]},
+        "recipe": config.recipe.model_dump(mode="json", exclude={"eval_batch_size"}),
+        "budget": config.budget.model_dump(mode="json"),
+        "large": {"checkpoint": parts.given["checkpoint"] if parts.given else None},
+        "sync_batchnorm": config.sync_batchnorm,
+    }
+
+
+def shared_by_processes(device_type: str, parts: KeyParts) -> dict[str, str]:
+    """Return what processes that train together must not differ in, as an error names it."""
+    return {
+        "device": device_type,
+        "precision": parts.training["training"]["precision"],
+        "the dataset's fingerprint": parts.training["data"]["fingerprint"],
+        "the network's source": str(parts.training["network"]["source"]),
+        "the pruner's source": str(parts.pruner["source"]),
     }
 
 
@@ -57,6 +250,11 @@ def source_digest(obj: object) -> str:
     ------
     UserError
         `obj` was not defined in a file.
+
+    Examples
+    --------
+    >>> source_digest(json.dumps) == hashlib.sha256(Path(json.__file__).read_bytes()).hexdigest()
+    True
     """
     name = getattr(obj, "__module__", None) or type(obj).__module__
     file = getattr(sys.modules.get(name), "__file__", None)

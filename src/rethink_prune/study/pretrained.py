@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import file_digest
-from rethink_prune.store.stages import MODEL_FILE, Stage
+from rethink_prune.store.stage import MODEL_FILE, Stage
 
 TORCHVISION = "torchvision:"
 
@@ -39,6 +39,11 @@ class Checkpoint:
     state: Mapping[str, Tensor]
     digest: str
     result: Mapping[str, Any]
+
+    @property
+    def training_cost(self) -> dict[str, Any]:
+        """Epochs and FLOPs of their training; None where they do not come from a stage."""
+        return {name: self.result.get(name) for name in ("epochs", "train_flops")}
 
 
 def read_checkpoint(source: str, model: nn.Module, network: str) -> Checkpoint:

@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rethink_prune.cost import Cost
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically, write_json
-from rethink_prune.store.stages import Done, Failed, Store
+from rethink_prune.store.stage import Done, Failed
+from rethink_prune.store.store import Store
 from rethink_prune.study.tables import study_table
+from rethink_prune.study.work import PrunedNetwork
 from rethink_prune.tracking.tensorboard import write_study
 
 
@@ -41,37 +42,31 @@ class Summary:
         self._stages: dict[str, str] = {}
         self._write()
 
-    def add_base(self, name: str, outcome: Done | Failed | None) -> None:
-        """Add the unpruned network as trained plainly (``large``) or by the pruner (``sparse``), if it was needed."""
-        if outcome is not None:
-            self.content[name] = self._entry(name, outcome)
+    def add_base(self, name: str, outcome: Done | Failed) -> None:
+        """Add the unpruned network as trained plainly (``large``) or by the pruner (``sparse``)."""
+        self.content[name] = self._entry(name, outcome)
         self._write()
 
-    def add_pruned(
-        self, cost: Cost | None, report: Mapping[str, Any], ledger: Mapping[str, Any], done: Done | Failed | None
-    ) -> None:
+    def add_pruned(self, pruned: PrunedNetwork, ledger: Mapping[str, Any], done: Done | None) -> None:
         """Add the pruned network before any retraining, and how the budget was worked out from it.
 
         Parameters
         ----------
-        cost : Cost, optional
-            Of the pruned network; None if the training it follows from failed.
-        report : mapping
-            ``layers``, ``frozen`` and ``warnings`` of the analysis.
+        pruned : PrunedNetwork
         ledger : mapping
             The budget's rule and numbers.
-        done : Done, Failed or None
+        done : Done, optional
             The prune stage, if there is one.
         """
-        entry: dict[str, Any] = asdict(cost) if cost else {"params": None, "macs": None}
-        if isinstance(done, Done):
+        entry: dict[str, Any] = asdict(pruned.cost) if pruned.cost else {"params": None, "macs": None}
+        if done is not None:
             shown = ("top1", "top5", "loss", "peak_memory_bytes")
             entry.update({name: done.result[name] for name in shown if name in done.result})
             entry["stage"] = str(done.stage.folder)
             self._stages["prune"] = done.stage.name
-        entry.update(layers=list(report["layers"]), frozen=dict(report["frozen"]))
+        entry.update(layers=list(pruned.report["layers"]), frozen=dict(pruned.report["frozen"]))
         self.content["pruned"] = entry
-        self.content["study"]["warnings"] += list(report["warnings"])
+        self.content["study"]["warnings"] += list(pruned.report["warnings"])
         self.content["study"]["ledger"] = dict(ledger)
         self.content["arms"] = {}
         self._write()

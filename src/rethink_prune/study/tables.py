@@ -49,7 +49,21 @@ def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
-    """Return a plan for the terminal: the networks, and what every arm will train."""
+    """Return a plan for the terminal: the networks, and what every arm will train.
+
+    Examples
+    --------
+    >>> length = {"epochs": 2, "milestones": [1], "train_flops": 24e6}
+    >>> large = {"params": 1000, "macs": 2_000_000, **length, "trained": True}
+    >>> arms = {"scratch_b": {"epochs": None, "milestones": None, "train_flops": None}}
+    >>> print(plan_text({"large": large, "pruned": {"known": False}, "arms": arms}))
+    large: 1,000 parameters, 2.00 M MACs
+    <BLANKLINE>
+    | arm       | epochs |    milestones | training FLOPs |
+    | --------- | -----: | ------------: | -------------: |
+    | large     |      2 |             1 |        2.4e+07 |
+    | scratch_b |        | after pruning |                |
+    """
     large, pruned = plan["large"], plan["pruned"]
     networks = [f"large: {large['params']:,} parameters, {_millions(large['macs'])} MACs"]
     if pruned["known"]:

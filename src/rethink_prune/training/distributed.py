@@ -1,21 +1,21 @@
-"""Processes that train together, as ``torchrun`` starts them: who they are, and how they agree.
+"""Processes that train together: who they are, and how they agree.
 
-The first process (rank 0) runs the study, and it alone touches the store. The others wait for a training to take part
-in. Waiting may take hours, while another job trains what this one needs, so it is done by looking into torch's
-key-value store again and again; collectives are for trainings that all processes are in.
+The first process (rank 0) runs the study, and it alone touches the store of stages. The others wait for a training to
+take part in. This may take hours, while another job trains what this one needs, so they look into torch's key-value
+store again and again; collectives are for trainings that all processes are in.
+
+When another process dies, whatever waits for it fails. Call `max`, `sum` and `share_state` inside
+`translate_connection_errors`; the other methods do so themselves.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
@@ -28,13 +28,9 @@ from rethink_prune.errors import UserError
 
 Value = TypeVar("Value")
 
-POLL_SECONDS = 0.2
-# Steps between two looks at whether any process has to stop: each costs the fastest one a wait for the slowest.
+POLL_INTERVAL = 0.2  # seconds between two looks into the key-value store
+# Steps between two looks at whether any process has to stop: at each look the fastest process waits for the slowest.
 _STEPS_TOGETHER = 8
-_TIMEOUT = timedelta(minutes=30)  # of a collective: more than a checkpoint takes on a slow file system
-_GOODBYE_SECONDS = 10.0
-_END = "end"
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass
@@ -50,7 +46,13 @@ class Processes:
     machine : int
         This machine's number.
     store : torch.distributed.Store, optional
-        Where the first process leaves word for the others.
+        Where the processes leave messages for each other.
+
+    Examples
+    --------
+    >>> alone = Processes()
+    >>> alone.is_first, alone.shard, alone.max(3, 0), alone.broadcast("weights")
+    (True, Shard(rank=0, world=1), [3, 0], 'weights')
     """
 
     rank: int = 0
@@ -73,64 +75,42 @@ class Processes:
 
     @property
     def steps_together(self) -> int:
-        """Every how many steps `most` may be asked within an epoch."""
+        """After every how many steps of an epoch the processes ask each other whether to stop."""
         return _STEPS_TOGETHER if self.world > 1 else 1
 
     def tell(self, key: str, value: Any) -> None:
-        """Leave word (a JSON-able value) for the other processes."""
+        """Leave a message (a JSON-able value) for the other processes."""
         if self.store is not None:
             self.store.set(key, json.dumps(value))
 
     def wait_for(self, key: str) -> Any:
-        """Return what another process has left under a key, however long that takes."""
+        """Return the message that another process leaves under a key, however long that takes."""
         assert self.store is not None
-        with self.explained():
+        with self.translate_connection_errors():
             while not self.store.check([key]):
-                time.sleep(POLL_SECONDS)
+                time.sleep(POLL_INTERVAL)
             return json.loads(self.store.get(key))
-
-    def check_same(self, here: Mapping[str, str]) -> None:
-        """Raise `UserError` if this process was started in another way than the first one."""
-        if self.is_first:
-            self.tell("started", dict(here))
-            return
-        first = self.wait_for("started")
-        for name, value in here.items():
-            if value != first[name]:
-                raise UserError(
-                    f"process {self.rank} of {self.world} was started with other {name} than the first one: "
-                    f"{value!r} here, {first[name]!r} there; start all of them in the same way"
-                )
 
     def order(self, what: Any) -> None:
         """Tell the other processes what to do next, by an object that can be pickled."""
-        self._announce("order")
+        # Broadcast only after the message: the others may wait longer for an order than a collective is allowed to.
+        self.tell(f"order/{self._orders}", True)
+        self._orders += 1
         self.broadcast(what)
 
     def end(self) -> None:
         """Tell the other processes that there is nothing more to do."""
-        self._announce(_END)
-
-    def wait_for_goodbyes(self) -> None:
-        """Give the other processes time to read what was left for them, before this one ends and it is gone."""
-        assert self.store is not None
-        deadline = time.monotonic() + _GOODBYE_SECONDS
-        missing = [f"goodbye/{rank}" for rank in range(1, self.world)]
-        while not self.store.check(missing) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-
-    def _announce(self, what: str) -> None:
-        self.tell(f"order/{self._orders}", what)
-        self._orders += 1
+        self.tell(f"order/{self._orders}", False)
 
     def orders(self) -> Iterator[Any]:
         """Yield what the first process orders, until it ends."""
-        while self.wait_for(f"order/{self._orders}") != _END:
+        while self.wait_for(f"order/{self._orders}"):
             self._orders += 1
             yield self.broadcast(None)
 
     def one_after_another(self, load: Callable[[], Value]) -> Value:
         """Load what is kept on a machine's disk: one process of every machine first, then the others."""
+        # The first one may download or unpack, and the others would do it at the same time.
         key = f"loaded/{self.machine}"
         if self.local_rank > 0:
             self.wait_for(key)
@@ -143,82 +123,73 @@ class Processes:
         """Return the first process's value on all processes."""
         if self.world == 1:
             return value
+        # Through the CPU's backend: pickled objects need no memory of a GPU.
         box = [value]
-        with self.explained():
+        with self.translate_connection_errors():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def most(self, *values: int) -> list[int]:
+    def max(self, *values: int) -> list[int]:
         """Return, value by value, the largest of any process."""
         if self.world == 1:
             return list(values)
-        found = torch.tensor(values)
-        with self.explained():
-            dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found.tolist()
+        # A tensor on the CPU: with one on CUDA the host would wait for all kernels before it.
+        largest = torch.tensor(values)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over all processes."""
         if self.world == 1:
             return values
         total = values.clone()
-        with self.explained():
-            dist.all_reduce(total)
+        dist.all_reduce(total)
         return total
 
     def share_state(self, model: nn.Module) -> None:
         """Give all processes the first one's weights and running statistics."""
         if self.world > 1:
-            with self.explained():
-                for tensor in model.state_dict().values():
-                    dist.broadcast(tensor, src=0)
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, src=0)
 
     def share_norms(self, model: nn.Module, device: torch.device) -> None:
-        """Have batch norms normalise by the batches of all processes, in place, where the device can (CUDA)."""
+        """Replace batch norms, in place, by those that normalise over the batches of all processes; on CUDA only."""
         if self.world == 1 or device.type != "cuda":
             return
         for name, module in list(model.named_modules()):
-            if type(module) in _NORMS:  # exact: a subclass may do something that would be lost
+            # The exact class: a subclass may do more than batch normalisation, and a replacement would lose that.
+            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
                 model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
 
     def wrap(self, model: nn.Module, device: torch.device, *, static: bool) -> nn.Module:
-        """Return the network's forward pass, after whose backward pass all processes have the mean gradients.
+        """Return the network to call in training: its backward pass gives every process the mean of all gradients.
 
         Parameters
         ----------
         model : torch.nn.Module
             On the device. Takes over the first process's weights.
-        device : torch.device
         static : bool
-            Take it that every step is like the first, which costs less. Not for what will be compiled.
+            Assume that every step uses the same parameters as the first, which is faster; not with ``torch.compile``.
         """
         if self.world == 1:
             return model
-        self.share_state(model)
-        with self.explained(), warnings.catch_warnings():
-            # Evaluation alone reads the buffers. PyTorch 2.15 has another name for it, which 2.11 does not know.
+        with self.translate_connection_errors(), warnings.catch_warnings():
+            self.share_state(model)
+            # PyTorch 2.15 has another name for `broadcast_buffers`, which 2.11 does not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            devices = [device] if device.type == "cuda" else None
+            # Buffers (running statistics) are read at the end of an epoch alone, where `share_state` sends them.
             return DistributedDataParallel(
-                model,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                static_graph=static,
-                find_unused_parameters=not static,
+                model, devices, broadcast_buffers=False, static_graph=static, find_unused_parameters=not static
             )
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Say so where the body fails because another process is gone.
-
-        Raises
-        ------
-        UserError
-            Instead of whatever the connection to the other process raised.
-        """
+    def translate_connection_errors(self) -> Iterator[None]:
+        """Raise `UserError` where the body fails because another process is gone."""
         try:
             yield
         except RuntimeError as error:
-            if self.world == 1 or not is_lost(error):
+            if self.world == 1 or not is_connection_error(error):
                 raise
             raise UserError(
                 f"process {self.rank} of {self.world}: another process of this training is gone; nothing finished is "
@@ -227,95 +198,15 @@ class Processes:
 
 
 ALONE = Processes()
-_this_process = ALONE
 
 
-def this_process() -> Processes:
-    """Return this process as `connected` has found it, or `ALONE`."""
-    return _this_process
+def is_connection_error(error: RuntimeError) -> bool:
+    """Tell whether an error is that of a connection to another process.
 
-
-@contextmanager
-def connected(command: Sequence[str]) -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` has started, and when the body of the first one ends, let the others end.
-
-    Parameters
-    ----------
-    command : sequence of str
-        The arguments of this process, which have to be those of all.
-
-    Raises
-    ------
-    UserError
-        If the processes cannot reach each other, or were started with different commands or versions.
+    Examples
+    --------
+    >>> is_connection_error(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    True
     """
-    rank, world = _variable("RANK"), _variable("WORLD_SIZE")
-    if world == 1:
-        yield ALONE
-        return
-    # torchrun keeps the store in a process of its own, which outlives the first process.
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = _open_store(world, serves=serves)
-    processes = Processes(
-        rank=rank,
-        world=world,
-        local_rank=_variable("LOCAL_RANK"),
-        local_world=_variable("LOCAL_WORLD_SIZE"),
-        machine=_variable("GROUP_RANK"),
-        store=store,
-    )
-    processes.check_same({"arguments": " ".join(command), **_versions()})
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with processes.explained():
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=_TIMEOUT
-        )
-    global _this_process
-    _this_process = processes
-    try:
-        yield processes
-    finally:
-        _this_process = ALONE
-        if processes.is_first:
-            processes.end()
-        if serves:
-            processes.wait_for_goodbyes()
-    if not processes.is_first:
-        processes.tell(f"goodbye/{rank}", True)
-    dist.destroy_process_group()
-
-
-def _open_store(world: int, *, serves: bool) -> dist.Store:
-    address, port = os.environ.get("MASTER_ADDR", ""), _variable("MASTER_PORT")
-    try:
-        store = dist.TCPStore(address, port, world, serves, timeout=_TIMEOUT, wait_for_workers=False)
-    except dist.DistNetworkError as error:
-        if serves:
-            raise UserError(
-                f"MASTER_PORT={port} cannot be used on this machine ({_first_line(error)}); "
-                "choose a free port: torchrun --master-port=29511, or torchrun --standalone on one machine"
-            ) from error
-        raise UserError(f"cannot reach the first process at {address}:{port} ({_first_line(error)})") from error
-    # After a restart by torchrun, what was left before does not count.
-    return dist.PrefixStore(f"rethink_prune/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("rethink-prune", "torch")}
-
-
-def _variable(name: str) -> int:
-    value = os.environ.get(name, "")
-    if not value.isdecimal():
-        raise UserError(f"{name}={value!r}: several processes have to be started by torchrun, which sets this variable")
-    return int(value)
-
-
-def is_lost(error: RuntimeError) -> bool:
-    """Tell whether an error is that of a connection to another process."""
-    # Gloo's errors have no class of their own.
+    # Errors of gloo, the backend for CPUs, are plain RuntimeErrors: only the message tells.
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

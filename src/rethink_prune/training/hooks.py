@@ -15,6 +15,16 @@ class TrainingHooks:
 
     Everything that changes during training has to live in the network (parameters, buffers), whose state is what
     checkpoints hold.
+
+    Examples
+    --------
+    A hook that limits the gradients:
+
+    >>> class ClippedGradients(TrainingHooks):
+    ...     replayable = True  # no number is read from the device
+    ...
+    ...     def before_step(self, model: nn.Module, lr: float) -> None:
+    ...         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     """
 
     @property
@@ -55,29 +65,39 @@ class TrainingHooks:
 class HeldMasks(TrainingHooks):
     """Keeps masked weights at zero.
 
-    With gradient zero and value zero, neither momentum nor weight decay can move a weight, so the gradients are all
-    that needs masking.
-
     Parameters
     ----------
     masks : mapping of str to torch.Tensor
         By parameter name: True where a weight remains, in the parameter's shape.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = nn.Linear(2, 1)
+    >>> hooks = HeldMasks({"weight": torch.tensor([[True, False]])})
+    >>> hooks.prepare(model)
+    >>> model(torch.ones(2)).backward()
+    >>> hooks.before_step(model, 0.1)
+    >>> model.weight.grad
+    tensor([[1., 0.]])
     """
 
     replayable = True
 
     def __init__(self, masks: Masks) -> None:
+        self._masks = masks
         self._gone = {name: ~mask for name, mask in masks.items()}
 
     def prepare(self, model: nn.Module) -> None:
         """Set masked weights to zero."""
-        apply_masks(model, {name: ~gone for name, gone in self._gone.items()})
+        apply_masks(model, self._masks)
 
     def before_step(self, model: nn.Module, lr: float) -> None:
         """Set the gradients of masked weights to zero."""
+        # This is enough: where weight and gradient are zero, momentum and weight decay are zero as well.
         for name, gone in self._gone.items():
             gradient = model.get_parameter(name).grad
             if gradient is not None:
-                if gone.device != gradient.device:
-                    gone = self._gone[name] = gone.to(gradient.device)
-                gradient.masked_fill_(gone, 0.0)
+                # Moved in the first step; later ones, which may be recorded, find the mask on the device.
+                self._gone[name] = gone.to(gradient.device)
+                gradient.masked_fill_(self._gone[name], 0.0)

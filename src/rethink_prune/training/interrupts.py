@@ -1,4 +1,4 @@
-"""Signals as a request to stop at a point from which the work can go on."""
+"""Stop at a signal, after saving what is done, so that the work can go on later."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """Turns `signals` into :class:`~rethink_prune.errors.Interrupted`.
 
-    Use as a context manager. Inside :meth:`deferred` a signal is only noted in `requested`, and the body is expected
-    to save and stop; a second signal does not wait. Outside the main thread nothing is installed.
+    Use as a context manager. Inside :meth:`deferred` a signal only sets `requested`; the body has to look at it, save
+    and call :meth:`stop`. A second signal raises at once.
+
+    Examples
+    --------
+    >>> with Interrupts() as interrupts:
+    ...     with interrupts.deferred():
+    ...         signal.raise_signal(signal.SIGTERM)
+    ...         interrupts.requested == signal.SIGTERM
+    True
     """
 
     def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
@@ -27,6 +35,7 @@ class Interrupts:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
+        # Python lets the main thread alone set handlers; a study in another thread cannot be stopped by signals.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
         return self
@@ -37,7 +46,7 @@ class Interrupts:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Note a signal instead of raising while the body runs."""
+        """Set `requested` at a signal, instead of raising, while the body runs."""
         self._deferring = True
         try:
             yield
@@ -45,7 +54,7 @@ class Interrupts:
             self._deferring = False
 
     def stop(self, where: str) -> None:
-        """Raise for the noted signal; `where` says in which piece of work."""
+        """Raise `Interrupted` for the signal in `requested`; `where` says in which piece of work."""
         assert self.requested is not None
         name = signal.Signals(self.requested).name
         raise Interrupted(f"{name} {where}: saved; run the same command again to go on", self.requested)

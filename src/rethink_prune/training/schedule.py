@@ -8,16 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LambdaLR,
-    LinearLR,
-    LRScheduler,
-    MultiStepLR,
-    SequentialLR,
-)
+from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
 
 @dataclass(frozen=True)
@@ -60,51 +51,71 @@ class OptimizerSpec:
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, fused: bool) -> Optimizer:
-    """Return the optimiser; `fused` updates all parameters in one kernel, which CUDA can record."""
-    groups = _groups(parameters, spec)
+    """Return the optimiser; `fused` updates all parameters in one kernel, which CUDA can record.
+
+    Examples
+    --------
+    >>> spec = OptimizerSpec("adamw", 0.1, 0.0, False, 1e-4, "cosine", 10, (), (), decay_norms=False)
+    >>> optimizer = build_optimizer(nn.Linear(3, 2).parameters(), spec, fused=False)
+    >>> [(group["params"][0].ndim, group["weight_decay"]) for group in optimizer.param_groups]
+    [(2, 0.0001), (1, 0.0)]
+    """
+    groups = _parameter_groups(list(parameters), spec)
     match spec.optimizer:
         case "sgd":
-            return SGD(
-                groups,
-                lr=spec.lr,
-                momentum=spec.momentum,
-                nesterov=spec.nesterov,
-                weight_decay=spec.weight_decay,
-                fused=fused,
-            )
+            momentum, decay = spec.momentum, spec.weight_decay
+            return SGD(groups, spec.lr, momentum, weight_decay=decay, nesterov=spec.nesterov, fused=fused)
         case "adamw":
+            # `capturable` has AdamW count its steps on the device: a recorded step runs no Python that could count.
             return AdamW(groups, lr=spec.lr, weight_decay=spec.weight_decay, fused=fused, capturable=fused)
     raise ValueError(f"optimizer={spec.optimizer}: must be sgd or adamw")
 
 
-def _groups(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> list[dict[str, Any]]:
+def _parameter_groups(parameters: list[nn.Parameter], spec: OptimizerSpec) -> list[dict[str, Any]]:
     if spec.decay_norms:
-        return [{"params": list(parameters)}]
-    every = list(parameters)
-    weights, others = [p for p in every if p.ndim > 1], [p for p in every if p.ndim <= 1]
-    return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+        return [{"params": parameters}]
+    # Scales, shifts and biases have one dimension.
+    decayed, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
 
-def build_scheduler(optimizer: Optimizer, spec: OptimizerSpec) -> LRScheduler:
-    """Return the schedule, to be stepped once after every epoch."""
+def build_scheduler(optimizer: Optimizer, spec: OptimizerSpec) -> lr_scheduler.LRScheduler:
+    """Return the schedule, to be stepped once after every epoch.
+
+    Examples
+    --------
+    >>> spec = OptimizerSpec("sgd", 0.3, 0.9, False, 0.0, "constant", epochs=4, milestones=(), gammas=(), warmup=2)
+    >>> optimizer = build_optimizer(nn.Linear(1, 1).parameters(), spec, fused=False)
+    >>> scheduler = build_scheduler(optimizer, spec)
+    >>> rates = []
+    >>> for epoch in range(4):
+    ...     rates.append(round(scheduler.get_last_lr()[0], 3))
+    ...     optimizer.step()
+    ...     scheduler.step()
+    >>> rates
+    [0.1, 0.2, 0.3, 0.3]
+    """
     if not spec.warmup:
-        return _decay(optimizer, spec)
-    rise = LinearLR(optimizer, start_factor=1 / (spec.warmup + 1), total_iters=spec.warmup)
-    rest = replace(
-        spec, epochs=spec.epochs - spec.warmup, milestones=tuple(max(0, m - spec.warmup) for m in spec.milestones)
-    )
-    return SequentialLR(optimizer, [rise, _decay(optimizer, rest)], milestones=[spec.warmup])
+        return _build_decay(optimizer, spec)
+    rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / (spec.warmup + 1), total_iters=spec.warmup)
+    # SequentialLR counts the epochs of the second schedule from its own start.
+    milestones = tuple(max(0, milestone - spec.warmup) for milestone in spec.milestones)
+    decay = _build_decay(optimizer, replace(spec, epochs=spec.epochs - spec.warmup, milestones=milestones))
+    return lr_scheduler.SequentialLR(optimizer, [rise, decay], milestones=[spec.warmup])
 
 
-def _decay(optimizer: Optimizer, spec: OptimizerSpec) -> LRScheduler:
+def _build_decay(optimizer: Optimizer, spec: OptimizerSpec) -> lr_scheduler.LRScheduler:
     match spec.schedule:
         case "multistep":
             if len(set(spec.gammas)) == 1:
-                return MultiStepLR(optimizer, list(spec.milestones), spec.gammas[0])
+                return lr_scheduler.MultiStepLR(optimizer, list(spec.milestones), spec.gammas[0])
+            # PyTorch's MultiStepLR has one gamma for all milestones; some published schedules have several.
             changes = list(zip(spec.milestones, spec.gammas, strict=True))
-            return LambdaLR(optimizer, lambda epoch: math.prod(gamma for m, gamma in changes if m <= epoch))
+            return lr_scheduler.LambdaLR(
+                optimizer, lambda epoch: math.prod(gamma for milestone, gamma in changes if milestone <= epoch)
+            )
         case "cosine":
-            return CosineAnnealingLR(optimizer, T_max=spec.epochs)
+            return lr_scheduler.CosineAnnealingLR(optimizer, T_max=spec.epochs)
         case "constant":
-            return ConstantLR(optimizer, factor=1.0)
+            return lr_scheduler.ConstantLR(optimizer, factor=1.0)
     raise ValueError(f"schedule={spec.schedule}: must be multistep, cosine or constant")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rethink_prune.errors import UserError
-from rethink_prune.training.precision import autocast, prepare_device, resolve_device, resolve_precision
+from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def test_auto_takes_bf16_only_where_the_processor_has_it(
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_autocast_changes_activations_and_not_weights(precision: str, dtype: torch.dtype) -> None:
     layer = torch.nn.Linear(4, 4)
-    with autocast(CPU, precision):
+    with Runtime(CPU, precision).autocast():
         assert layer(torch.zeros(1, 4)).dtype is dtype
     assert layer.weight.dtype is torch.float32
 

@@ -1,0 +1,134 @@
+"""Evaluate a finished network on the test images of any data set that fits it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rethink_prune.config import StudyConfig
+from rethink_prune.data import describe_dataset, eval_batches, load_dataset
+from rethink_prune.errors import UserError
+from rethink_prune.files import conf_dir
+from rethink_prune.finished.load import Factory, load_model, read_config
+from rethink_prune.store.stage import Stage
+from rethink_prune.store.store import Store
+from rethink_prune.study.prepare import check_config
+from rethink_prune.training.evaluate import evaluate
+from rethink_prune.training.runtime import Runtime, describe_device
+
+
+def evaluate_stage(
+    stage: Stage, overrides: Sequence[str], runtime: Runtime, factory: Factory | None = None
+) -> dict[str, Any]:
+    """Evaluate a stage's network on test images that are normalised as in its training.
+
+    Parameters
+    ----------
+    stage : Stage
+        Finished.
+    overrides : sequence of str
+        Which data set, as on the command line of a study: ``dataset=cifar10 dataset.root=...``. If they set
+        ``dataset.mean`` and ``dataset.std``, images are normalised by those.
+    runtime : Runtime
+    factory : callable, optional
+        As for :func:`~rethink_prune.finished.load.load_model`.
+
+    Returns
+    -------
+    dict
+        ``top1``, ``top5`` (with more than five classes) and ``loss`` (None if it is not finite); ``images``, how many;
+        and on what.
+
+    Raises
+    ------
+    UserError
+        If the stage cannot be loaded, or the data set does not fit its network.
+    """
+    model, config, trained = load_model(stage.folder, factory), compose_dataset(overrides), read_config(stage)
+    network = trained["network"]
+    options = config.dataset
+    if options.mean is None and "images" in trained:
+        # By name: nothing else that a stage says may choose what is loaded.
+        options = options.model_copy(update={name: tuple(trained["images"][name]) for name in ("mean", "std")})
+    info = describe_dataset(**options.model_dump(exclude={"pad", "flip", "mean", "std", "workers"}))
+    # Before any image is read.
+    expected = {
+        "classes": (info.num_classes, network["num_classes"]),
+        "channels (dataset.channels)": (info.channels, network["in_channels"]),
+        "pixels a side (dataset.image_size)": (info.image_size, network["image_size"]),
+    }
+    problems = [f"{has} {what}, not {needs}" for what, (has, needs) in expected.items() if has != needs]
+    if problems:
+        raise UserError(f"{info.name}: does not fit {stage.name}: it has {' and '.join(problems)}")
+    loaded = options.model_dump(exclude={"pad", "flip", "workers"})
+    cache = Store(Path(config.store.root)).cache
+    dataset = load_dataset(**loaded, cache_dir=cache, progress=runtime.show_progress)
+    batches = eval_batches(
+        dataset.test,
+        mean=dataset.mean,
+        std=dataset.std,
+        image_size=network["image_size"],
+        batch_size=config.recipe.eval_batch_size,
+        device=runtime.device,
+        workers=options.workers,
+    )
+    result = evaluate(runtime.place(model), batches, runtime=runtime)
+    return {
+        "stage": stage.name,
+        "network": network["name"],
+        "dataset": dataset.name,
+        "images": len(batches),
+        "top1": result.top1,
+        **({} if result.top5 is None else {"top5": result.top5}),
+        # JSON has no infinity.
+        "loss": result.loss if math.isfinite(result.loss) else None,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "device": describe_device(runtime.device),
+        "precision": runtime.precision,
+    }
+
+
+def compose_dataset(overrides: Sequence[str]) -> StudyConfig:
+    """Compose the shipped configuration with overrides of its data set.
+
+    Raises
+    ------
+    UserError
+        If they choose no data set, say more than that, or make no sense.
+
+    Examples
+    --------
+    >>> compose_dataset(["dataset=digits", "dataset.image_size=8"]).dataset.image_size
+    8
+    """
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    for override, key in zip(overrides, keys, strict=True):
+        if key.partition(".")[0] != "dataset":
+            raise UserError(f"--evaluate {override}: only the data set can be set: dataset=..., dataset.root=...")
+    if not {"dataset", "dataset.name"} & set(keys):
+        raise UserError("--evaluate: name the data set first: dataset=cifar10, say")
+    try:
+        with initialize_config_dir(conf_dir(), version_base="1.3"):
+            tree = compose("config", overrides=list(overrides))
+        plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"--evaluate {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+    return check_config(plain)
+
+
+def evaluation_text(content: Mapping[str, Any]) -> str:
+    """Return what `evaluate_stage` found, as a sentence."""
+    top5 = f", top-5 {content['top5']:.2f} %" if "top5" in content else ""
+    loss = "not finite" if content["loss"] is None else f"{content['loss']:.4f}"
+    return (
+        f"{content['network']} ({content['stage']}) on the {content['images']:,} test images of {content['dataset']}: "
+        f"top-1 {content['top1']:.2f} %{top5}, loss {loss} ({content['device']}, {content['precision']})"
+    )

@@ -1,0 +1,72 @@
+"""What several families share: how many blocks a depth means, and the networks that are three stages of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+# Builds a block from its input channels, its output channels and its stride.
+Block = Callable[[int, int, int], nn.Module]
+
+
+def count_blocks(depth: int, *, layers_per_block: int, other_layers: int) -> int:
+    """Return the blocks of each stage, n in ``depth = layers_per_block * n + other_layers``.
+
+    `layers_per_block` counts the layers of one block in every stage.
+
+    Raises
+    ------
+    ValueError
+        If no number of blocks gives this depth.
+
+    Examples
+    --------
+    >>> count_blocks(56, layers_per_block=6, other_layers=2)
+    9
+    """
+    blocks, remainder = divmod(depth - other_layers, layers_per_block)
+    if remainder or blocks < 1:
+        raise ValueError(f"depth={depth}: must be {layers_per_block}n + {other_layers} with n >= 1")
+    return blocks
+
+
+def stack_blocks(block: Block, in_channels: int, out_channels: int, *, blocks: int, stride: int) -> nn.Sequential:
+    """Build a stage: the first block changes channels and size, the others keep both."""
+    first = block(in_channels, out_channels, stride)
+    return nn.Sequential(first, *[block(out_channels, out_channels, 1) for _ in range(blocks - 1)])
+
+
+class ThreeStageNetwork(nn.Module):
+    """A 3 x 3 convolution, three stages of blocks, global average pooling and a linear layer.
+
+    Takes N x `in_channels` x H x W of any size, gives N x `num_classes`.
+
+    Parameters
+    ----------
+    channels : sequence of int
+        Output channels of the first convolution and of the three stages. The second and third stage halve the size.
+    blocks : int
+        Blocks of each stage.
+    """
+
+    def __init__(
+        self, block: Block, channels: Sequence[int], *, blocks: int, num_classes: int, in_channels: int
+    ) -> None:
+        super().__init__()
+        # Modules draw their weights when they are made: another order would give other networks for the same seed.
+        self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = stack_blocks(block, channels[0], channels[1], blocks=blocks, stride=1)
+        self.layer2 = stack_blocks(block, channels[1], channels[2], blocks=blocks, stride=2)
+        self.layer3 = stack_blocks(block, channels[2], channels[3], blocks=blocks, stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels[3], num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits, N x `num_classes`."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(self.pool(x).flatten(1))

@@ -1,0 +1,139 @@
+"""A report's documents, from the templates in ``templates/``: Markdown, HTML and LaTeX; and CSV files.
+
+The page opens from disk: it loads nothing, and runs nothing but its own script.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from rethink_prune.report.grids import Cell, Grid, report_grids
+from rethink_prune.report.plots import Picture
+from rethink_prune.report.results import Report
+from rethink_prune.report.statistics import EXACT_UP_TO, RESAMPLES
+from rethink_prune.text import markdown
+
+PAGE_FILE = "report.html"
+TITLE = "Pruning and fine-tuning, or training from scratch"
+_TEMPLATES = Path(__file__).with_name("templates")
+
+# What would end a cell, begin markup, or be HTML.
+_MARKDOWN = str.maketrans({**{letter: f"\\{letter}" for letter in "\\`*|"}, "<": "&lt;", ">": "&gt;"})
+_LATEX = str.maketrans(
+    {
+        "\\": "\\textbackslash{}",
+        "~": "\\textasciitilde{}",
+        "^": "\\textasciicircum{}",
+        "±": "$\\pm$",
+        "<": "$<$",
+        ">": "$>$",
+        "[": "{[}",  # at the start of a row, an option of the line break before it
+        **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    }
+)
+
+
+def write_overview(report: Report) -> str:
+    """Return the tables of accuracies, the verdicts, and what was left out, as Markdown."""
+    accuracies = [grid for grid in report_grids(report) if grid.name.startswith("accuracy")]
+    tables = zip(report.tables, accuracies, strict=True)
+    return _ENVIRONMENT.get_template("overview.md.jinja").render(tables=tables, problems=report.problems).strip()
+
+
+def write_documents(report: Report, pictures: Sequence[Picture]) -> dict[str, str]:
+    """Return every document of a report as text, by its file name; the page is the last."""
+    grids = report_grids(report)
+    script, style = ((_TEMPLATES / name).read_text() for name in ("page.js", "page.css"))
+    values = {
+        "title": TITLE,
+        "report": report,
+        "grids": grids,
+        "pictures": pictures,
+        "overview": write_overview(report),
+        "script": script,
+        "style": style,
+        # No other script, style or address is admitted, whatever gets into the page.
+        "policy": f"default-src 'none'; img-src data:; script-src '{_digest(script)}'; style-src '{_digest(style)}'",
+        "exact_up_to": EXACT_UP_TO,
+        "resamples": RESAMPLES,
+    }
+    templates = {"tables.tex": "tables.tex.jinja", "report.md": "report.md.jinja", PAGE_FILE: "page.html"}
+    documents = {name: _ENVIRONMENT.get_template(template).render(values) for name, template in templates.items()}
+    return {f"{grid.name}.csv": to_csv(grid) for grid in grids} | documents
+
+
+def to_csv(grid: Grid) -> str:
+    """Return a grid as CSV with all digits; a mean has columns of its own for standard deviation and n."""
+    columns = [
+        list(dict.fromkeys(part for row in grid.rows for part in row[i].parts)) for i in range(len(grid.columns))
+    ]
+    text = io.StringIO()
+    # The default line end is that of Windows, on every system.
+    writer = csv.writer(text, lineterminator="\n")
+    names = zip(grid.columns, columns, strict=True)
+    writer.writerow([f"{name}{part}" for name, parts in names for part in parts or [""]])
+    for row in grid.rows:
+        cells = zip(row, columns, strict=True)
+        writer.writerow([cell.parts.get(part, cell.text) for cell, parts in cells for part in parts or [""]])
+    return text.getvalue()
+
+
+def escape_markdown(text: str) -> str:
+    r"""Return `text` with nothing in it that Markdown or HTML would take for its own.
+
+    Examples
+    --------
+    >>> print(escape_markdown("a|b <c> [d](e)"))
+    a\|b &lt;c&gt; [d]\(e)
+    """
+    # Brackets alone, as around intervals, make no link.
+    return text.translate(_MARKDOWN).replace("](", "]\\(").replace("]:", "]\\:")
+
+
+def escape_latex(text: str) -> str:
+    r"""Return `text` as LaTeX shows it; letters beyond ASCII become question marks.
+
+    Examples
+    --------
+    >>> print(escape_latex("50 % of a_b ± 0.1"))
+    50 \% of a\_b $\pm$ 0.1
+    """
+    # Other letters would need packages of their own.
+    return text.translate(_LATEX).encode("ascii", "replace").decode()
+
+
+def _markdown_table(grid: Grid) -> str:
+    rows = [[f"**{escape_markdown(c.text)}**" if c.bold else escape_markdown(c.text) for c in row] for row in grid.rows]
+    return markdown(grid.columns, rows)
+
+
+def _latex_row(row: Sequence[Cell]) -> str:
+    return " & ".join(f"\\textbf{{{escape_latex(c.text)}}}" if c.bold else escape_latex(c.text) for c in row)
+
+
+def _data_uri(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(_TEMPLATES),
+    # Names come from summaries that somebody else may have written.
+    autoescape=select_autoescape(["html"]),
+    # A misspelt name in a template is an error; by default it would be empty text.
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {"markdown": escape_markdown, "markdown_table": _markdown_table}
+_ENVIRONMENT.filters |= {"latex": escape_latex, "latex_row": _latex_row, "data_uri": _data_uri}

@@ -1,0 +1,189 @@
+"""Find the runs below folders, in stores, and in the ``results.json`` of earlier reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rethink_prune.errors import UserError
+from rethink_prune.files import SUMMARY_FILE
+from rethink_prune.report.records import RunRecord
+from rethink_prune.store.metrics import read_metrics
+
+FORMAT = "rethink-prune results"
+FORMAT_VERSION = 1
+
+# What reading a damaged JSON file raises; the last one if its brackets are nested too deeply.
+_UNREADABLE = (OSError, ValueError, RecursionError)
+
+
+@dataclass
+class GatheredRuns:
+    """The runs that were found, and in words what could not be used."""
+
+    runs: list[RunRecord] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    _files: set[Path] = field(default_factory=set)
+
+    def add(self, file: Path, name: str, *, stages: Path | None = None, summary: Any = None) -> None:
+        """Add the run of a ``summary.json``, unless that file was added before.
+
+        Parameters
+        ----------
+        stages
+            A folder that may also hold its stages.
+        summary
+            The content, where a store kept it in `file`.
+        """
+        if summary is None:
+            # The places may overlap: a store, and the folder of its runs.
+            if file.resolve() in self._files:
+                return
+            self._files.add(file.resolve())
+        try:
+            content = _read_json(file) if summary is None else summary
+            self.runs.append(RunRecord.model_validate(_with_curves({**content, "name": name}, stages)))
+        except ValidationError as error:
+            # The first error is enough to find the file's fault; the others often follow from it.
+            advice = "if an older version made it, run its command again: finished stages are reused"
+            self.leave_out(file, f"{_first_error(error)}; {advice}")
+        except _UNREADABLE as error:
+            self.leave_out(file, f"is damaged ({error})")
+        except (TypeError, AttributeError):
+            self.leave_out(file, "is no summary of a run")
+
+    def leave_out(self, file: Path, why: str) -> None:
+        """Record that a file could not be used."""
+        self.problems.append(f"{file}: left out: {why}")
+
+
+def gather(places: Iterable[Path]) -> GatheredRuns:
+    """Return the runs in the given places, each once; unfinished ones too.
+
+    Parameters
+    ----------
+    places
+        Run folders, folders that hold some at any depth, stores, or the ``results.json`` of earlier reports.
+
+    Raises
+    ------
+    UserError
+        If a place is missing or holds no run, or no run at all can be read.
+    """
+    gathered = GatheredRuns()
+    for place in places:
+        if not place.exists():
+            raise UserError(f"{place}: no such folder")
+        if place.is_file():
+            gathered.runs += _read_results(place)
+        elif (place / "stages").is_dir() and (place / "runs").is_dir():
+            _search_store(place, gathered)
+        else:
+            # Sorted: the order in which a file system lists a folder differs from machine to machine.
+            files = sorted(place.rglob(SUMMARY_FILE))
+            if not files:
+                raise UserError(f"{place}: holds no {SUMMARY_FILE}; give run folders, folders of runs, or a store")
+            for file in files:
+                # The resolved name: a place may be "." or "..".
+                inside = Path(place.resolve().name) / file.parent.relative_to(place)
+                gathered.add(file, inside.as_posix())
+    if not gathered.runs:
+        raise UserError("\n".join(gathered.problems or ["no run was found"]))
+    return gathered
+
+
+def _search_store(store: Path, gathered: GatheredRuns) -> None:
+    # Names with a dot in front are files that are being written.
+    records = sorted(path for path in (store / "runs").glob("*.json") if path.name[0] != ".")
+    if not records:
+        raise UserError(f"{store}: no run was recorded in this store")
+    stages = store / "stages"
+    lost = 0
+    for path in records:
+        try:
+            record = _read_json(path)
+            file = Path(record["run_dir"]) / SUMMARY_FILE
+        except (*_UNREADABLE, KeyError, TypeError) as error:
+            gathered.leave_out(path, f"is damaged ({error})")
+            continue
+        # Enough to tell runs apart: Hydra's run folders end with date and time.
+        name = "/".join(file.parent.parts[-3:])
+        if file.is_file():
+            gathered.add(file, name, stages=stages)
+        # The store keeps a copy, since run folders are often deleted.
+        elif "summary" in record:
+            gathered.add(path, name, stages=stages, summary=record["summary"])
+        else:
+            lost += 1
+    if lost:
+        gathered.problems.append(
+            f"{store}: left out {lost} runs whose folders are gone: an older version recorded them without their "
+            "summary; run their commands again, finished stages are reused"
+        )
+
+
+def _read_results(file: Path) -> Iterator[RunRecord]:
+    """Yield the runs in a ``results.json``, or in a list of summaries as earlier versions wrote it."""
+    try:
+        content = _read_json(file)
+    except _UNREADABLE as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+    if isinstance(content, Mapping) and content.get("format") == FORMAT:
+        if content.get("version") != FORMAT_VERSION:
+            raise UserError(f"{file}: has version {content.get('version')}; this is for version {FORMAT_VERSION}")
+        content = content.get("runs")
+    if not isinstance(content, list):
+        raise UserError(f"{file}: is not the results.json of a report; give run folders, folders of runs, or a store")
+    for number, run in enumerate(content):
+        try:
+            yield RunRecord.model_validate({"name": f"{file.name}#{number}", **run})
+        except (ValidationError, TypeError) as error:
+            reason = _first_error(error) if isinstance(error, ValidationError) else error
+            raise UserError(f"{file}: run {number} cannot be read: {reason}") from None
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _read_json(file: Path) -> Any:
+    """Read a JSON file; NaN and infinity become None, since what a report writes has neither."""
+    return json.loads(file.read_text(), parse_constant=lambda _: None, parse_float=_finite_float)
+
+
+def _finite_float(digits: str) -> float | None:
+    value = float(digits)
+    return value if math.isfinite(value) else None  # "1e999" is infinite
+
+
+def _with_curves(content: dict[str, Any], stages: Path | None) -> dict[str, Any]:
+    """Return a summary with each training's curve, and with names of stages instead of their folders."""
+    bases = {name: content[name] for name in ("large", "sparse", "pruned") if content.get(name)}
+    arms = (content.get("arms") or {}).items()
+    return {
+        **content,
+        **{name: _with_curve(entry, stages) for name, entry in bases.items()},
+        "arms": {name: _with_curve(entry, stages) for name, entry in arms},
+    }
+
+
+def _with_curve(entry: Mapping[str, Any], stages: Path | None) -> dict[str, Any]:
+    if not entry.get("stage"):
+        return dict(entry)
+    folder = Path(entry["stage"])
+    if not folder.is_dir() and stages is not None:
+        # The store may have moved since the summary was written.
+        folder = stages / folder.name
+    try:
+        curve = [row["test_top1"] for row in read_metrics(folder)]
+    except (OSError, ValueError, KeyError, TypeError):
+        # Damaged metrics cost a picture one line: the numbers of the tables come from the summary.
+        curve = []
+    return {**entry, "stage": folder.name, "curve": curve if curve and all(map(math.isfinite, curve)) else None}

@@ -1,0 +1,67 @@
+"""The networks of a study as a report shows them: what each is called, how it is drawn, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rethink_prune.study.arms import ARMS, Arm, Style
+
+# The first columns of a table; the other arms come after those of the paper.
+PAPER_ARMS = ("large", "finetune", "scratch_e", "scratch_b")
+PRUNED = "pruned"
+
+
+@dataclass(frozen=True)
+class NetworkLabel:
+    """What a network that is no arm is called in a table (`title`) and in a sentence (`name`), and its `style`."""
+
+    title: str
+    name: str
+    style: Style
+
+
+_UNKNOWN_STYLE = Style("#CC79A7", (0, (6, 2)), "X")
+# Only networks that are no arms: an arm brings its title, name and style in `ARMS`.
+_NOT_ARMS = {
+    "large": NetworkLabel("unpruned", "the unpruned network", Style("#000000", (0, (1, 1)), "s")),
+    "sparse": NetworkLabel("sparse", "sparse", Style("#009E73", (0, (3, 1, 1, 1)), "P")),
+    PRUNED: NetworkLabel("pruned, not retrained", "pruned, not retrained", _UNKNOWN_STYLE),
+}
+
+
+def network_label(network: str) -> Arm | NetworkLabel:
+    """Return the title, name and style of an arm or another network; an unknown one is called what it is.
+
+    Examples
+    --------
+    >>> network_label("finetune").title, network_label("finetune").name
+    ('fine-tuned', 'fine-tuning')
+    >>> network_label("large").name, network_label("an_arm_of_a_later_version").name
+    ('the unpruned network', 'an_arm_of_a_later_version')
+    """
+    return ARMS.get(network) or _NOT_ARMS.get(network) or NetworkLabel(network, network, _UNKNOWN_STYLE)
+
+
+def trains_pruned(network: str) -> bool:
+    """Tell whether an arm trains the pruned network; an unknown arm is taken for one that does.
+
+    Examples
+    --------
+    >>> [trains_pruned(network) for network in ("large", "finetune", "large_longer")]
+    [False, True, False]
+    """
+    return ARMS[network].network == "pruned" if network in ARMS else network not in _NOT_ARMS
+
+
+def in_column_order(networks: Iterable[str]) -> list[str]:
+    """Return networks in the order of a table's columns; unknown ones come after the arms of the paper.
+
+    Examples
+    --------
+    >>> in_column_order({"pruned", "large_longer", "scratch_b", "unknown", "finetune", "large"})
+    ['large', 'finetune', 'scratch_b', 'unknown', 'large_longer', 'pruned']
+    """
+    order = [*PAPER_ARMS, *(arm for arm in ARMS if arm not in PAPER_ARMS), "sparse", PRUNED]
+    after_paper = len(PAPER_ARMS) - 0.5
+    return sorted(networks, key=lambda name: (order.index(name) if name in order else after_paper, name))

@@ -1,0 +1,164 @@
+"""What a run's ``summary.json`` says, as far as a report uses it: checked when it is read."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with a question mark for each character that no page can show, such as control characters.
+
+    Examples
+    --------
+    >>> printable("resnet\n\x00")
+    'resnet??'
+    """
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def value_text(value: Any) -> str:
+    """Return a value of a summary in words.
+
+    Examples
+    --------
+    >>> value_text("sgd"), value_text(None), value_text([80, 120])
+    ('sgd', 'null', '[80, 120]')
+    """
+    return printable(value if isinstance(value, str) else json.dumps(value))
+
+
+def _whole_curve(value: Any) -> Any:
+    """Return None for a curve with a gap."""
+    return None if isinstance(value, list) and None in value else value
+
+
+# Names go into terminals, pages and file names, whoever wrote the summary.
+Text = Annotated[str, AfterValidator(printable)]
+
+
+class SummaryPart(BaseModel):
+    """Part of a summary; fields that this version does not know are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class TrainedRecord(SummaryPart):
+    """One trained network of a run: an arm, or the unpruned network.
+
+    Attributes
+    ----------
+    reason
+        Why it failed.
+    top1, top1_best
+        Percent on the test images: after the last epoch, and of the best epoch.
+    train_flops, train_flops_total
+        Its own, and with its ancestors'.
+    stage
+        Name of its stage.
+    processes
+        The different numbers of processes its epochs were trained by; empty if that is not known.
+    curve
+        ``top1`` after each epoch, where the stage is still there.
+    """
+
+    status: Literal["done", "failed"] = "done"
+    reason: Text | None = None
+    top1: float | None = None
+    top1_best: float | None = None
+    epochs: int | None = None
+    params: int | None = None
+    macs: int | None = None
+    train_flops: float | None = None
+    train_flops_total: float | None = None
+    stage: Text | None = None
+    # Summaries from before there were several processes do not have it.
+    processes: tuple[int, ...] = (1,)
+    curve: Annotated[tuple[float, ...] | None, BeforeValidator(_whole_curve)] = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has an accuracy to compare."""
+        return self.status == "done" and self.top1 is not None
+
+    @property
+    def flops_before(self) -> float | None:
+        """Training FLOPs of its ancestors."""
+        if self.train_flops is None or self.train_flops_total is None:
+            return None
+        return self.train_flops_total - self.train_flops
+
+
+class LayerRecord(SummaryPart):
+    """Width of a layer before and after pruning."""
+
+    layer: Text
+    kept: int
+    full: int
+
+
+class PrunedRecord(SummaryPart):
+    """The pruned network before any retraining."""
+
+    params: int | None = None
+    macs: int | None = None
+    top1: float | None = None
+    stage: Text | None = None
+    layers: tuple[LayerRecord, ...] = ()
+
+
+class LedgerRecord(SummaryPart):
+    """What the budget was computed from."""
+
+    macs_reference: int | None = None
+
+
+class StudyRecord(SummaryPart):
+    """What was asked for."""
+
+    experiment: Text | None = None
+    dataset: Text
+    model: Text
+    pruner: Text
+    target: dict[str, Any]
+    recipe: Text
+    budget: Text
+    seed: int
+    device: Text = ""
+    precision: Text = ""
+    train_images: int | None = None
+    test_images: int | None = None
+    arms: tuple[Text, ...] = ()
+    settings: dict[str, Any] | None = None
+    versions: dict[Text, Text] = Field(default_factory=dict)
+    ledger: LedgerRecord = LedgerRecord()
+
+    @property
+    def target_text(self) -> str:
+        """How much the pruner was told to remove, in words."""
+        return ", ".join(f"{printable(name)} {value_text(value)}" for name, value in self.target.items())
+
+
+class RunRecord(SummaryPart):
+    """One run: a summary, and the name of its folder.
+
+    Attributes
+    ----------
+    name
+        The folder as it was found, without what leads to the place that was searched.
+    """
+
+    name: Text
+    study: StudyRecord
+    large: TrainedRecord | None = None
+    sparse: TrainedRecord | None = None
+    pruned: PrunedRecord | None = None
+    arms: dict[Text, TrainedRecord] = Field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, TrainedRecord]:
+        """Everything trained so far, by name: the unpruned networks and the arms."""
+        bases = {"large": self.large, "sparse": self.sparse}
+        return {name: entry for name, entry in bases.items() if entry is not None} | self.arms

@@ -1,0 +1,155 @@
+"""From a configuration to the parts of a study, with everything checked that can be wrong before any training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rethink_prune.config import StudyConfig, parse_config
+from rethink_prune.errors import UserError
+from rethink_prune.pruning import Pruner, Target, find_pruner
+from rethink_prune.store.store import Store
+from rethink_prune.study.arms import ARMS
+from rethink_prune.study.budget import Budget
+from rethink_prune.study.inputs import Inputs
+from rethink_prune.study.keys import KeyParts, key_parts
+from rethink_prune.study.networks import Networks, reference_macs
+from rethink_prune.study.plan import StageSpec, needs_pruning, plan_study
+from rethink_prune.study.pretrained import Checkpoint, read_checkpoint
+from rethink_prune.training.distributed import ALONE, Processes
+from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision
+
+
+@dataclass(frozen=True)
+class PreparedStudy:
+    """The parts of a study; they fit each other, the images and this machine.
+
+    Attributes
+    ----------
+    target : Target
+        What is to go from the unpruned network.
+    given : Checkpoint, optional
+        Weights of the unpruned network that the user brought.
+    """
+
+    config: StudyConfig
+    processes: Processes
+    runtime: Runtime
+    store: Store
+    inputs: Inputs
+    networks: Networks
+    pruner: Pruner
+    target: Target
+    given: Checkpoint | None
+    budget: Budget
+
+    def plan(self) -> tuple[StageSpec, ...]:
+        """Return the stages of the study."""
+        return plan_study(
+            self.budget,
+            self.config.arms,
+            self.target,
+            trains_sparse=self.pruner.trains_sparse,
+            baseline=self.config.large.baseline,
+            given=self.given is not None,
+        )
+
+    @cached_property
+    def parts(self) -> KeyParts:
+        """What the keys of the stages are made of; reads the images, whose fingerprint they hold."""
+        return key_parts(
+            self.config,
+            self.inputs.info,
+            fingerprint=self.inputs.dataset.fingerprint,
+            precision=self.runtime.precision,
+            init=self.networks.init,
+            model_options=self.networks.build_options,
+            pruner=self.pruner,
+            hooks=self.pruner.sparse(self.target) if self.pruner.trains_sparse else None,
+            given=self.given,
+        )
+
+
+def check_config(tree: Mapping[str, Any]) -> StudyConfig:
+    """Validate a composed and resolved configuration against the pruners and arms there are.
+
+    Raises
+    ------
+    UserError
+        With one line for each error.
+    """
+    return parse_config(tree, pruner_options=lambda name: find_pruner(name).options_type, arms=tuple(ARMS))
+
+
+def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> PreparedStudy:
+    """Find the parts of a study, and check that they fit.
+
+    Parameters
+    ----------
+    config : StudyConfig
+    processes : Processes
+        Those that train together.
+
+    Raises
+    ------
+    UserError
+        If the parts of the configuration do not fit each other, the data or the machine.
+    """
+    _check_batch_size(config.recipe.batch_size, processes.world)
+    store = Store(Path(config.store.root))
+    runtime = _prepare_runtime(config, processes)
+    inputs = Inputs(
+        config.dataset,
+        config.recipe,
+        seed=config.seed,
+        runtime=runtime,
+        processes=processes,
+        cache_dir=store.cache,
+    )
+    pruner = find_pruner(config.pruner.name)(config.pruner)
+    draws_anew = any(ARMS[name].weights == "fresh" for name in config.arms)
+    networks = Networks(config.model, inputs.info, seed=config.seed, draws_anew=draws_anew)
+    model = networks.large()
+    target = pruner.target(model, torch.zeros(1, *inputs.image_shape), config.model.name)
+    if needs_pruning(target, config.arms):
+        pruner.check_images(target, inputs.info.train_images)
+    given = None
+    if config.large.checkpoint is not None:
+        given = read_checkpoint(config.large.checkpoint, model, config.model.name)
+    reference = config.budget.reference_model
+    budget = Budget(
+        recipe=config.recipe,
+        rule=config.budget,
+        large=target.full_cost,
+        macs_reference=target.full_cost.macs if reference is None else reference_macs(reference, inputs.info),
+        train_images=inputs.info.train_images,
+    )
+    store.check()
+    return PreparedStudy(config, processes, runtime, store, inputs, networks, pruner, target, given, budget)
+
+
+def _check_batch_size(batch_size: int, processes: int) -> None:
+    # Batch norm needs two images in every process.
+    if processes > 1 and batch_size < 2 * processes:
+        raise UserError(
+            f"recipe.batch_size={batch_size}: too few for {processes} processes, which need "
+            f"two images each; start at most {max(1, batch_size // 2)}"
+        )
+
+
+def _prepare_runtime(config: StudyConfig, processes: Processes) -> Runtime:
+    device = resolve_device(config.device, processes)
+    prepare_device(device, deterministic=config.deterministic)
+    return Runtime(
+        device=device,
+        precision=resolve_precision(config.precision, device),
+        accelerate=config.accelerate,
+        checkpoint_seconds=config.store.checkpoint_seconds,
+        show_progress=sys.stderr.isatty() and processes.is_first,
+    )

@@ -1,0 +1,167 @@
+"""Runs one stage through the store: takes its result if it is there, and otherwise holds its lock and does its work.
+
+The runner alone knows locks, heartbeats, checkpoints and progress. What a stage does is a plain function (`work`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+from rethink_prune.errors import Interrupted
+from rethink_prune.store.metrics import read_metrics, write_metrics
+from rethink_prune.store.stage import MODEL_FILE, Done, Failed, Stage
+from rethink_prune.store.weights import save_weights
+from rethink_prune.study.keys import stage_name
+from rethink_prune.study.plan import StageSpec
+from rethink_prune.study.prepare import PreparedStudy
+from rethink_prune.study.work import StageAccess, do_stage
+from rethink_prune.text import duration
+from rethink_prune.tracking.tensorboard import ArmEvents
+from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.interrupts import Interrupts
+from rethink_prune.training.memory import peak_memory, reset_peak_memory
+from rethink_prune.training.progress import Row
+from rethink_prune.training.train import Diverged
+
+log = logging.getLogger(__name__)
+
+
+class Runner:
+    """Runs the stages of a study, one after the other.
+
+    Parameters
+    ----------
+    study : PreparedStudy
+    run_dir : Path
+        Gets the TensorBoard files.
+    interrupts : Interrupts
+        Tells when to stop.
+    stages : sequence of StageSpec
+        All of the study's, as far as they are known.
+    """
+
+    def __init__(
+        self, study: PreparedStudy, run_dir: Path, interrupts: Interrupts, stages: Sequence[StageSpec]
+    ) -> None:
+        self._study = study
+        self._run_dir = run_dir
+        self._interrupts = interrupts
+        self._planned_flops: dict[str, int | None] = {}
+        self._timed: set[str] = set()
+        self.replan(stages)
+
+    def replan(self, stages: Sequence[StageSpec]) -> None:
+        """Take stages as they are planned by now, to say how much time is left."""
+        self._planned_flops |= {spec.title: spec.train_flops for spec in stages}
+
+    def run(self, spec: StageSpec, parent: Done | None = None) -> Done | Failed:
+        """Return a stage from the store, or do its work.
+
+        Parameters
+        ----------
+        spec : StageSpec
+        parent : Done, optional
+            The stage it starts from.
+
+        Raises
+        ------
+        Interrupted
+            After a signal; the state is saved.
+        UserError
+            If an earlier attempt started from other weights than the parent's.
+        """
+        if self._interrupts.requested is not None:
+            self._interrupts.stop(f"before {spec.title}")
+        if spec.key is None:
+            return Failed(self._what_is_missing(spec))
+        stage = self._study.store.stage(stage_name(spec.kind, spec.key))
+        started = parent.started if parent else None
+        done_before = parent.flops_total if parent else 0
+        with self._events(spec, done_before) as events:
+            stored = stage.result(started)
+            if stored is not None:
+                log.info("%s: %.2f %% top-1, from %s", spec.title, stored["top1"], stage.name)
+            result: dict[str, Any] | Failed | None = stored
+            if result is None:
+                with stage.hold():
+                    # Another process may have finished it while this one waited for the lock.
+                    result = stage.result(started) or self._do(spec, stage, parent, events)
+            if isinstance(result, Failed):
+                return result
+            if events is not None:
+                # A stage from the store has its curves in every run that uses it.
+                events.write(read_metrics(stage.folder))
+        return Done(stage, result, done_before)
+
+    def _do(
+        self, spec: StageSpec, stage: Stage, parent: Done | None, events: ArmEvents | None
+    ) -> dict[str, Any] | Failed:
+        """Do the work of a stage that is held, and keep what it makes."""
+        stage.begin(
+            {**self._describe_network(), "key": dict(spec.key or {}), "title": spec.title},
+            parent.started if parent else None,
+        )
+
+        def on_epoch(rows: list[Row]) -> None:
+            write_metrics(stage.folder, rows)
+            if events is not None:
+                events.write(rows)
+            self._log_time_left(spec, rows)
+
+        checkpoints = Checkpoints(stage.folder, stage.check_owner)
+        device = self._study.runtime.device
+        reset_peak_memory(device)
+        try:
+            product = do_stage(self._study, self._interrupts, spec, parent, StageAccess(checkpoints, on_epoch))
+        except Diverged as failure:
+            stage.fail(str(failure), epoch=failure.epoch)
+            log.error("%s failed: %s", spec.title, failure)
+            return Failed(str(failure), failure.epoch)
+        except Interrupted:
+            stage.stop()
+            raise
+        save_weights(stage.model_file, product.weights)
+        product.architecture.save(stage.folder)
+        result = {**product.result, "peak_memory_bytes": peak_memory(device)}
+        stage.finish(result, files=(MODEL_FILE, "architecture.json"))
+        # Only now: a kill before this line goes on from the last checkpoint.
+        checkpoints.clear()
+        log.info("%s: %.2f %% top-1 in %.1f s", spec.title, result["top1"], result["seconds"])
+        return result
+
+    def _events(self, spec: StageSpec, done_before: int | None) -> Any:
+        """Return where a training's curves go, as a context; None where nothing is trained."""
+        if spec.optimizer is None or spec.cost is None:
+            return nullcontext()
+        folder = self._run_dir / "tensorboard" / spec.title
+        return closing(ArmEvents(folder, flops_before=done_before, flops_per_image=spec.cost.train_flops(1)))
+
+    def _log_time_left(self, spec: StageSpec, rows: list[Row]) -> None:
+        """Say how long the rest of the study will take, the first time that a stage has rows."""
+        if spec.title in self._timed or spec.cost is None:
+            return
+        self._timed.add(spec.title)
+        titles = list(self._planned_flops)
+        left = [self._planned_flops[title] for title in titles[titles.index(spec.title) :]]
+        trained = sum(spec.cost.train_flops(int(row["images"])) for row in rows)
+        seconds = rows[-1]["seconds"] / trained * (sum(flops or 0 for flops in left) - trained)
+        per_epoch = rows[-1]["seconds"] / len(rows)
+        rest = f"about {duration(seconds)} more" + (", and what follows pruning" if None in left else "")
+        log.info("%s: epoch %d took %.1f s; the study will take %s", spec.title, len(rows), per_epoch, rest)
+
+    def _describe_network(self) -> dict[str, Any]:
+        """Return what a stage's ``config.yaml`` says about its network, for those who take it along."""
+        dataset = self._study.inputs.dataset
+        images = {"mean": list(dataset.mean), "std": list(dataset.std)}
+        return {"network": self._study.parts.training["network"], "images": images}
+
+    def _what_is_missing(self, spec: StageSpec) -> str:
+        """Return why a stage cannot run: a training that failed before it."""
+        failed = "sparse" if self._study.pruner.trains_sparse else "large"
+        if spec.optimizer is None or spec.architecture is None:
+            return f"{failed} failed, so it is not known what is pruned"
+        return f"{failed} failed, so there is no pruned network to start from"

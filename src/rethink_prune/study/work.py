@@ -1,0 +1,231 @@
+"""What each kind of stage does: train a network, take given weights, prune. The runner keeps what they make."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from rethink_prune.cost import Cost, count_cost
+from rethink_prune.data import Epoch
+from rethink_prune.seeds import derive_generator
+from rethink_prune.store.stage import Done
+from rethink_prune.store.weights import load_stage_weights
+from rethink_prune.study.keys import shared_by_processes
+from rethink_prune.study.plan import UNPRUNED, StageSpec
+from rethink_prune.study.prepare import PreparedStudy
+from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.evaluate import evaluate
+from rethink_prune.training.hooks import HeldMasks
+from rethink_prune.training.interrupts import Interrupts
+from rethink_prune.training.progress import Progress, Row
+from rethink_prune.training.train import train
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a stage's work makes.
+
+    Attributes
+    ----------
+    weights : mapping of str to Tensor
+        A state dict.
+    architecture : Architecture
+        Of the network it fits.
+    result : dict
+        What is recorded; plain values.
+    """
+
+    weights: Mapping[str, Tensor]
+    architecture: Architecture
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageAccess:
+    """What a stage's work gets from the runner: where its state is kept, and whom to tell its rows after an epoch."""
+
+    checkpoints: Checkpoints
+    on_epoch: Callable[[list[Row]], None]
+
+
+def do_stage(
+    study: PreparedStudy, interrupts: Interrupts, spec: StageSpec, parent: Done | None, access: StageAccess
+) -> Product:
+    """Do the work of a stage, as the runner asks for it.
+
+    Parameters
+    ----------
+    study : PreparedStudy
+    interrupts : Interrupts
+        Tells when to stop.
+    spec : StageSpec
+    parent : Done, optional
+        The stage whose weights it starts from.
+    access : StageAccess
+        Where the state of a training is kept.
+    """
+    if spec.given:
+        return take_given(study)
+    weights = load_stage_weights(parent.stage) if parent else None
+    if spec.kind == "prune":
+        assert weights is not None
+        return prune_network(study, weights)
+    assert spec.architecture is not None
+    assert spec.cost is not None
+    if weights is not None:
+        model = study.networks.load(spec.architecture, weights)
+    elif spec.kind == "scratch":
+        model = study.networks.scratch(spec.architecture)
+    else:
+        model = study.networks.large()
+    # The other processes build the same shapes; the weights reach them as the training starts.
+    study.processes.order(Order(spec, shared_by_processes(study.runtime.device.type, study.parts)))
+    progress = train_stage(study, spec, model, interrupts, checkpoints=access.checkpoints, on_epoch=access.on_epoch)
+    return Product(model.state_dict(), spec.architecture, _training_result(progress.rows, spec.cost, progress.seconds))
+
+
+@dataclass(frozen=True)
+class Order:
+    """A training that the first process wants the others to take part in; `shared` has to be the same for all."""
+
+    spec: StageSpec
+    shared: Mapping[str, str]
+
+
+def train_stage(
+    study: PreparedStudy,
+    spec: StageSpec,
+    model: nn.Module,
+    interrupts: Interrupts,
+    *,
+    checkpoints: Checkpoints | None = None,
+    on_epoch: Callable[[list[Row]], None] = lambda rows: None,
+) -> Progress:
+    """Train a freshly built network in place, as a stage says; all processes that train together call this.
+
+    Parameters
+    ----------
+    study, spec, model, interrupts
+        As for `do_stage`.
+    checkpoints, on_epoch
+        Of the first process alone.
+    """
+    assert spec.optimizer is not None
+    assert spec.architecture is not None
+    # The pruner takes part in its own training; in those of the arms, masked weights are held at zero.
+    hooks = study.pruner.sparse(study.target) if spec.kind == "sparse" else HeldMasks(spec.architecture.masks)
+    if study.config.sync_batchnorm:
+        study.processes.share_norms(model, study.runtime.device)
+    hooks.prepare(model)
+    progress = train(
+        model,
+        study.inputs.train_batches,
+        study.inputs.evaluations,
+        spec.optimizer,
+        runtime=study.runtime,
+        hooks=hooks,
+        seed=study.config.seed,
+        checkpoints=checkpoints,
+        interrupts=interrupts,
+        processes=study.processes,
+        title=spec.title,
+        on_epoch=on_epoch,
+    )
+    hooks.finish(model)
+    return progress
+
+
+def take_given(study: PreparedStudy) -> Product:
+    """Evaluate the weights the user brought."""
+    given = study.given
+    assert given is not None
+    start = time.monotonic()
+    model = study.networks.load(UNPRUNED, given.state)
+    result = {
+        **_evaluation_result(study, model),
+        **asdict(study.budget.large),
+        **given.training_cost,
+        "processes": given.result.get("processes", []),
+        "seconds": time.monotonic() - start,
+    }
+    return Product(given.state, UNPRUNED, result)
+
+
+def prune_network(study: PreparedStudy, weights: Mapping[str, Tensor]) -> Product:
+    """Prune a trained network, and evaluate what is left before any retraining."""
+    start = time.monotonic()
+    model = study.networks.load(UNPRUNED, weights)
+    pruned = study.pruner.prune(
+        model.eval(),
+        study.target,
+        # The images of the first epoch, in its order.
+        data=Epoch(study.inputs.train_batches, 0),
+        generator=derive_generator(study.config.seed, "prune"),
+    )
+    # Taken before the evaluation moves the network to the device: these tensors stay on the CPU.
+    state = pruned.model.state_dict()
+    result = {
+        **_evaluation_result(study, pruned.model),
+        **asdict(count_cost(pruned.model, study.inputs.image_shape, masks=pruned.architecture.masks)),
+        "report": asdict(pruned.report),
+        "train_flops": 0,
+        "epochs": 0,
+        "seconds": time.monotonic() - start,
+    }
+    return Product(state, pruned.architecture, result)
+
+
+@dataclass(frozen=True)
+class PrunedNetwork:
+    """The network that arms train, and what went; None for what follows from a training that failed."""
+
+    report: Mapping[str, Any]
+    architecture: Architecture | None = None
+    cost: Cost | None = None
+
+
+def pruned_network(study: PreparedStudy, pruned: Done | None) -> PrunedNetwork:
+    """Return the network that a prune stage left; without one, what the options alone define."""
+    if pruned is not None:
+        cost = Cost(pruned.result["params"], pruned.result["macs"])
+        return PrunedNetwork(pruned.result["report"], Architecture.load(pruned.stage.folder), cost)
+    report = asdict(study.target.report())
+    if not study.target.known:
+        return PrunedNetwork(report)
+    return PrunedNetwork(report, study.target.architecture(), study.target.cost)
+
+
+def _evaluation_result(study: PreparedStudy, model: nn.Module) -> dict[str, float | None]:
+    found = evaluate(study.runtime.place(model), study.inputs.evaluations["test"], runtime=study.runtime)
+    top5 = {} if found.top5 is None else {"top5": found.top5}
+    # A pruned network's logits can overflow before it is retrained, and JSON has no infinity.
+    return {"top1": found.top1, **top5, "loss": found.loss if math.isfinite(found.loss) else None}
+
+
+def _training_result(rows: Sequence[Row], cost: Cost, seconds: float) -> dict[str, Any]:
+    """Return what a finished training records: the last epoch's numbers, and the best epoch's as the paper has them."""
+    last = rows[-1]
+    best = max(rows, key=lambda row: row["test_top1"])
+    result: dict[str, Any] = {
+        "top1": last["test_top1"],
+        **({"top5": last["test_top5"]} if "test_top5" in last else {}),
+        "top1_best": best["test_top1"],
+        "best_epoch": int(best["epoch"]),
+        "loss": last["test_loss"],
+        "epochs": len(rows),
+        "processes": sorted({int(row.get("processes", 1)) for row in rows}),
+        **asdict(cost),
+        "train_flops": cost.train_flops(sum(int(row["images"]) for row in rows)),
+        "seconds": seconds,
+    }
+    if "validation_top1" in last:
+        selected = max(rows, key=lambda row: row["validation_top1"])
+        result["top1_selected"] = selected["test_top1"]
+        result["selected_epoch"] = int(selected["epoch"])
+    return result

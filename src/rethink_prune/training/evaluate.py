@@ -1,0 +1,82 @@
+"""Loss and accuracy of a network over a set of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rethink_prune.data.contract import AnyEvalBatches
+from rethink_prune.training.distributed import ALONE, Processes
+from rethink_prune.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy `loss`, and accuracies in percent; `top5` only where there are more than five classes."""
+
+    loss: float
+    top1: float
+    top5: float | None = None
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Return the values as columns of ``metrics.csv``.
+
+        Examples
+        --------
+        >>> Evaluation(loss=0.25, top1=90.0).columns("test")
+        {'test_loss': 0.25, 'test_top1': 90.0}
+        """
+        return {f"{name}_{metric}": value for metric, value in vars(self).items() if value is not None}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: AnyEvalBatches, *, runtime: Runtime, processes: Processes = ALONE
+) -> Evaluation:
+    """Evaluate `model` on every image of `batches`; each image is counted once, by one of the processes.
+
+    The network is left in evaluation mode.
+
+    Examples
+    --------
+    >>> from rethink_prune.data import EvalBatches, Split
+    >>> cpu, images = torch.device("cpu"), torch.zeros(8, 4, 4, 3, dtype=torch.uint8)
+    >>> images[..., 0] = 255  # red
+    >>> split = Split(images, torch.tensor([0, 0, 0, 0, 0, 0, 1, 2]))
+    >>> batches = EvalBatches(split, batch_size=3, device=cpu, mean=(0.5,) * 3, std=(0.25,) * 3)
+    >>> brightest = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # a logit for each colour
+    >>> evaluate(brightest, batches, runtime=Runtime(cpu, "fp32")).top1
+    75.0
+    """
+    model.eval()
+    # Loss, top-1 and top-5, summed on the device: reading a number per batch would make the host wait for it.
+    totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    classes = 0
+    for images, labels in batches.part(processes.shard):
+        with runtime.autocast():
+            logits = model(images)
+        classes = logits.shape[1]
+        totals[:2] += loss_and_correct(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
+        best = logits.topk(min(5, classes), dim=1).indices
+        totals[2] += (best == labels[:, None]).any(1).sum()
+    loss_sum, correct, within_top5 = processes.sum(totals).tolist()
+    # A process whose part has no image has seen no logits.
+    (classes,) = processes.max(classes)
+    images_seen = len(batches)
+    top5 = 100.0 * within_top5 / images_seen if classes > 5 else None
+    return Evaluation(loss_sum / images_seen, 100.0 * correct / images_seen, top5)
+
+
+def loss_and_correct(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the summed loss of a batch and how many of its images are classified correctly, on their device.
+
+    Examples
+    --------
+    >>> loss_and_correct(torch.tensor(1.5), torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+    tensor([1.5000, 1.0000], dtype=torch.float64)
+    """
+    # Double, because in float32 the sum over an epoch of a million images loses digits.
+    return torch.stack([loss_sum.double(), (logits.argmax(1) == labels).sum().double()])

@@ -1,0 +1,170 @@
+"""How a study computes on this machine: the device, the precision, and what makes it fast."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rethink_prune.errors import UserError
+from rethink_prune.training.distributed import ALONE, Processes
+
+log = logging.getLogger(__name__)
+
+# The sizes of work space with which cuBLAS sums in the same order every time.
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Device, precision and speed; no choice here changes a result by more than float tolerance.
+
+    Attributes
+    ----------
+    precision : {"fp32", "bf16"}
+    accelerate : {"auto", "compile", "off"}
+        ``auto`` takes the channels-last memory format and, on CUDA, a fused optimiser and recorded steps
+        (:mod:`rethink_prune.training.accelerate`); ``compile`` takes ``torch.compile`` as well.
+    checkpoint_seconds : float
+        At least this long between two checkpoints.
+    show_progress : bool
+        Draw a progress bar.
+
+    Examples
+    --------
+    >>> runtime = Runtime(torch.device("cpu"), "fp32")
+    >>> model = runtime.place(nn.Conv2d(3, 8, 3))
+    >>> model.weight.is_contiguous(memory_format=torch.channels_last)
+    True
+    >>> with runtime.autocast():
+    ...     model(torch.zeros(1, 3, 4, 4)).dtype
+    torch.float32
+    """
+
+    device: torch.device
+    precision: str
+    accelerate: str = "auto"
+    checkpoint_seconds: float = 60.0
+    show_progress: bool = False
+
+    @property
+    def accelerates_cuda(self) -> bool:
+        """Whether a CUDA device runs the fused optimiser and recorded steps."""
+        return self.accelerate != "off" and self.device.type == "cuda"
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move `model` to the device, in the memory format in which its convolutions are fastest."""
+        # The fastest convolutions of cuDNN and oneDNN read images in the channels-last format.
+        memory_format = torch.contiguous_format if self.accelerate == "off" else torch.channels_last
+        return model.to(self.device).to(memory_format=memory_format)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which the forward pass runs; weights and their updates stay in float32."""
+        # Gradients need no scaling: bfloat16 has the range of float32, unlike float16.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def resolve_device(name: str, processes: Processes = ALONE) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is there.
+
+    Processes that train together take one CUDA device each, by their numbers on the machine.
+
+    Raises
+    ------
+    UserError
+        If a CUDA device is named and there is none of that number, or fewer devices than processes.
+
+    Examples
+    --------
+    >>> resolve_device("cpu")
+    device(type='cpu')
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count == 0):
+        return torch.device("cpu")
+    if processes.world > 1 and count > 0:
+        return _device_of(processes, name, count)
+    device = torch.device("cuda" if name == "auto" else name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"device={name}: no such CUDA device; this machine has {count}; use device=auto or device=cpu")
+    return device
+
+
+def _device_of(processes: Processes, name: str, devices: int) -> torch.device:
+    started = f"torchrun started {processes.local_world} processes on this machine"
+    if ":" in name and processes.local_world > 1:
+        raise UserError(f"device={name}: {started}, each of which needs a device of its own; use device=auto")
+    if processes.local_world > devices:
+        raise UserError(f"device={name}: {started}, which has {devices} CUDA devices; use --nproc-per-node={devices}")
+    return torch.device(name if ":" in name else f"cuda:{processes.local_rank}")
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the name of a device and, of a CPU, the number of threads.
+
+    Examples
+    --------
+    >>> describe_device(torch.device("cpu")).startswith("CPU (")
+    True
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Turn ``auto`` into ``bf16`` where the hardware computes in bfloat16, else ``fp32``.
+
+    Examples
+    --------
+    >>> resolve_precision("bf16", torch.device("cpu"))
+    'bf16'
+    """
+    if name != "auto":
+        return name
+    # Look for the instructions, not for whether torch can run the type: emulated bfloat16 is slower than float32.
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return "bf16" if has_bf16 else "fp32"
+
+
+def prepare_device(device: torch.device, *, deterministic: bool) -> None:
+    """Set what PyTorch keeps for the whole process: the current device, and whether only deterministic kernels run.
+
+    Raises
+    ------
+    UserError
+        If CUDA has started already in a way that is not deterministic.
+
+    Examples
+    --------
+    >>> prepare_device(torch.device("cpu"), deterministic=False)
+    """
+    if device.type == "cuda" and deterministic:
+        _make_cublas_deterministic()
+        log.info("deterministic=true: CUDA takes slower kernels; scripts/benchmark.py train measures what that costs")
+    # So that what names no device, such as cuBLAS's work space, is on this one as well.
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    # cuDNN times its kernels and takes the fastest, which may be another one in the next run.
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def _make_cublas_deterministic() -> None:
+    # cuBLAS reads the variable once, when CUDA starts: setting it later changes nothing.
+    value = os.environ.get(_CUBLAS)
+    if value is None and not torch.cuda.is_initialized():
+        value = os.environ[_CUBLAS] = _DETERMINISTIC_CUBLAS[0]
+    if value not in _DETERMINISTIC_CUBLAS:
+        found = f"{_CUBLAS} is {value}" if value else f"CUDA has started without {_CUBLAS}"
+        raise UserError(f"deterministic=true: {found}; start again with {_CUBLAS}={_DETERMINISTIC_CUBLAS[0]} set")
