@@ -1,9 +1,12 @@
 """What a network costs: parameters, multiply-accumulates, seconds and memory.
 
-Conventions: MACs are those of convolutions and linear layers for one image, one multiply-accumulate counting once,
-those with a masked weight not at all; training costs 6 FLOPs per MAC and image (two for the forward pass, four for the
-backward pass). A pass is timed from its call until its logits are there, alone, on images that are on the device
-already. Masked weights are zeros in tensors of full size: they take the time and the memory of any other number.
+Conventions:
+
+- MACs are those of convolutions and linear layers for one image. A multiply-accumulate counts once; one with a masked
+  weight does not count.
+- Training costs 6 FLOPs per MAC and image: two for the forward pass, four for the backward pass.
+- A forward pass is timed from its call until its logits are computed, alone, on images that are on the device already.
+- A masked weight is a zero in a tensor of full size: it takes the time and the memory of any other number.
 """
 
 from __future__ import annotations
@@ -32,7 +35,13 @@ _MOST_PASSES_PER_TURN = 100
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs: `params`, and `macs` per image."""
+    """What a network costs: `params`, and `macs` per image.
+
+    Examples
+    --------
+    >>> Cost(params=853018, macs=125485696).train_flops(images=50_000)
+    37645708800000
+    """
 
     params: int
     macs: int
@@ -81,6 +90,11 @@ def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     """Count the MACs of one image in each module, its submodules included, by name; ``""`` is the whole network.
 
     Modules without any do not appear.
+
+    Examples
+    --------
+    >>> layer_macs(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), (3, 2, 2))
+    {'1': 60, '': 60}
     """
     shapes = on_meta(model).eval()
     dtype = next((p.dtype for p in shapes.parameters() if p.is_floating_point()), None)
@@ -94,7 +108,13 @@ def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
 
 
 def weight_macs(model: nn.Module, macs: Mapping[str, int]) -> dict[str, int]:
-    """Sort the MACs of each layer, from :func:`layer_macs`, by its weight's name: several layers may share one."""
+    """Return the MACs of each weight by its name, from those of :func:`layer_macs`; layers may share a weight.
+
+    Examples
+    --------
+    >>> weight_macs(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), {"1": 60, "": 60})
+    {'1.weight': 60}
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     counts: dict[str, int] = {}
     for layer, module in model.named_modules():
@@ -111,7 +131,13 @@ def on_meta(model: nn.Module) -> nn.Module:
     ------
     UserError
         If the network holds something that refuses to be copied.
+
+    Examples
+    --------
+    >>> on_meta(nn.Linear(2, 1)).weight.device
+    device(type='meta')
     """
+    # deepcopy takes from its second argument what is copied already: no values are copied, shared tensors stay shared.
     meta: dict[int, object] = {}
     try:
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -124,7 +150,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def time_passes(models: Mapping[str, nn.Module], images: torch.Tensor, *, rounds: int) -> dict[str, list[float]]:
-    """Time forward passes of networks that take turns, so that a machine that slows down slows them all.
+    """Time forward passes of networks that take turns: a machine that slows down slows all of them.
 
     Parameters
     ----------
@@ -133,32 +159,40 @@ def time_passes(models: Mapping[str, nn.Module], images: torch.Tensor, *, rounds
     images : torch.Tensor
         One batch, N x C x H x W.
     rounds : int
-        In each, every network has a turn: after one pass that is not counted, as many as take about a fifth of a
-        second.
+        In each round, every network has a turn: one pass that is not counted, then as many as take about a fifth of
+        a second.
 
     Returns
     -------
     dict of str to list of float
-        By network, seconds per pass: of every round the median.
+        By network, seconds per pass: the median of every round.
+
+    Examples
+    --------
+    >>> times = time_passes({"small": nn.Linear(2, 1)}, torch.zeros(1, 2), rounds=3)
+    >>> len(times["small"])
+    3
     """
     passes = {}
     for name, model in models.items():
+        # The first passes choose kernels and fill the allocator's cache.
         for _ in range(_WARM_UP_PASSES):
             seconds = _time_pass(model, images)
         passes[name] = max(1, min(_MOST_PASSES_PER_TURN, int(_TURN_SECONDS / seconds)))
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
-            _time_pass(model, images)  # brings back into the caches what another network displaced
+            # The pass that is not counted: it brings back into the caches what another network displaced.
+            _time_pass(model, images)
             times[name].append(median(_time_pass(model, images) for _ in range(passes[name])))
     return times
 
 
 @torch.inference_mode()
 def pass_memory(model: nn.Module, images: torch.Tensor) -> int:
-    """Return the most bytes that a forward pass takes at once: weights, images and what is computed from them.
+    """Return the largest number of bytes that a forward pass holds at once: weights, images and what is computed.
 
-    On CUDA, what the allocator gave out, the kernels' work space included; on a CPU, the tensors alone.
+    On CUDA, what the allocator gave out, including the work space of kernels; on a CPU, the tensors alone.
 
     Parameters
     ----------
@@ -166,33 +200,42 @@ def pass_memory(model: nn.Module, images: torch.Tensor) -> int:
         In evaluation mode, on the device of `images`.
     images : torch.Tensor
         One batch, N x C x H x W.
+
+    Examples
+    --------
+    >>> pass_memory(nn.Linear(2, 1, bias=False), torch.zeros(5, 2))  # weight, images and logits in float32
+    68
     """
-    own = [*model.parameters(), *model.buffers(), images]
-    own_bytes = sum({_storage(t): t.untyped_storage().nbytes() for t in own}.values())
+    inputs = [*model.parameters(), *model.buffers(), images]
+    # By storage, because tensors may share one.
+    input_bytes = sum({_storage(t): t.untyped_storage().nbytes() for t in inputs}.values())
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats(images.device)
         before = torch.cuda.memory_allocated(images.device)
         model(images)
-        return own_bytes + torch.cuda.max_memory_allocated(images.device) - before
-    with _LiveTensors({_storage(t) for t in own}) as live:
+        return input_bytes + torch.cuda.max_memory_allocated(images.device) - before
+    with _LiveTensors({_storage(t) for t in inputs}) as live:
         model(images)
-    return own_bytes + live.peak
+    return input_bytes + live.peak
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Watches how many bytes of tensors made by torch operations are alive, but for those in the storages `known`."""
+    """Records the largest number of bytes alive in tensors that torch operations made.
 
-    def __init__(self, known: set[int]) -> None:
+    Tensors in the storages `ignored` do not count. An operation may return a view of them.
+    """
+
+    def __init__(self, ignored: set[int]) -> None:
         super().__init__()
         self.peak = 0
-        self._known = known
+        self._ignored = ignored
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in self._known:
+            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in self._ignored:
                 storage = tensor.untyped_storage()
                 self._alive[_storage(tensor)] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
@@ -207,5 +250,6 @@ def _time_pass(model: nn.Module, images: torch.Tensor) -> float:
     start = time.perf_counter()
     model(images)
     if images.is_cuda:
+        # The call returns when the kernels are queued, not when they are done.
         torch.cuda.synchronize(images.device)
     return time.perf_counter() - start

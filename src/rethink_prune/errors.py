@@ -1,4 +1,4 @@
-"""The two ways a study ends early for a reason the user can act on."""
+"""The two ways in which a study ends early: an error that the user can correct, and a signal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,27 @@ from hydra.errors import CompactHydraException
 
 
 class UserError(CompactHydraException):
-    """Something the user can put right: printed as its message alone, without a traceback, exit status 1."""
+    """An error that the user can correct: Hydra prints its message alone, without a traceback; exit status 1.
+
+    Examples
+    --------
+    >>> raise UserError("pruner.ratio=1.2: must be in (0, 1)")
+    Traceback (most recent call last):
+    rethink_prune.errors.UserError: pruner.ratio=1.2: must be in (0, 1)
+    """
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that was honoured, such as SIGINT or SIGTERM: the step was finished and saved.
+    """A signal, such as SIGINT or SIGTERM, after which the step was finished and saved.
 
     A ``KeyboardInterrupt``, so that it also ends a multirun instead of counting as one failed job.
+
+    Parameters
+    ----------
+    message : str
+        For the user.
+    signum : int
+        The signal's number.
     """
 
     def __init__(self, message: str, signum: int) -> None:
@@ -21,14 +35,14 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def overtaken(self) -> UserError | None:
-        """The error that was on its way to the user when the signal came; then it is the reason for the end."""
+        """The user's error that was being raised when the signal came: it, not the signal, is why the study ends."""
         error = self.__context__
         while error is not None and not isinstance(error, UserError):
             error = error.__context__
         return error
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
-        # Launchers send what ends a job from process to process.
+        # Launchers send exceptions between processes; the default would call the class without `signum`.
         return type(self), (str(self), self.signum)
 
 

@@ -1,4 +1,4 @@
-"""Files that are either the old content or the new, whenever the machine stops; and where shared ones are."""
+"""Writing files so that a crash leaves the old content or the new; and where shared files are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ SUMMARY_FILE = "summary.json"  # what a run leaves
 
 
 def conf_dir() -> str:
-    """Return the folder of the shipped configuration: in the wheel, or beside ``src`` in a checkout."""
+    """Return the folder of the shipped configuration: in the wheel, or beside ``src`` in a checkout.
+
+    Examples
+    --------
+    >>> (Path(conf_dir()) / "config.yaml").exists()
+    True
+    """
     package = Path(__file__).resolve().parent
     shipped = package / "conf"
     return str(shipped if shipped.is_dir() else package.parents[1] / "conf")
@@ -29,14 +35,24 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     ------
     UserError
         If the disk is full or the folder cannot be written; the old content of `path` is intact then.
+
+    Examples
+    --------
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(Path(folder) / "status.json", b"{}")
+    ...     os.listdir(folder)
+    ['status.json']
     """
     temporary = None
     try:
+        # In the same folder: a rename is atomic only within one file system.
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
+            # Without this, a power cut after the rename may leave an empty file under the new name.
             os.fsync(file.fileno())
+        # mkstemp lets only the owner read; a store may be shared.
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
         _sync_folder(path.parent)
@@ -53,18 +69,40 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; NaN and infinity are refused."""
+    """Write `value` as indented JSON, atomically.
+
+    Raises
+    ------
+    ValueError
+        If it holds NaN or infinity, which are no JSON.
+
+    Examples
+    --------
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_json(Path(folder) / "plan.json", {"epochs": 160})
+    ...     print((Path(folder) / "plan.json").read_text(), end="")
+    {
+      "epochs": 160
+    }
+    """
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal.
+
+    Examples
+    --------
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     file_digest(Path(file.name))[:16]
+    'e3b0c44298fc1c14'
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:
-    # Makes the rename itself survive a power cut.
+    """Make a rename in the folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,7 +10,7 @@ from rethink_prune.errors import UserError
 
 
 def import_object(path: str, what: str) -> object:
-    """Import ``module:attribute``; modules in the current folder count, as with ``python -m``.
+    """Import ``module:attribute``; modules in the current folder are found, as with ``python -m``.
 
     Only call this with text the user typed: importing a module runs it.
 
@@ -31,6 +31,14 @@ def import_object(path: str, what: str) -> object:
     UserError
         The path is malformed, the module is missing or fails to import, or the attribute is missing or not
         callable.
+
+    Examples
+    --------
+    >>> import_object("math:sqrt", "model.name")
+    <built-in function sqrt>
+    >>> import_object("math.sqrt", "model.name")
+    Traceback (most recent call last):
+    rethink_prune.errors.UserError: model.name=math.sqrt: must have the form path.to.module:factory
     """
     module_name, separator, attribute = path.partition(":")
     if not (separator and module_name and attribute.isidentifier()):
@@ -38,6 +46,7 @@ def import_object(path: str, what: str) -> object:
     here = str(Path.cwd())
     sys.path.insert(0, here)  # a console script, unlike `python -m`, does not look there
     try:
+        # The user may have written the module after Python listed the folder.
         importlib.invalidate_caches()
         module = importlib.import_module(module_name)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Numbers and tables as a person reads them."""
+"""Text for people: Markdown tables, durations, sizes in bytes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ from typing import Any
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table with aligned columns: the first to the left, the others to the right."""
+    """Return a Markdown table with aligned columns: the first to the left, the others to the right.
+
+    Examples
+    --------
+    >>> print(markdown(["arm", "top1"], [["finetune", "93.1"], ["scratch_e", "92.8"]]))
+    | arm       | top1 |
+    | --------- | ---: |
+    | finetune  | 93.1 |
+    | scratch_e | 92.8 |
+    """
     table = [list(columns), *map(list, rows)]
+    # A rule that aligns to the right needs two characters: "-:".
     widths = [max(2, *(len(row[i]) for row in table)) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
@@ -23,14 +33,26 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person would say them."""
+    """Return seconds in the units that suit them.
+
+    Examples
+    --------
+    >>> duration(59.6), duration(61), duration(7260)
+    ('1 min 00 s', '1 min 01 s', '2 h 01 min')
+    """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def size(count: int) -> str:
-    """Return bytes in the unit that suits them."""
+    """Return bytes in the unit that suits them: three digits, units of 1000.
+
+    Examples
+    --------
+    >>> size(512), size(3_412_072)
+    ('512 B', '3.41 MB')
+    """
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 1000:

@@ -31,7 +31,7 @@ class Architecture:
     modules : mapping of str to mapping of str to value
         New attribute values of each changed module: ``{"conv1": {"out_channels": 14}, ...}``.
     edits : mapping of str to mapping
-        New numbers for constants in the traced graph, by node name; see `cut._edit_graph`.
+        New numbers for constants in the traced graph, by node name; see `cut`.
     selections : mapping of str to torch.Tensor
         For batch norms, convolutions and linear layers that read a stream which stays whole: the indexes of the
         channels they read, int64.
@@ -88,6 +88,7 @@ class Architecture:
             if not isinstance(content, dict) or content.get("format") != _FORMAT:
                 raise UserError(f"{path}: not a file of the format {_FORMAT!r}")
             modules, edits = content["modules"], content["edits"]
+            # These decide attributes of modules and calls of the graph, so their form is checked before use.
             for table in (modules, edits):
                 if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
                     raise ValueError("modules and edits must be tables")

@@ -103,6 +103,18 @@ def branch_addition(graph: fx.Graph, model: nn.Module, end: str) -> tuple[fx.Nod
     ------
     UserError
         If what the module returns does not reach an addition of two tensors through operations on it alone.
+
+    Examples
+    --------
+    >>> class Residual(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.branch = nn.Linear(2, 2)
+    ...     def forward(self, x):
+    ...         return x + self.branch(x).relu()
+    >>> model = Residual()
+    >>> branch_addition(trace(model), model, "branch")
+    (add, x)
     """
     nodes = [node for node in graph.nodes if node.op == "call_module" and node.target == end]
     problem = f"{type(model).__name__}: {end} does not end a residual branch"
@@ -143,6 +155,7 @@ def _used_names(graph: fx.Graph) -> set[str]:
 
 def _makes_new_tensor(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Tell whether a node surely leaves its operands alone, and returns no view of them."""
+    # A view would pass on the shortcut's memory to a later operation that works in place.
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], (_ConvNd, _BatchNorm, nn.Linear))
     return node.op == "call_function" and node.target in (operator.add, torch.add)

@@ -108,6 +108,7 @@ class Call:
 
     def channel_flows(self) -> list[ChannelStream | ChannelCount]:
         """Return every stream and channel count among the arguments, in sequences, slices and mappings too."""
+        # A call may have them anywhere: torch.cat([x, y]), x[:, :n], x.view(n, c, 1, 1).
         leaves: list[Any] = []
         fx.node.map_aggregate((self.flow_args, dict(self.flow_kwargs)), leaves.append)
         return [leaf for leaf in leaves if isinstance(leaf, ChannelStream | ChannelCount)]
@@ -126,7 +127,7 @@ class Constant:
     node : str
         Name of the graph node.
     kind : {"slice", "narrow", "split", "pad", "size"}
-        How the numbers are written; see `cut._edit_graph`.
+        How the numbers are written; see `cut`.
     position : int
         Where in the argument they stand.
     stream : ndarray
@@ -224,6 +225,7 @@ class ChannelIds:
 
     def fresh(self, count: int) -> Ids:
         """Return new ids."""
+        # Ids are counted up, so the ids of a network are the row 0 ... count - 1 that arrays are indexed by.
         self.count += count
         return np.arange(self.count - count, self.count)
 
@@ -265,6 +267,7 @@ class ChannelIds:
     def add_constant(self, call: Call, kind: str, position: int, pieces: tuple[Ids, ...], unedited: Counts) -> None:
         """Record numbers in the call's arguments that count channels, or freeze what they count; see `Constant`."""
         stream = call.subject.ids
+        # An edited constant stands in one traced graph; it would be wrong in the mode that runs another one.
         if self.can_edit:
             self.constants.append(Constant(call.label, kind, position, stream, pieces, unedited))
             return

@@ -78,10 +78,12 @@ class Channels:
 
     def __init__(self, ids: ChannelIds) -> None:
         self._ids = ids
-        # From ids to units: ids that go together get the same number.
+        # From ids to units: ids that go together get the same number. The rules only collect pairs; SciPy finds the
+        # connected components of all of them at once.
         self._unit_of = _components(ids.count, [*ids.united, *ids.tied])
         self._outputs = {name: self._unit_of[values] for name, values in ids.outputs.items()}
         self._coupled = {unit for values in ids.coupled for unit in self._unit_of[values].tolist()}
+        # Of several reasons the first one is reported.
         reasons: dict[int, str] = {}
         for values, reason in ids.frozen:
             for unit in np.unique(self._unit_of[values]).tolist():
@@ -100,6 +102,12 @@ class Channels:
         ----------
         scope : {"inner", "all"}
             Without or with the channels that an addition or padding ties to others.
+
+        Examples
+        --------
+        >>> channels = analyse(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.zeros(1, 2))
+        >>> [group.layers for group in channels.groups("all")]
+        [('0',)]
         """
         if scope not in ("inner", "all"):
             raise UserError(f"scope={scope}: must be inner or all")
@@ -110,11 +118,18 @@ class Channels:
 
         What one channel becomes on the way counts as that channel: normalised, pooled, added to others. Where
         an addition joins several layers, a reader of the sum counts if it runs after `layer`.
+
+        Examples
+        --------
+        >>> channels = analyse(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), torch.zeros(1, 2))
+        >>> channels.consumers("0")
+        ('2',)
         """
         if layer not in self._outputs:
             raise UserError(f"{layer}: is no convolution, linear layer or selection of this network")
         order = list(self._outputs)
         later = [name for name in order[order.index(layer) + 1 :] if name in self._ids.inputs]
+        # Without `tied`: a depthwise convolution's output goes with its input, but it is another value.
         values = _components(self._ids.count, self._ids.united)
         written = values[self._ids.outputs[layer]]
         return tuple(name for name in later if np.isin(written, values[self._ids.inputs[name]]).any())
@@ -127,6 +142,13 @@ class Channels:
         dict of str to tuple of tuple of int
             For each convolution or linear layer that reads the group's channels and is none of its own layers: per
             unit its input positions (several after a flatten, one as a rule).
+
+        Examples
+        --------
+        >>> model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(8, 1))
+        >>> channels = analyse(model, torch.zeros(1, 3, 4, 4))
+        >>> channels.inputs(channels.groups()[0])
+        {'2': ((0, 1, 2, 3), (4, 5, 6, 7))}
         """
         read = [self._inputs_of.get(unit, {}) for unit in self._groups[group.name][1]]
         names = [name for name in self._ids.inputs if any(name in places for places in read)]
@@ -144,6 +166,13 @@ class Channels:
         ------
         UserError
             If there is no such group or unit, or if a group or module would be left without channels.
+
+        Examples
+        --------
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        >>> plan = analyse(model, torch.zeros(1, 3, 8, 8)).plan({"0": [1, 3]})
+        >>> plan.outputs, plan.inputs
+        ({'0': (0, 2)}, {'2': (0, 2)})
         """
         keep = np.ones(self._ids.count, dtype=bool)
         for name, indexes in drop.items():
@@ -226,6 +255,15 @@ def analyse(model: nn.Module, example: torch.Tensor, *, selecting: Literal["norm
     ------
     UserError
         If the network cannot be traced, or does not take `example`.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    >>> channels = analyse(model, torch.zeros(1, 3, 8, 8))
+    >>> [(group.name, group.size, list(group.norms)) for group in channels.groups()]
+    [('0', 4, ['1'])]
+    >>> channels.frozen
+    {'3': 'network output'}
     """
     # The tracer puts constants into what it traces, so each trace has a copy.
     network, training_network = on_meta(model).eval(), on_meta(model).eval()

@@ -61,6 +61,7 @@ def apply(model: nn.Module, plan: CutPlan) -> tuple[nn.Module, Architecture]:
     pruned = _cut(model, plan.outputs, plan.inputs, plan.selections, plan.attributes)
     shapes = on_meta(pruned).eval()
     graph = _edit_graph(shapes, plan.edits)
+    # A forward pass may compute with a width (x * self.conv.out_channels), which no trace of the full network shows.
     _check_operations(graph, shapes, plan)
     if plan.edits:
         pruned = run_graph(pruned, graph, shapes)
@@ -179,6 +180,7 @@ def _cut(
             for dim, kept in enumerate((outputs.get(name), inputs.get(name) if key == "weight" else None)):
                 if kept is not None:
                     cut = cut.index_select(dim, torch.tensor(list(kept), device=tensor.device))
+            # index_select returns a contiguous tensor; channels_last would be lost.
             if tensor.ndim == 4 and not tensor.is_contiguous():
                 cut = cut.contiguous(memory_format=torch.channels_last)
             # A parameter cannot change its shape in place, so these are new: an optimiser built before the cut
@@ -189,6 +191,7 @@ def _cut(
     result = copy.deepcopy(model, memo)
     for name, values in attributes.items():
         for attribute, value in values.items():
+            # JSON has lists for tuples; torch wants a tuple for a padding.
             setattr(result.get_submodule(name), attribute, tuple(value) if isinstance(value, list) else value)
     for name, indexes in selections.items():
         module = result.get_submodule(name)

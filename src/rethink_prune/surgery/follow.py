@@ -40,6 +40,7 @@ def follow_channels(
         flow_args, args = (fx.node.map_arg(node.args, table.__getitem__) for table in (flows, values))
         flow_kwargs, kwargs = (fx.node.map_arg(node.kwargs, table.__getitem__) for table in (flows, values))
         call = Call(node, module, name, flow_args, flow_kwargs, args, kwargs, result=values[node])
+        # Without a rule, the result has no channels that can go, which is always right.
         flow: Flow = None
         try:
             if module is not None:
@@ -48,6 +49,7 @@ def follow_channels(
             elif node.op == "get_attr":
                 ids.read_directly.add(str(node.target))
             elif node.op == "output":
+                # Classes, or features that another network reads: their number is not ours to change.
                 for stream in call.channel_flows():
                     ids.freeze(stream.ids, "network output")
             elif call.channel_flows():
@@ -70,6 +72,7 @@ def tie_shared_parameters(ids: ChannelIds) -> None:
     owners: defaultdict[int, list[tuple[str, str, Any]]] = defaultdict(list)
     tables = (ids.outputs, ids.inputs, ids.features)
     for name, module in ids.modules.items():
+        # Layers can share a parameter only if a cut means the same for all of them.
         kind = type(module), getattr(module, "groups", 1), [name in table for table in tables]
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             owners[id(tensor)].append((name, key, kind))

@@ -117,10 +117,11 @@ def infer_values(graph: fx.Graph, model: nn.Module, input_shape: tuple[int, ...]
     >>> {node.name: tuple(value.shape) for node, value in values.items()}
     {'input_1': (1, 3, 6, 6), '_0': (1, 8, 4, 4), '_1': (1, 128), 'output': (1, 128)}
     """
+    # Torch refuses to mix types, on meta tensors too, so the example has the type of the weights.
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     example = torch.empty(input_shape, dtype=next(floating, torch.get_default_dtype()), device="meta")
     interpreter = _ShapeInterpreter(model, garbage_collect_values=False, graph=graph)
-    interpreter.extra_traceback = False
+    interpreter.extra_traceback = False  # it would add the trace to messages for users
     with torch.no_grad():
         interpreter.run(example, enable_io_processing=False)
     return interpreter.env
@@ -140,7 +141,14 @@ def describe_call(node: fx.Node) -> str:
 
 
 def have_same_calls(first: fx.Graph, second: fx.Graph) -> bool:
-    """Tell whether two graphs, such as those of the two modes of a network, run the same operations."""
+    """Tell whether two graphs, such as those of the two modes of a network, run the same operations.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    >>> have_same_calls(trace(model), trace(model, training=True))  # the module decides, not the graph
+    True
+    """
     calls = [[(node.name, describe_call(node)) for node in graph.nodes] for graph in (first, second)]
     return calls[0] == calls[1]
 
@@ -149,6 +157,13 @@ def operation_name(node: fx.Node) -> str:
     """Return the plain name of what a function or method node calls: ``x += y``, ``x.add_(y)`` are ``add``.
 
     Functions from elsewhere than torch are named by their module too, so that no rule takes them for torch's.
+
+    Examples
+    --------
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> operation_name(graph.call_method("add_", (x, 1))), operation_name(graph.call_function(describe_call, (x,)))
+    ('add', 'rethink_prune.describe_call')
     """
     if isinstance(node.target, str):
         name = node.target.rstrip("_")
@@ -161,12 +176,29 @@ def operation_name(node: fx.Node) -> str:
 
 
 def called_module(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
-    """Return the module that a node calls; None if it is a function, a method, an input or the output."""
+    """Return the module that a node calls; None if it is a function, a method, an input or the output.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.ReLU())
+    >>> [called_module(node, dict(model.named_modules())) for node in trace(model).nodes]
+    [None, ReLU(), None]
+    """
     return modules[str(node.target)] if node.op == "call_module" else None
 
 
 def overwrites_operand(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Tell whether a call, of one of the modules or of a function, writes its result into its first operand."""
+    """Tell whether a call, of one of the modules or of a function, writes its result into its first operand.
+
+    In-place ReLU and ``x += y`` change a tensor that others may read: they read the new values.
+
+    Examples
+    --------
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> [overwrites_operand(graph.call_method(name, (x,)), {}) for name in ("relu", "relu_")]
+    [False, True]
+    """
     module = called_module(node, modules)
     if module is not None:
         return bool(getattr(module, "inplace", False))
@@ -185,6 +217,12 @@ def run_graph(model: nn.Module, graph: fx.Graph, traced: nn.Module) -> fx.GraphM
         A changed trace of `traced`.
     traced : nn.Module
         The copy of `model` that was traced.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 1))
+    >>> type(run_graph(model, trace(model), model)).__name__, list(model.state_dict())
+    ('Sequential', ['0.weight', '0.bias'])
     """
     for node in graph.nodes:
         if node.op == "get_attr" and hasattr(traced, node.target) and not hasattr(model, node.target):

@@ -1,4 +1,7 @@
-"""Weights that are gone one by one: boolean masks."""
+"""Boolean masks: single weights that are gone, in tensors that keep their shape.
+
+``torch.nn.utils.prune`` is not used: it renames the keys of the state dict, and a network that has it cannot be copied.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,15 @@ Masks = Mapping[str, torch.Tensor]
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: Masks) -> None:
-    """Set masked weights to zero, in place."""
+    """Set masked weights to zero, in place.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> apply_masks(layer, {"weight": torch.tensor([[False, True]])})
+    >>> layer.weight == 0
+    tensor([[ True, False]])
+    """
     for name, mask in masks.items():
         parameter = model.get_parameter(name)
         parameter.masked_fill_(~mask.to(parameter.device), 0.0)
@@ -33,7 +44,16 @@ def draw_masked(model: nn.Module, masks: Masks) -> None:
         Freshly initialised; changed in place. Draws from torch's global generator, in the order of the names.
     masks : mapping of str to torch.Tensor
         Each with at least one True.
+
+    Examples
+    --------
+    >>> layer = nn.Conv2d(1, 1, 2, bias=False)
+    >>> draw_masked(layer, {"weight": torch.tensor([[[[True, False], [True, True]]]])})
+    >>> layer.weight != 0
+    tensor([[[[ True, False],
+              [ True,  True]]]])
     """
+    # Sorted, because masks that were stored come back in another order, and each draw moves the generator on.
     for name in sorted(masks):
         parameter = model.get_parameter(name)
         if parameter.ndim > 2:

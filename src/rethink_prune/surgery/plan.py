@@ -37,7 +37,7 @@ class CutPlan:
     attributes : mapping of str to mapping of str to value
         The attributes to set: ``out_channels``, ``in_channels``, ``groups``, ``num_features``, ...
     edits : mapping of str to mapping
-        New numbers for constants in the graph that count channels, by node name; see `cut._edit_graph`.
+        New numbers for constants in the graph that count channels, by node name; see `cut`.
     widths : mapping of str to (int, int)
         Kept and full output channels of every convolution, linear layer and selection.
     """
@@ -92,6 +92,7 @@ def plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds) -> CutPlan:
             plan.inputs[name] = kept
         else:  # whole groups go, which are rows of the weight; its columns are those of one group
             plan.set_attribute(name, "groups", groups * len(kept) // len(ids.inputs[name]))
+    # A batch norm's channels, or the slopes of a PReLU with one for each channel.
     for name, kept in _find_cut(ids.features, keep):
         plan.outputs[name] = kept
         norm = isinstance(ids.modules[name], _BatchNorm)

@@ -37,6 +37,7 @@ def select_inputs(module: nn.Module, indexes: torch.Tensor) -> None:
     >>> layer(torch.zeros(1, 5)).shape
     torch.Size([1, 1])
     """
+    # Pruned a second time, the module has the hook already.
     if not selects(module):
         module.register_forward_pre_hook(_read_selected)
     module.register_buffer("selected", indexes.to(torch.int64), persistent=False)
@@ -90,6 +91,20 @@ def may_select(node: fx.Node, modules: Mapping[str, nn.Module], kind: str | None
         All modules of the network.
     kind : {"norm", "conv"}, optional
         Which modules may select at all: batch norms, or convolutions that start a residual branch.
+
+    Examples
+    --------
+    >>> class Dense(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.stem, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    ...     def forward(self, x):
+    ...         x = self.stem(x)
+    ...         return torch.cat([x, self.norm(x)], 1)
+    >>> model = Dense()
+    >>> [node.name for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"
+    ...  and may_select(node, dict(model.named_modules()), "norm")]
+    ['norm']
     """
     module = modules[str(node.target)]
     if kind == "norm":

@@ -40,6 +40,7 @@ def follow_unchanged(ids: ChannelIds, call: Call) -> Flow:
 
 def follow_pooling(ids: ChannelIds, call: Call) -> Flow:
     """Pass if the pooled dimensions, 1 to 3 at the end, are not the channels."""
+    # The name says how many dimensions are pooled: max_pool2d, AdaptiveAvgPool2d.
     dimensions = re.search(r"([123])d", call.name)
     if dimensions is None or call.stream.axis >= -int(dimensions[1]):
         raise NoRule(f"{call.name} along the channels")
@@ -76,7 +77,7 @@ def follow_arithmetic(ids: ChannelIds, call: Call) -> Flow:
     streams = [operand for operand in (first, second) if isinstance(operand, ChannelStream)]
     if len(call.channel_flows()) != len(streams):
         raise NoRule(f"{call.name} with a channel count")
-    # What is divided by zero is no zero.
+    # A removed channel is zero, and something divided by zero is not.
     if call.name == "div" and isinstance(second, ChannelStream) and (second.zero or len(streams) == 1):
         raise NoRule("division by a channel")
     if len(streams) == 2:
@@ -99,6 +100,7 @@ def _unite_operands(ids: ChannelIds, call: Call, first: ChannelStream, second: C
     if first.axis != second.axis:
         raise NoRule(f"{call.name} of channels along different dimensions")
     if len(first.ids) != len(second.ids):
+        # One channel scales all others, as in an attention map: it stays, they are free.
         narrow, wide = sorted((first, second), key=lambda stream: len(stream.ids))
         ids.freeze(narrow.ids, f"{call.label}: one channel is broadcast over many")
         if call.name == "div" and wide is second:
@@ -139,6 +141,7 @@ def follow_concatenation(ids: ChannelIds, call: Call) -> Flow:
         if len(streams) < len(parts):
             ids.freeze(streams[0].ids, f"{call.label}: joined with a tensor that stays whole")
         return replace(streams[0], zero=len(streams) == len(parts) and all(stream.zero for stream in streams))
+    # The joined stream says for all of its channels that masking makes them zero, so it must be true of every part.
     for stream in streams:
         ids.need_zero(stream, call)
     joined = []
@@ -256,6 +259,7 @@ def follow_reshape(ids: ChannelIds, call: Call) -> Flow:
     if (layout := _find_layout(tuple(call.args[0].shape), stream.axis, tuple(call.result.shape))) is None:
         raise NoRule(f"{call.name} splits the channels")
     dim, outer, inner = layout
+    # After a flatten, each channel stands for as many features as it has pixels.
     result = replace(stream, ids=np.tile(np.repeat(stream.ids, inner), outer), axis=dim - call.result.ndim)
     return _match_size(ids, call, result, dim) if call.name in _TAKES_SIZES else result
 
@@ -267,6 +271,7 @@ def _find_layout(shape: tuple[int, ...], axis: int, new: tuple[int, ...]) -> tup
     channels survive in a dimension of `new` if it starts inside the outer dimensions and ends inside the
     inner ones.
     """
+    # Any view that keeps channels apart is followed, and only those: a shuffle of channels (ShuffleNet) splits them.
     before, channels, after = prod(shape[:axis]), shape[axis], prod(shape[axis:]) // max(1, shape[axis])
     for dim, size in enumerate(new):
         lead, tail = prod(new[:dim]), prod(new[dim + 1 :])
@@ -344,6 +349,7 @@ def _count_from_end(dim: int, ndim: int) -> int:
 
 def follow_size(ids: ChannelIds, call: Call) -> Flow:
     """Give the channel count where the size of that dimension is read."""
+    # A network that reads a width and builds a view from it (x.view(n, c, 1, 1)) adapts by itself.
     stream, dim = call.stream, call.value(1, "dim")
     ndim = call.args[0].ndim
     counts = [ChannelCount(stream.ids) if i - ndim == stream.axis else None for i in range(ndim)]

@@ -59,10 +59,11 @@ def _follow_layer(ids: ChannelIds, call: Call, layer: Any) -> ChannelStream:
     """Give a convolution or linear layer fresh outputs; unite the inputs and outputs of each group."""
     name, shape, groups = call.label, layer.weight.shape, getattr(layer, "groups", 1)
     axis = 1 - len(shape)
+    # A grouped convolution's weight has the inputs of one group only.
     inputs = _input_ids(ids, call, axis, groups * shape[1])
     if groups == 1 and call.channel_flows():  # with groups, the layer's own zero weights hide its input
         ids.need_zero(call.stream, call)
-    if name in ids.outputs:
+    if name in ids.outputs:  # the layer runs a second time, with the same weights
         ids.tie(ids.inputs[name], inputs)
     else:
         outputs = ids.fresh(shape[0])
