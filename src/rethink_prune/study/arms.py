@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,3 +67,14 @@ ARMS: Mapping[str, Arm] = {
         "large", "fresh", "scratch_b", "unpruned, longer", "unpruned, longer", Style("#999999", _DASH_DOTS, "v")
     ),
 }
+
+
+def draws_anew(arms: Iterable[str]) -> bool:
+    """Tell whether one of these arms draws the weights of a pruned network anew.
+
+    Examples
+    --------
+    >>> draws_anew(["finetune"]), draws_anew(["finetune", "scratch_e"])
+    (False, True)
+    """
+    return any(ARMS[name].weights == "fresh" for name in arms)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,54 +22,61 @@ from rethink_prune.surgery.cut import reshape
 from rethink_prune.surgery.masks import draw_masked
 
 
+@dataclass(frozen=True)
 class Networks:
-    """Builds the networks of a study.
+    """Builds the networks of a study; `check` tells whether it can.
 
-    Parameters
+    Attributes
     ----------
-    options : ModelConfig
-        Which network.
     info : DatasetInfo
         Has the sizes of images and output.
     seed : int
         Decides the weights that are drawn.
-    draws_anew : bool
-        Whether some arm draws the weights of a pruned network anew.
-
-    Attributes
-    ----------
-    init : str, optional
-        Name of the initialiser: as configured, or the family's; None where there is neither.
-    build_options : dict
-        What ``build_model`` is told beside the sizes.
-
-    Raises
-    ------
-    UserError
-        If the network cannot be built, takes no such images, gives no logits, or cannot be drawn anew.
     """
 
-    def __init__(self, options: ModelConfig, info: DatasetInfo, *, seed: int, draws_anew: bool) -> None:
-        if options.init not in (None, *INITIALISERS):
-            raise UserError(f"model.init={options.init}: no such initialiser; one of {', '.join(INITIALISERS)}")
-        self._options = options
-        self._info = info
-        self._seed = seed
-        self.build_options = {**asked_options(options.name, options.options), **options.args}
+    options: ModelConfig
+    info: DatasetInfo
+    seed: int
+
+    @cached_property
+    def build_options(self) -> dict[str, Any]:
+        """What ``build_model`` is told beside the sizes."""
+        return {**asked_options(self.options.name, self.options.options), **self.options.args}
+
+    @cached_property
+    def init(self) -> str | None:
+        """Name of the initialiser: as configured, or the family's; None where there is neither."""
+        return self.options.init or family_initialiser(self.large())
+
+    def check(self, *, draws_anew: bool) -> None:
+        """Check the network before anything is trained.
+
+        Parameters
+        ----------
+        draws_anew : bool
+            Whether some arm draws the weights of a pruned network anew.
+
+        Raises
+        ------
+        UserError
+            If the network cannot be built, takes no such images, gives no logits, or cannot be drawn anew.
+        """
+        init = self.options.init
+        if init not in (None, *INITIALISERS):
+            raise UserError(f"model.init={init}: no such initialiser; one of {', '.join(INITIALISERS)}")
         model = self.large()
-        self.init = options.init or family_initialiser(model)
         if draws_anew and self.init is None:
-            _check_redrawn(model, options.name)
-        _check_output(model, info, options.name)
+            _check_redrawn(model, self.options.name)
+        _check_output(model, self.info, self.options.name)
 
     def large(self) -> nn.Module:
         """Build the unpruned network with the weights that the stage ``large`` starts from."""
-        options, seed = self._options, derive_seed(self._seed, "large-init")
+        options, seed = self.options, derive_seed(self.seed, "large-init")
         with seeded(seed):
             network = build_model(
                 options.name,
-                num_classes=self._info.num_classes,
-                in_channels=self._info.channels,
+                num_classes=self.info.num_classes,
+                in_channels=self.info.channels,
                 **self.build_options,
             )
         init = options.init or family_initialiser(network)
@@ -83,7 +93,7 @@ class Networks:
         """Build a pruned network with every weight drawn anew, in its own widths."""
         network = reshape(self.large(), architecture)
         # Another stream than that of large: sharing it would be half a lottery ticket.
-        with seeded(derive_seed(self._seed, "scratch-init")):
+        with seeded(derive_seed(self.seed, "scratch-init")):
             INITIALISERS[self.init or "reset_parameters"](network)
             draw_masked(network, architecture.masks)
         return network

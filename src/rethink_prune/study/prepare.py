@@ -15,7 +15,7 @@ from rethink_prune.config import StudyConfig, parse_config
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import Pruner, Target, find_pruner
 from rethink_prune.store.store import Store
-from rethink_prune.study.arms import ARMS
+from rethink_prune.study.arms import ARMS, draws_anew
 from rethink_prune.study.budget import Budget
 from rethink_prune.study.inputs import Inputs
 from rethink_prune.study.keys import KeyParts, key_parts
@@ -104,17 +104,10 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
     _check_batch_size(config.recipe.batch_size, processes.world)
     store = Store(Path(config.store.root))
     runtime = _prepare_runtime(config, processes)
-    inputs = Inputs(
-        config.dataset,
-        config.recipe,
-        seed=config.seed,
-        runtime=runtime,
-        processes=processes,
-        cache_dir=store.cache,
-    )
+    inputs = Inputs(config.dataset, config.recipe, config.seed, runtime, processes, store.cache)
     pruner = find_pruner(config.pruner.name)(config.pruner)
-    draws_anew = any(ARMS[name].weights == "fresh" for name in config.arms)
-    networks = Networks(config.model, inputs.info, seed=config.seed, draws_anew=draws_anew)
+    networks = Networks(config.model, inputs.info, config.seed)
+    networks.check(draws_anew=draws_anew(config.arms))
     model = networks.large()
     target = pruner.target(model, torch.zeros(1, *inputs.image_shape), config.model.name)
     if needs_pruning(target, config.arms):

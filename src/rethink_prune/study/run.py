@@ -14,7 +14,6 @@ from typing import Any
 from rethink_prune.config import StudyConfig
 from rethink_prune.files import write_json
 from rethink_prune.store.stage import Done
-from rethink_prune.study.describe import describe_study, hparams
 from rethink_prune.study.join import call_others
 from rethink_prune.study.keys import add_keys
 from rethink_prune.study.plan import plan_arms, plan_content
@@ -81,7 +80,7 @@ def run_study(
     log.info("%s, precision %s%s", describe_device(study.runtime.device), study.runtime.precision, auto)
     planned = {spec.title: spec for spec in add_keys(stages, study.parts, {})}
     runner = Runner(study, run_dir, interrupts, list(planned.values()))
-    summary = Summary(run_dir, study.store, describe_study(study, experiment), hparams(config))
+    summary = Summary(run_dir, study, experiment)
     done: dict[str, Done] = {}
 
     # The unpruned network, trained plainly, and by some pruners also their own way.

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically, write_json
 from rethink_prune.store.stage import Done, Failed
-from rethink_prune.store.store import Store
+from rethink_prune.study.arms import draws_anew
+from rethink_prune.study.keys import settings
+from rethink_prune.study.prepare import PreparedStudy
 from rethink_prune.study.tables import study_table
 from rethink_prune.study.work import PrunedNetwork
 from rethink_prune.tracking.tensorboard import write_study
+from rethink_prune.training.runtime import describe_device
 
 
 class Summary:
@@ -25,20 +31,17 @@ class Summary:
     ----------
     run_dir : Path
         Where it is written.
-    store : Store
-        Gets a record of which run uses which stages, and a copy of the summary.
-    described : mapping
-        What is known about the study as a whole; ``warnings`` among it.
-    hparams : mapping
-        The configuration, for TensorBoard.
+    study : PreparedStudy
+        Its store gets a record of which run uses which stages, and a copy of the summary.
+    experiment : str, optional
+        Name of the experiment file.
     """
 
-    def __init__(self, run_dir: Path, store: Store, described: Mapping[str, Any], hparams: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, study: PreparedStudy, experiment: str | None) -> None:
         self.run_dir = run_dir
-        self.store = store
+        self.study = study
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
-        self.content: dict[str, Any] = {"study": dict(described)}
-        self._hparams = hparams
+        self.content: dict[str, Any] = {"study": describe_study(study, experiment)}
         self._stages: dict[str, str] = {}
         self._write()
 
@@ -82,7 +85,8 @@ class Summary:
         bases = {name: self.content[name] for name in ("large", "sparse") if name in self.content}
         entries = {**bases, **arms}
         finals = {f"top1/{name}": entry["top1"] for name, entry in entries.items() if entry["status"] == "done"}
-        write_study(self.run_dir / "tensorboard" / "hparams", self._hparams, finals, self._table())
+        config = self.study.config.model_dump(mode="json", exclude={"arms", "store", "dry_run"}, serialize_as_any=True)
+        write_study(self.run_dir / "tensorboard" / "hparams", config, finals, self._table())
         print(self._table())
         failed = {name: entry["reason"] for name, entry in entries.items() if entry["status"] == "failed"}
         if failed:
@@ -118,4 +122,54 @@ class Summary:
         write_json(self.run_dir / "summary.json", self.content)
         write_atomically(self.run_dir / "summary.md", f"{self._table()}\n".encode())
         record = {"run_dir": str(self.run_dir.absolute()), "stages": self._stages, "summary": self.content}
-        self.store.record_run(self.run_id, record)
+        self.study.store.record_run(self.run_id, record)
+
+
+def describe_study(study: PreparedStudy, experiment: str | None) -> dict[str, Any]:
+    """Return the part ``study`` of a summary; `experiment` is the name of the experiment file, if there is one."""
+    config, info = study.config, study.inputs.info
+    return {
+        "experiment": experiment,
+        "dataset": config.dataset.name,
+        "train_images": info.train_images,
+        "test_images": info.test_images,
+        "model": config.model.name,
+        "pruner": config.pruner.name,
+        "target": {config.pruner.target_option: getattr(config.pruner, config.pruner.target_option)},
+        "recipe": config.recipe.name,
+        "budget": config.budget.name,
+        "seed": config.seed,
+        "device": describe_device(study.runtime.device),
+        "precision": study.runtime.precision,
+        "arms": list(config.arms),
+        "settings": settings(config, study.parts),
+        "versions": _package_versions(),
+        "commit": _commit(),
+        "warnings": _warnings(study),
+    }
+
+
+def _warnings(study: PreparedStudy) -> list[str]:
+    if study.networks.init is not None or not draws_anew(study.config.arms):
+        return []
+    return [
+        f"{study.config.model.name} belongs to no known family: scratch arms draw weights with "
+        "reset_parameters; name an initialiser with model.init if that is not how it is trained"
+    ]
+
+
+def _package_versions() -> dict[str, str]:
+    names = ("rethink-prune", "torch", "torchvision", "numpy", "hydra-core")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout this package runs from, or None for an installed copy."""
+    checkout = Path(__file__).resolve().parents[3]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
