@@ -54,9 +54,6 @@ def evaluate_stage(
     model, config, trained = load_model(stage.folder, factory), compose_dataset(overrides), read_config(stage)
     network = trained["network"]
     options = config.dataset
-    if options.mean is None and "images" in trained:
-        # By name: nothing else that a stage says may choose what is loaded.
-        options = options.with_statistics(trained["images"]["mean"], trained["images"]["std"])
     info = describe_dataset(options)
     # Before any image is read.
     expected = {
@@ -67,6 +64,9 @@ def evaluate_stage(
     problems = [f"{has} {what}, not {needs}" for what, (has, needs) in expected.items() if has != needs]
     if problems:
         raise UserError(f"{info.name}: does not fit {stage.name}: it has {' and '.join(problems)}")
+    if options.mean is None and "images" in trained:
+        # By name: nothing else that a stage says may choose what is loaded.
+        options = options.with_statistics(trained["images"]["mean"], trained["images"]["std"])
     cache = Store(Path(config.store.root)).cache
     dataset = load_dataset(options, cache_dir=cache, progress=runtime.show_progress)
     batches = eval_batches(
