@@ -98,7 +98,10 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
             known = sorted(set(parameters) - {"num_classes", "in_channels"}) or ["none"]
             raise UserError(f"model.{option}: {name} has no such option; it has: {', '.join(known)}")
         if name in MODELS:
-            _check_kind(option, value, type(parameters[option].default))
+            kind = type(parameters[option].default)
+            # The text "false" would count as true. A whole number may stand for a float, but true and false may not.
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise UserError(f"model.{option}={value}: must be {_KINDS[kind]}")
     # A network of the user's own may take images of one kind only, and has no such parameter then.
     if "in_channels" in parameters:
         options["in_channels"] = in_channels
@@ -140,10 +143,3 @@ def asked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     # A list, not a set: a value that someone chose need not be hashable.
     defaults = [(option, p.default) for signature in signatures for option, p in signature.parameters.items()]
     return {option: value for option, value in options.items() if option in own or (option, value) not in defaults}
-
-
-def _check_kind(option: str, value: object, kind: type) -> None:
-    """Refuse a value that is not of the kind of the option's default."""
-    # The text "false" would count as true. A whole number may stand for a float, but true and false may not.
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise UserError(f"model.{option}={value}: must be {_KINDS[kind]}")
