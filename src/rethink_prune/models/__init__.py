@@ -54,9 +54,8 @@ def model_factory(name: str) -> Factory:
         factory = import_object(name, "model.name")
         assert callable(factory)
         return factory
-    raise UserError(
-        f"model.name={name}: no such network; one of {', '.join(MODELS)}, or your own as path.to.module:factory"
-    )
+    known = f"one of {', '.join(MODELS)}, or your own as path.to.module:factory"
+    raise UserError(f"model.name={name}: no such network; {known}")
 
 
 def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **options: Any) -> nn.Module:
@@ -113,10 +112,8 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
             # Our networks' messages begin with the option whose value is wrong.
             raise UserError(f"model.{error}") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(
-            f"model.name={name}: building it with num_classes={num_classes} failed with {reason} "
-            "(HYDRA_FULL_ERROR=1 shows where)"
-        ) from error
+        problem = f"building it with num_classes={num_classes} failed with {reason}"
+        raise UserError(f"model.name={name}: {problem} (HYDRA_FULL_ERROR=1 shows where)") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={name}: gave a {type(model).__name__}, not a torch.nn.Module")
     # The published variants of a pruner are looked up by this name.
