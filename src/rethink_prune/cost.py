@@ -138,11 +138,9 @@ def on_meta(model: nn.Module) -> nn.Module:
     device(type='meta')
     """
     # deepcopy takes from its second argument what is copied already: no values are copied, shared tensors stay shared.
-    meta: dict[int, object] = {}
     try:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            empty = torch.empty_like(tensor, device="meta")
-            meta[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        meta: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+        meta |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
         return copy.deepcopy(model, meta)
     except Exception as error:
         raise UserError(f"{type(model).__name__}: cannot be copied: {error}") from error

@@ -54,9 +54,8 @@ def model_factory(name: str) -> Factory:
         factory = import_object(name, "model.name")
         assert callable(factory)
         return factory
-    raise UserError(
-        f"model.name={name}: no such network; one of {', '.join(MODELS)}, or your own as path.to.module:factory"
-    )
+    known = f"one of {', '.join(MODELS)}, or your own as path.to.module:factory"
+    raise UserError(f"model.name={name}: no such network; {known}")
 
 
 def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **options: Any) -> nn.Module:
@@ -98,7 +97,10 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
             known = sorted(set(parameters) - {"num_classes", "in_channels"}) or ["none"]
             raise UserError(f"model.{option}: {name} has no such option; it has: {', '.join(known)}")
         if name in MODELS:
-            _check_kind(option, value, type(parameters[option].default))
+            kind = type(parameters[option].default)
+            # The text "false" would count as true. A whole number may stand for a float, but true and false may not.
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise UserError(f"model.{option}={value}: must be {_KINDS[kind]}")
     # A network of the user's own may take images of one kind only, and has no such parameter then.
     if "in_channels" in parameters:
         options["in_channels"] = in_channels
@@ -110,10 +112,8 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
             # Our networks' messages begin with the option whose value is wrong.
             raise UserError(f"model.{error}") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(
-            f"model.name={name}: building it with num_classes={num_classes} failed with {reason} "
-            "(HYDRA_FULL_ERROR=1 shows where)"
-        ) from error
+        problem = f"building it with num_classes={num_classes} failed with {reason}"
+        raise UserError(f"model.name={name}: {problem} (HYDRA_FULL_ERROR=1 shows where)") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={name}: gave a {type(model).__name__}, not a torch.nn.Module")
     # The published variants of a pruner are looked up by this name.
@@ -140,10 +140,3 @@ def asked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     # A list, not a set: a value that someone chose need not be hashable.
     defaults = [(option, p.default) for signature in signatures for option, p in signature.parameters.items()]
     return {option: value for option, value in options.items() if option in own or (option, value) not in defaults}
-
-
-def _check_kind(option: str, value: object, kind: type) -> None:
-    """Refuse a value that is not of the kind of the option's default."""
-    # The text "false" would count as true. A whole number may stand for a float, but true and false may not.
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise UserError(f"model.{option}={value}: must be {_KINDS[kind]}")

@@ -1,4 +1,4 @@
-"""What several families share: how many blocks a depth means, and the networks that are three stages of blocks."""
+"""What several families share: how many blocks a depth means, and networks that are a chain or three stages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,18 @@ def stack_blocks(block: Block, in_channels: int, out_channels: int, *, blocks: i
     return nn.Sequential(first, *[block(out_channels, out_channels, 1) for _ in range(blocks - 1)])
 
 
-class ThreeStageNetwork(nn.Module):
+class ChainNetwork(nn.Module):
+    """A network that runs its modules one after another, in the order of their definition; the last one classifies."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits, N x `num_classes`."""
+        *layers, classifier = self.children()
+        for layer in layers:
+            x = layer(x)
+        return classifier(x.flatten(1))
+
+
+class ThreeStageNetwork(ChainNetwork):
     """A 3 x 3 convolution, three stages of blocks, global average pooling and a linear layer.
 
     Takes N x `in_channels` x H x W of any size, gives N x `num_classes`.
@@ -51,22 +62,21 @@ class ThreeStageNetwork(nn.Module):
         Blocks of each stage.
     """
 
+    # Whether blocks begin with batch norm and ReLU. These then stand after the last block, not before the first one.
+    preactivated = False
+
     def __init__(
         self, block: Block, channels: Sequence[int], *, blocks: int, num_classes: int, in_channels: int
     ) -> None:
         super().__init__()
         # Modules draw their weights when they are made: another order would give other networks for the same seed.
         self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels[0])
-        self.relu = nn.ReLU(inplace=True)
+        if not self.preactivated:
+            self.bn1, self.relu = nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)
         self.layer1 = stack_blocks(block, channels[0], channels[1], blocks=blocks, stride=1)
         self.layer2 = stack_blocks(block, channels[1], channels[2], blocks=blocks, stride=2)
         self.layer3 = stack_blocks(block, channels[2], channels[3], blocks=blocks, stride=2)
+        if self.preactivated:
+            self.bn, self.relu = nn.BatchNorm2d(channels[3]), nn.ReLU(inplace=True)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels[3], num_classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits, N x `num_classes`."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(self.pool(x).flatten(1))

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from rethink_prune.models.blocks import count_blocks
+from rethink_prune.models.blocks import ChainNetwork, count_blocks
 
 
 class DenseLayer(nn.Module):
@@ -32,7 +32,7 @@ class DenseLayer(nn.Module):
         return torch.cat([x, self.branch(x)], 1)
 
 
-class DenseNet(nn.Module):
+class DenseNet(ChainNetwork):
     """Three stages of densely connected layers, with a 1 x 1 convolution and 2 x 2 average pooling between them.
 
     Parameters
@@ -84,8 +84,7 @@ class DenseNet(nn.Module):
         def transition(in_channels: int, out_channels: int) -> nn.Sequential:
             return nn.Sequential(*_norm_relu_conv(in_channels, out_channels, kernel_size=1), nn.AvgPool2d(2))
 
-        added = layers * growth_rate
-        first = 2 * growth_rate
+        first, added = 2 * growth_rate, layers * growth_rate
         # The sizes round down, and at least one channel is left, however strong the compression.
         second = max(1, int((first + added) * compression))
         third = max(1, int((second + added) * compression))
@@ -99,12 +98,6 @@ class DenseNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(third + added, num_classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits, N x `num_classes`."""
-        x = self.transition1(self.dense1(self.conv1(x)))
-        x = self.dense3(self.transition2(self.dense2(x)))
-        return self.fc(self.pool(self.relu(self.bn(x))).flatten(1))
 
 
 def _norm_relu_conv(in_channels: int, out_channels: int, *, kernel_size: int) -> list[nn.Module]:

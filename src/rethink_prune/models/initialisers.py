@@ -9,12 +9,11 @@ layer.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import nn
-
-from rethink_prune.models.torchvision_families import torchvision_initialiser
 
 Layer = nn.Conv2d | nn.Linear
 Std = Callable[[Layer], float]
@@ -77,10 +76,11 @@ def draw_weights(
     """
     # All draws come from one generator: another order of modules would give other weights for the same seed.
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and conv_std is not None:
-            _draw_normal(module, conv_std(module))
-        elif isinstance(module, nn.Linear) and linear_std is not None:
-            _draw_normal(module, linear_std(module))
+        std = conv_std if isinstance(module, nn.Conv2d) else linear_std
+        if isinstance(module, Layer) and std is not None:
+            nn.init.normal_(module.weight, 0.0, std(module))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
         # Only the module's own parameters: those of its children are drawn when their turn comes.
@@ -88,12 +88,6 @@ def draw_weights(
             raise ValueError(f"{name or 'the network'} ({type(module).__name__}) has no reset_parameters()")
         if isinstance(module, half_gamma):
             nn.init.constant_(module.get_parameter("weight"), 0.5)
-
-
-def _draw_normal(layer: Layer, std: float) -> None:
-    nn.init.normal_(layer.weight, 0.0, std)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
 
 
 _draw_as_vgg = partial(draw_weights, conv_std=he_fan_out, linear_std=_one_hundredth)
@@ -122,16 +116,27 @@ INITIALISERS: Mapping[str, Callable[[nn.Module], None]] = {
 def family_initialiser(model: nn.Module) -> str | None:
     """Return the name of the initialiser of `model`'s family, or None if the family is not known.
 
-    The class of a network names it in its attribute ``initialiser``.
+    The class of a network names it in its attribute ``initialiser``; the families of torchvision are listed here.
 
     Examples
     --------
     >>> from rethink_prune.models.resnet import ResNet
     >>> family_initialiser(ResNet(20))
     'cifar_resnet'
+    >>> from torchvision.models import squeezenet1_1, vgg11
+    >>> family_initialiser(vgg11(num_classes=2))
+    'torchvision_vgg'
+    >>> family_initialiser(squeezenet1_1(num_classes=2))
     """
-    # Only the class's own attribute counts: a class derived from a family may have layers that the family does not.
+    # Only the class itself counts: a class derived from a family may have layers that the family does not.
     named = vars(type(model)).get("initialiser")
     if isinstance(named, str) and named in INITIALISERS:
         return named
-    return torchvision_initialiser(model)
+    # Importing torchvision takes seconds. Where nobody has imported it, the network is not torchvision's.
+    if "torchvision" not in sys.modules:
+        return None
+    from torchvision.models import VGG, MobileNetV2, MobileNetV3, ResNet
+
+    if type(model) is ResNet:
+        return "torchvision_resnet"
+    return "torchvision_vgg" if type(model) in (VGG, MobileNetV2, MobileNetV3) else None

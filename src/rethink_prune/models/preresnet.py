@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from rethink_prune.models.blocks import count_blocks, stack_blocks
+from rethink_prune.models.blocks import ThreeStageNetwork, count_blocks, stack_blocks
 
 
 class PreActBottleneck(nn.Module):
@@ -52,7 +52,7 @@ class PreActBottleneck(nn.Module):
         return out + self.projection(activated if self.project_preactivated else x)
 
 
-class PreResNet(nn.Module):
+class PreResNet(ThreeStageNetwork):
     """For small images: three stages of pre-activation bottlenecks with 64, 128 and 256 output channels.
 
     The form of Network Slimming (Liu et al. 2017, arXiv:1708.06519) and of Liu et al. (2019). Takes
@@ -70,26 +70,12 @@ class PreResNet(nn.Module):
     """
 
     initialiser = "cifar_resnet"
+    preactivated = True
 
     def __init__(self, depth: int, *, num_classes: int = 10, in_channels: int = 3) -> None:
-        super().__init__()
         blocks = count_blocks(depth, layers_per_block=9, other_layers=2)
         block = partial(PreActBottleneck, project_preactivated=False)
-        # No batch norm follows: the first block begins with one.
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.layer1 = stack_blocks(block, 16, 64, blocks=blocks, stride=1)
-        self.layer2 = stack_blocks(block, 64, 128, blocks=blocks, stride=2)
-        self.layer3 = stack_blocks(block, 128, 256, blocks=blocks, stride=2)
-        # The blocks end with an addition, whose result no batch norm has seen.
-        self.bn = nn.BatchNorm2d(256)
-        self.relu = nn.ReLU(inplace=True)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(256, num_classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits, N x `num_classes`."""
-        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return self.fc(self.pool(self.relu(self.bn(x))).flatten(1))
+        super().__init__(block, (16, 64, 128, 256), blocks=blocks, num_classes=num_classes, in_channels=in_channels)
 
 
 class PreActResNet(nn.Module):

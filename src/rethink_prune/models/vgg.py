@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
-import torch
 from torch import nn
+
+from rethink_prune.models.blocks import ChainNetwork
 
 # Output channels of each 3 x 3 convolution; "M" is a 2 x 2 max pooling.
 Layers = Sequence[int | str]
@@ -25,7 +26,7 @@ LAYERS: dict[str, Layers] = {
 }
 
 
-class PlainNetwork(nn.Module):
+class PlainNetwork(ChainNetwork):
     """Convolutions with ReLU, average pooling, linear layers.
 
     Parameters
@@ -57,10 +58,6 @@ class PlainNetwork(nn.Module):
             hidden += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
         self.classifier = nn.Sequential(*hidden, nn.Linear(features[-2], features[-1]))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits, N x `num_classes`."""
-        return self.classifier(self.pool(self.features(x)).flatten(1))
-
 
 class VGG(PlainNetwork):
     """VGG for small images, with batch norm.
@@ -82,6 +79,7 @@ class VGG(PlainNetwork):
 
     Examples
     --------
+    >>> import torch
     >>> VGG((8, "M", 16), num_classes=5)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 5])
     """
@@ -113,6 +111,7 @@ class VGG16GAP(PlainNetwork):
 
     Examples
     --------
+    >>> import torch
     >>> with torch.device("meta"):
     ...     VGG16GAP()(torch.zeros(2, 3, 224, 224)).shape
     torch.Size([2, 1000])
@@ -135,6 +134,7 @@ class VGG11BatchNorm1d(PlainNetwork):
 
     Examples
     --------
+    >>> import torch
     >>> with torch.device("meta"):
     ...     VGG11BatchNorm1d()(torch.zeros(2, 3, 224, 224)).shape
     torch.Size([2, 1000])

@@ -20,6 +20,8 @@ _FORMAT = "rethink-prune architecture 2"
 OUTPUT_WIDTHS = ("out_channels", "out_features", "num_features", "num_parameters")
 INPUT_WIDTHS = ("in_channels", "in_features")
 _ATTRIBUTES = (*OUTPUT_WIDTHS, *INPUT_WIDTHS, "groups", "padding")
+# The fields that hold tensors.
+_TENSOR_FIELDS = ("selections", "masks")
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,12 @@ class Architecture:
 
     def save(self, folder: Path) -> None:
         """Write ``architecture.json``, and ``architecture.safetensors`` if it has tensors, into `folder`."""
-        content = {
-            "format": _FORMAT,
-            "modules": self.modules,
-            "edits": self.edits,
-            "selections": sorted(self.selections),
-            "removed": list(self.removed),
-            "masks": sorted(self.masks),
-        }
-        text = json.dumps(content, sort_keys=True, indent=1)
+        tables = {kind: getattr(self, kind) for kind in _TENSOR_FIELDS}
+        content = {"format": _FORMAT, "modules": self.modules, "edits": self.edits, "removed": list(self.removed)}
+        text = json.dumps(content | {kind: sorted(tables[kind]) for kind in tables}, sort_keys=True, indent=1)
         (folder / "architecture.json").write_text(text + "\n", encoding="utf-8")
         # safetensors refuses tensors that are not contiguous.
-        tensors = {f"selections/{name}": tensor.cpu().contiguous() for name, tensor in self.selections.items()}
-        tensors |= {f"masks/{name}": tensor.cpu().contiguous() for name, tensor in self.masks.items()}
+        tensors = {f"{kind}/{n}": t.cpu().contiguous() for kind, table in tables.items() for n, t in table.items()}
         if tensors:
             save_file(tensors, folder / "architecture.safetensors")
 
@@ -94,9 +89,7 @@ class Architecture:
                     raise ValueError("modules and edits must be tables")
             names = content["selections"] + content["masks"]
             tensors = load_file(folder / "architecture.safetensors") if names else {}
-            selections, masks = (
-                {name: tensors[f"{kind}/{name}"] for name in content[kind]} for kind in ("selections", "masks")
-            )
+            selections, masks = ({n: tensors[f"{kind}/{n}"] for n in content[kind]} for kind in _TENSOR_FIELDS)
             removed = tuple(map(str, content["removed"]))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{path}: damaged or incomplete: {error!r}") from error

@@ -77,9 +77,8 @@ def remove_branches(model: nn.Module, ends: Sequence[str]) -> fx.GraphModule:
         addition.replace_all_uses_with(remaining)
         graph.erase_node(addition)
         for node in _erase_unread(graph, unread_before, modules):
-            raise UserError(
-                f"{network}: {end}: its branch cannot be removed, because it overwrites {node.name}, which others read"
-            )
+            problem = f"its branch cannot be removed, because it overwrites {node.name}, which others read"
+            raise UserError(f"{network}: {end}: {problem}")
     result = run_graph(model, graph, shapes)
     for name in sorted(used_before - _used_names(graph), reverse=True):  # what a module holds before the module
         owner, _, attribute = name.rpartition(".")
@@ -143,9 +142,8 @@ def is_addition(node: fx.Node) -> bool:
     >>> is_addition(graph.call_function(torch.add, (x, y))), is_addition(graph.call_function(torch.add, (x, 1)))
     (True, False)
     """
-    if node.op not in ("call_function", "call_method") or "alpha" in node.kwargs:
-        return False
-    return operation_name(node) == "add" and len(node.all_input_nodes) == 2
+    called = node.op in ("call_function", "call_method") and "alpha" not in node.kwargs
+    return called and operation_name(node) == "add" and len(node.all_input_nodes) == 2
 
 
 def _used_names(graph: fx.Graph) -> set[str]:

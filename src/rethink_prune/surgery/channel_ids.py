@@ -147,15 +147,6 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Padding:
-    """Channels that padding adds, `before` and `after` a stream, and where in the padding their numbers start."""
-
-    position: int
-    before: Ids
-    after: Ids
-
-
-@dataclass(frozen=True)
 class FollowedNode:
     """A node of the graph whose result is a tensor: what it calls, the shape, and the channels if there are any."""
 
@@ -184,17 +175,17 @@ class ChannelIds:
     features : dict of str to ndarray
         Ids of the channels that a module normalises or scales one by one.
     united : list of pairs of ndarray
-        Ids that meet in one value (in a sum, for example), pairwise: they go or stay together.
+        Ids that meet in one value (in a sum, for example), position by position: they go or stay together.
     tied : list of pairs of ndarray
-        Ids that go or stay together because a module's weights tie them.
+        Ids that go or stay together because a module's weights tie them, position by position.
     frozen : list of (ndarray, str)
         Ids that must stay, and why.
     coupled : list of ndarray
         Ids that an addition or a padding ties.
     constants : list of Constant
         Numbers in the graph that count channels.
-    paddings : dict of str to Padding
-        Modules that add channels, by name.
+    paddings : dict of str to (int, pair of ndarray)
+        Modules that add channels, by name: where in the padding their numbers start, the ids before and after a stream.
     selected : dict of str to list of int
         The channels that modules select already, as positions in the stream.
     nodes : dict of str to FollowedNode
@@ -217,7 +208,7 @@ class ChannelIds:
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
     coupled: list[Ids] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
-    paddings: dict[str, Padding] = field(default_factory=dict)
+    paddings: dict[str, tuple[int, tuple[Ids, Ids]]] = field(default_factory=dict)
     selected: dict[str, list[int]] = field(default_factory=dict)
     nodes: dict[str, FollowedNode] = field(default_factory=dict)
     read_directly: set[str] = field(default_factory=set)
@@ -235,23 +226,9 @@ class ChannelIds:
         self.freeze(ids, reason)
         return ids
 
-    def fresh_padding(self, position: int, counts: tuple[int, ...]) -> Padding:
-        """Return new ids for channels that padding adds; they tie others like an addition does."""
-        added = Padding(position, self.fresh(counts[0]), self.fresh(counts[1]))
-        self.coupled += [added.before, added.after]
-        return added
-
     def freeze(self, ids: Ids, reason: str) -> None:
         """Record that channels must stay."""
         self.frozen.append((ids, reason))
-
-    def unite(self, first: Ids, second: Ids) -> None:
-        """Record that channels meet in one value, position by position."""
-        self.united.append((first, second))
-
-    def tie(self, first: Ids, second: Ids) -> None:
-        """Record that the weights of a module tie channels, position by position."""
-        self.tied.append((first, second))
 
     def freeze_operands(self, call: Call, reason: str) -> None:
         """Freeze everything a call reads, with a warning."""

@@ -30,6 +30,8 @@ from rethink_prune.surgery.graph import have_same_calls, trace
 from rethink_prune.surgery.plan import CutPlan, Positions, plan_cut
 from rethink_prune.surgery.selections import selecting_module, selects
 
+Kind = Literal["conv", "linear", "selection"]
+
 
 @dataclass(frozen=True)
 class ChannelGroup:
@@ -54,7 +56,7 @@ class ChannelGroup:
     """
 
     name: str
-    kind: Literal["conv", "linear", "selection"]
+    kind: Kind
     layers: tuple[str, ...]
     units: tuple[Mapping[str, Positions], ...]
     norms: Mapping[str, tuple[Positions, ...]]
@@ -85,9 +87,8 @@ class Channels:
         self._coupled = {unit for values in ids.coupled for unit in self._unit_of[values].tolist()}
         # Of several reasons the first one is reported.
         reasons: dict[int, str] = {}
-        for values, reason in ids.frozen:
-            for unit in np.unique(self._unit_of[values]).tolist():
-                reasons.setdefault(unit, reason)
+        for values, reason in reversed(ids.frozen):
+            reasons |= dict.fromkeys(self._unit_of[values].tolist(), reason)
         self._free = np.ones(ids.count, dtype=bool)
         self._free[list(reasons)] = False
         self.frozen: Mapping[str, str] = {
@@ -176,20 +177,17 @@ class Channels:
         """
         keep = np.ones(self._ids.count, dtype=bool)
         for name, indexes in drop.items():
-            keep[self._units_to_drop(name, indexes)] = False
+            if name not in self._groups:
+                reason = self.frozen.get(name)
+                raise UserError(f"{name}: " + (f"stays whole ({reason})" if reason else "no group of this network"))
+            group, units, _ = self._groups[name]
+            chosen = sorted(set(indexes))
+            if chosen and not (chosen[0] >= 0 and chosen[-1] < group.size):
+                raise UserError(f"{name}: units to drop must be between 0 and {group.size - 1}")
+            if len(chosen) == group.size:
+                raise UserError(f"{name}: would lose all of its {group.size} channels; keep at least 1")
+            keep[[units[index] for index in chosen]] = False
         return plan_cut(keep[self._unit_of], self._ids)
-
-    def _units_to_drop(self, name: str, indexes: Iterable[int]) -> list[int]:
-        if name not in self._groups:
-            reason = self.frozen.get(name)
-            raise UserError(f"{name}: " + (f"stays whole ({reason})" if reason else "no group of this network"))
-        group, units, _ = self._groups[name]
-        chosen = sorted(set(indexes))
-        if chosen and not (chosen[0] >= 0 and chosen[-1] < group.size):
-            raise UserError(f"{name}: units to drop must be between 0 and {group.size - 1}")
-        if len(chosen) == group.size:
-            raise UserError(f"{name}: would lose all of its {group.size} channels; keep at least 1")
-        return [units[index] for index in chosen]
 
     @cached_property
     def _inputs_of(self) -> dict[int, dict[str, Positions]]:
@@ -211,14 +209,10 @@ class Channels:
             same = sum(group.layers[0] == layers[0] for group, _, _ in found.values())
             name = f"{layers[0]}#{same + 1}" if same else layers[0]
             linear = isinstance(self._ids.modules.get(layers[0]), nn.Linear)
-            norms = dict.fromkeys(norm for unit in units for norm in norms_of.get(unit, ()))
-            group = ChannelGroup(
-                name=name,
-                kind="selection" if selecting_module(layers[0]) else "linear" if linear else "conv",
-                layers=layers,
-                units=tuple(layers_of[unit] for unit in units),
-                norms={norm: tuple(norms_of.get(unit, {}).get(norm, ()) for unit in units) for norm in norms},
-            )
+            kind: Kind = "selection" if selecting_module(layers[0]) else "linear" if linear else "conv"
+            passed = dict.fromkeys(norm for unit in units for norm in norms_of.get(unit, ()))
+            norms = {norm: tuple(norms_of.get(unit, {}).get(norm, ()) for unit in units) for norm in passed}
+            group = ChannelGroup(name, kind, layers, tuple(layers_of[unit] for unit in units), norms)
             found[name] = group, units, coupled
         return found
 

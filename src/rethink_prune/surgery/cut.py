@@ -8,7 +8,7 @@ with a list of widths.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from rethink_prune.surgery.channels import Channels
 from rethink_prune.surgery.graph import describe_call, infer_values, run_graph, trace
 from rethink_prune.surgery.plan import CutPlan
 from rethink_prune.surgery.selections import select_inputs
+
+_Kept = Mapping[str, Iterable[int]]
 
 
 def apply(model: nn.Module, plan: CutPlan) -> tuple[nn.Module, Architecture]:
@@ -58,15 +60,14 @@ def apply(model: nn.Module, plan: CutPlan) -> tuple[nn.Module, Architecture]:
     >>> architecture.modules
     {'0': {'out_channels': 2}, '2': {'in_channels': 2}}
     """
-    pruned = _cut(model, plan.outputs, plan.inputs, plan.selections, plan.attributes)
+    selections = {name: torch.tensor(indexes) for name, indexes in plan.selections.items()}
+    architecture = Architecture(dict(plan.attributes), plan.edits, selections)
+    pruned = _cut(model, plan.outputs, plan.inputs, architecture)
     shapes = on_meta(pruned).eval()
     graph = _edit_graph(shapes, plan.edits)
     # A forward pass may compute with a width (x * self.conv.out_channels), which no trace of the full network shows.
     _check_operations(graph, shapes, plan)
-    if plan.edits:
-        pruned = run_graph(pruned, graph, shapes)
-    selections = {name: torch.tensor(indexes) for name, indexes in plan.selections.items()}
-    return pruned, Architecture(plan.attributes, plan.edits, selections)
+    return run_graph(pruned, graph, shapes) if plan.edits else pruned, architecture
 
 
 def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
@@ -101,14 +102,11 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
     """
     architecture.check_fits(model)
     widths = [(name, *item) for name, attributes in architecture.modules.items() for item in attributes.items()]
-    outputs = {name: range(value) for name, attribute, value in widths if attribute in OUTPUT_WIDTHS}
-    inputs = {
-        name: range(value)
-        for name, attribute, value in widths
-        # A grouped convolution's weight has as many columns as before: those of one group.
-        if attribute in INPUT_WIDTHS and getattr(model.get_submodule(name), "groups", 1) == 1
-    }
-    reshaped = _cut(model, outputs, inputs, architecture.selections, architecture.modules)
+    outputs = {name: range(value) for name, key, value in widths if key in OUTPUT_WIDTHS}
+    # A grouped convolution's weight has as many columns as before: those of one group.
+    grouped = {name for name in architecture.modules if getattr(model.get_submodule(name), "groups", 1) > 1}
+    inputs = {name: range(value) for name, key, value in widths if key in INPUT_WIDTHS and name not in grouped}
+    reshaped = _cut(model, outputs, inputs, architecture)
     if architecture.edits:
         shapes = on_meta(reshaped).eval()
         reshaped = run_graph(reshaped, _edit_graph(shapes, architecture.edits), shapes)
@@ -160,14 +158,8 @@ def _dropped_positions(kept: Iterable[int], size: int) -> list[int]:
     return sorted(set(range(size)) - set(kept))
 
 
-def _cut(
-    model: nn.Module,
-    outputs: Mapping[str, Iterable[int]],
-    inputs: Mapping[str, Iterable[int]],
-    selections: Mapping[str, Sequence[int] | torch.Tensor],
-    attributes: Mapping[str, Mapping[str, Any]],
-) -> nn.Module:
-    """Return a copy of `model` with these rows and columns of its tensors, and with these attributes."""
+def _cut(model: nn.Module, outputs: _Kept, inputs: _Kept, architecture: Architecture) -> nn.Module:
+    """Return a copy of `model` with these rows and columns of its tensors, attributes and selections."""
     # deepcopy takes from `memo` what is already copied. With the cut tensors there, the full ones are never
     # copied, and a tensor with two owners stays one tensor.
     memo: dict[int, Any] = {}
@@ -189,14 +181,14 @@ def _cut(
                 cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = cut
     result = copy.deepcopy(model, memo)
-    for name, values in attributes.items():
+    for name, values in architecture.modules.items():
         for attribute, value in values.items():
             # JSON has lists for tuples; torch wants a tuple for a padding.
             setattr(result.get_submodule(name), attribute, tuple(value) if isinstance(value, list) else value)
-    for name, indexes in selections.items():
+    for name, indexes in architecture.selections.items():
         module = result.get_submodule(name)
         device = next((tensor.device for tensor in module.parameters()), None)
-        select_inputs(module, torch.as_tensor(indexes).to(device))
+        select_inputs(module, indexes.to(device))
     return result
 
 

@@ -12,7 +12,6 @@ from rethink_prune.surgery.channel_ids import Call, ChannelIds, ChannelStream, F
 from rethink_prune.surgery.graph import called_module, describe_call, infer_values, operation_name
 from rethink_prune.surgery.rules.functions import function_rule
 from rethink_prune.surgery.rules.modules import follow_module
-from rethink_prune.surgery.selections import may_select, selects
 
 
 def follow_channels(
@@ -44,8 +43,7 @@ def follow_channels(
         flow: Flow = None
         try:
             if module is not None:
-                selection = selects(module) or may_select(node, ids.modules, selecting)
-                flow = follow_module(ids, call, selecting=selection and bool(call.channel_flows()))
+                flow = follow_module(ids, call, selecting)
             elif node.op == "get_attr":
                 ids.read_directly.add(str(node.target))
             elif node.op == "output":
@@ -88,4 +86,4 @@ def tie_shared_parameters(ids: ChannelIds) -> None:
                     ids.freeze(table[name], f"{name}: {reason}")
                 # A bias that is shared does not tie what the layers read.
                 elif not stays_whole and first in table and (table is not ids.inputs or first_key == "weight"):
-                    ids.tie(table[first], table[name])
+                    ids.tied.append((table[first], table[name]))

@@ -135,9 +135,12 @@ def describe_call(node: fx.Node) -> str:
     >>> [describe_call(node) for node in trace(nn.Flatten()).nodes][1]
     'flatten(input_1, 1, -1)'
     """
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
     arguments = [repr(a) for a in node.args] + [f"{key}={value!r}" for key, value in node.kwargs.items()]
-    return f"{target}({', '.join(arguments)})"
+    return f"{_target_name(node)}({', '.join(arguments)})"
+
+
+def _target_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
 
 
 def have_same_calls(first: fx.Graph, second: fx.Graph) -> bool:
@@ -165,14 +168,11 @@ def operation_name(node: fx.Node) -> str:
     >>> operation_name(graph.call_method("add_", (x, 1))), operation_name(graph.call_function(describe_call, (x,)))
     ('add', 'rethink_prune.describe_call')
     """
-    if isinstance(node.target, str):
-        name = node.target.rstrip("_")
-    else:
-        name = getattr(node.target, "__name__", repr(node.target)).rstrip("_")
-        home = (getattr(node.target, "__module__", None) or "torch").split(".")[0]
-        if home not in ("torch", "torchvision", "_operator", "builtins"):
-            return f"{home}.{name}"
-    return _ALIASES.get(name, name)
+    name = _target_name(node).rstrip("_")
+    # The name of a method is text, which has no module.
+    home = (getattr(node.target, "__module__", None) or "torch").split(".")[0]
+    elsewhere = home not in ("torch", "torchvision", "_operator", "builtins")
+    return f"{home}.{name}" if elsewhere else _ALIASES.get(name, name)
 
 
 def called_module(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
@@ -202,7 +202,7 @@ def overwrites_operand(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     module = called_module(node, modules)
     if module is not None:
         return bool(getattr(module, "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _target_name(node)
     return name.endswith("_") or name in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,13 +48,9 @@ class CutPlan:
     outputs: dict[str, Positions] = field(default_factory=dict)
     inputs: dict[str, Positions] = field(default_factory=dict)
     selections: dict[str, Positions] = field(default_factory=dict)
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     edits: dict[str, dict[str, Any]] = field(default_factory=dict)
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def set_attribute(self, module: str, name: str, value: Any) -> None:
-        """Add to `attributes`."""
-        self.attributes.setdefault(module, {})[name] = value
 
 
 def plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds) -> CutPlan:
@@ -79,30 +76,29 @@ def plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds) -> CutPlan:
         if module is None:
             plan.outputs[name] = kept
             layer = ids.modules[name]
-            plan.set_attribute(name, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(kept))
+            plan.attributes[name]["out_features" if isinstance(layer, nn.Linear) else "out_channels"] = len(kept)
         else:
             # Positions count what the module selects so far; the architecture counts the channels of the stream.
             before = ids.selected.get(module)
             plan.selections[module] = kept if before is None else tuple(before[position] for position in kept)
     for name, kept in _find_cut(ids.inputs, keep):
         layer = ids.modules[name]
-        plan.set_attribute(name, "in_features" if isinstance(layer, nn.Linear) else "in_channels", len(kept))
+        plan.attributes[name]["in_features" if isinstance(layer, nn.Linear) else "in_channels"] = len(kept)
         groups = getattr(layer, "groups", 1)
         if groups == 1:
             plan.inputs[name] = kept
         else:  # whole groups go, which are rows of the weight; its columns are those of one group
-            plan.set_attribute(name, "groups", groups * len(kept) // len(ids.inputs[name]))
+            plan.attributes[name]["groups"] = groups * len(kept) // len(ids.inputs[name])
     # A batch norm's channels, or the slopes of a PReLU with one for each channel.
     for name, kept in _find_cut(ids.features, keep):
         plan.outputs[name] = kept
         norm = isinstance(ids.modules[name], _BatchNorm)
-        plan.set_attribute(name, "num_features" if norm else "num_parameters", len(kept))
-    for name, added in ids.paddings.items():
+        plan.attributes[name]["num_features" if norm else "num_parameters"] = len(kept)
+    for name, (position, added) in ids.paddings.items():
         full: Any = ids.modules[name].padding
-        padding = list(full)
-        padding[added.position : added.position + 2] = int(keep[added.before].sum()), int(keep[added.after].sum())
-        if padding != list(full):
-            plan.set_attribute(name, "padding", padding)
+        counts = [int(keep[side].sum()) for side in added]
+        if counts != list(full[position : position + 2]):
+            plan.attributes[name]["padding"] = [*full[:position], *counts, *full[position + 2 :]]
     for constant in ids.constants:
         counts = [int(keep[piece].sum()) for piece in constant.pieces]
         # An operation such as x[:, 4:] or chunk arrives at other counts by itself.

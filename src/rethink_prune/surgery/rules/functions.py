@@ -59,9 +59,7 @@ def follow_elementwise(ids: ChannelIds, call: Call) -> Flow:
     stream, target = call.stream, call.node.target
     if any(isinstance(value, torch.Tensor) for value in [*call.args[1:], *call.kwargs.values()]):
         raise NoRule
-    function: Any = call.module
-    if function is None:
-        function = getattr(torch.Tensor, target) if isinstance(target, str) else target
+    function: Any = call.module or (getattr(torch.Tensor, target) if isinstance(target, str) else target)
     # f(0) decides: a masked channel that becomes 0.5 in a sigmoid still reaches the next layer, a removed one does not.
     image = function(torch.zeros(1), *call.args[1:], **call.kwargs)
     return _freeze_if_overwritten(ids, call, replace(stream, zero=stream.zero and not image.any().item()))
@@ -106,7 +104,7 @@ def _unite_operands(ids: ChannelIds, call: Call, first: ChannelStream, second: C
         if call.name == "div" and wide is second:
             raise NoRule("division by a channel")
         return replace(wide, zero=wide.zero and not additive)
-    ids.unite(first.ids, second.ids)
+    ids.united.append((first.ids, second.ids))
     if additive:
         ids.coupled += [first.ids, second.ids]
     # A sum of zeros is zero, and so is a product with a zero.
@@ -137,7 +135,7 @@ def follow_concatenation(ids: ChannelIds, call: Call) -> Flow:
         raise NoRule
     if streams[0].axis != axis:  # side by side in space: each channel of the result comes from all parts
         for stream in streams[1:]:
-            ids.unite(streams[0].ids, stream.ids)
+            ids.united.append((streams[0].ids, stream.ids))
         if len(streams) < len(parts):
             ids.freeze(streams[0].ids, f"{call.label}: joined with a tensor that stays whole")
         return replace(streams[0], zero=len(streams) == len(parts) and all(stream.zero for stream in streams))
@@ -180,7 +178,6 @@ def follow_getitem(ids: ChannelIds, call: Call) -> Flow:
         raise NoRule("picks channels one by one or in steps")
     if not all(bound is None or isinstance(bound, int) for bound in (channels.start, channels.stop)):
         raise NoRule("slices channels at a computed place")
-
     return _cut_out(ids, call, result, "slice", position, lambda n: (channels.indices(n)[0], len(range(n)[channels])))
 
 
@@ -241,16 +238,18 @@ def follow_padding(ids: ChannelIds, call: Call) -> Flow:
         return stream
     if not constant or not all(isinstance(n, int) and n >= 0 for n in counts):
         raise NoRule(f"{described} of channels")
-    added = ids.paddings.get(call.label) if module is not None else None
-    if added is None:
-        added = ids.fresh_padding(position, counts)
+    if module is not None and call.label in ids.paddings:  # an earlier call of the module
+        _, added = ids.paddings[call.label]
+    else:
+        added = ids.fresh(counts[0]), ids.fresh(counts[1])
+        ids.coupled += added  # they tie others like an addition does
         if value != 0:  # it cannot go with channels that would be zero
-            ids.freeze(np.concatenate([added.before, added.after]), f"{call.label}: padded with {value}")
+            ids.freeze(np.concatenate(added), f"{call.label}: padded with {value}")
         if module is None:
-            ids.add_constant(call, "pad", position, (added.before, added.after), lambda _: counts)
+            ids.add_constant(call, "pad", position, added, lambda _: counts)
         else:
-            ids.paddings[call.label] = added  # for further calls of the module
-    return replace(stream, ids=np.concatenate([added.before, stream.ids, added.after]))
+            ids.paddings[call.label] = position, added
+    return replace(stream, ids=np.concatenate([added[0], stream.ids, added[1]]))
 
 
 def follow_reshape(ids: ChannelIds, call: Call) -> Flow:
@@ -275,10 +274,8 @@ def _find_layout(shape: tuple[int, ...], axis: int, new: tuple[int, ...]) -> tup
     before, channels, after = prod(shape[:axis]), shape[axis], prod(shape[axis:]) // max(1, shape[axis])
     for dim, size in enumerate(new):
         lead, tail = prod(new[:dim]), prod(new[dim + 1 :])
-        if before % lead or after % tail:
-            continue
         outer, inner = before // lead, after // tail
-        if outer * channels * inner == size:
+        if (lead * outer, inner * tail, outer * channels * inner) == (before, after, size):
             return dim, outer, inner
     return None
 
@@ -296,16 +293,15 @@ def follow_expand_as(ids: ChannelIds, call: Call) -> Flow:
     stream, like = call.subject, call.flow(1, "other")
     if not isinstance(like, ChannelStream) or stream.axis != like.axis or len(stream.ids) != len(like.ids):
         raise NoRule
-    ids.unite(stream.ids, like.ids)
+    ids.united.append((stream.ids, like.ids))
     return stream
 
 
 def _match_size(ids: ChannelIds, call: Call, result: ChannelStream, dim: int) -> ChannelStream:
     """Check the sizes written in a view or expand: a number that counts channels has to follow them."""
     # view(2, -1), view((2, -1)), reshape(x, shape=(2, -1))
-    sizes, flows = call.node.args[1:], call.flow_args[1:]
-    if not sizes:
-        sizes, flows = tuple(call.node.kwargs.values()), tuple(call.flow_kwargs.values())
+    sizes = call.node.args[1:] or tuple(call.node.kwargs.values())
+    flows = call.flow_args[1:] or tuple(call.flow_kwargs.values())
     if isinstance(sizes[0], tuple | list):
         sizes, flows = tuple(sizes[0]), flows[0]
     if dim >= len(sizes):
@@ -314,7 +310,7 @@ def _match_size(ids: ChannelIds, call: Call, result: ChannelStream, dim: int) ->
     if len(call.channel_flows()) > 1 + isinstance(width, ChannelCount):
         raise NoRule(f"{call.name} with a channel count")
     if isinstance(width, ChannelCount) and len(width.ids) == len(result.ids):
-        ids.unite(width.ids, result.ids)
+        ids.united.append((width.ids, result.ids))
     elif not isinstance(size, int):
         raise NoRule(f"{call.name} to a computed size")
     elif size != -1:

@@ -14,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rethink_prune.surgery.channel_ids import Call, ChannelIds, ChannelStream, Flow, Ids, NoRule
 from rethink_prune.surgery.rules import functions
-from rethink_prune.surgery.selections import selection_of, selects
+from rethink_prune.surgery.selections import may_select, selection_of, selects
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -34,10 +34,10 @@ _FAMILY_RULES: dict[str, functions.Rule] = {
 }
 
 
-def follow_module(ids: ChannelIds, call: Call, *, selecting: bool) -> Flow:
-    """Apply the rule of a call's module; `selecting` ones read a selection of their input."""
+def follow_module(ids: ChannelIds, call: Call, selecting: str | None) -> Flow:
+    """Apply the rule of a call's module, which may read a selection of its input; see `channels.analyse`."""
     module: Any = call.module
-    if selecting:
+    if call.channel_flows() and (selects(module) or may_select(call.node, ids.modules, selecting)):
         call = _read_selection(ids, call, module)
     # Exact classes, and no further parameters: a subclass or a parametrization may compute something else.
     if type(module) in _LAYERS and {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
@@ -64,14 +64,14 @@ def _follow_layer(ids: ChannelIds, call: Call, layer: Any) -> ChannelStream:
     if groups == 1 and call.channel_flows():  # with groups, the layer's own zero weights hide its input
         ids.need_zero(call.stream, call)
     if name in ids.outputs:  # the layer runs a second time, with the same weights
-        ids.tie(ids.inputs[name], inputs)
+        ids.tied.append((ids.inputs[name], inputs))
     else:
         outputs = ids.fresh(shape[0])
         ids.inputs[name], ids.outputs[name] = inputs, outputs
         if groups > 1:
             # Torch has no convolution with groups of different sizes, so a group goes as a whole.
             members = np.hstack([inputs.reshape(groups, -1), outputs.reshape(groups, -1)])
-            ids.tie(np.broadcast_to(members[:, :1], members.shape).ravel(), members.ravel())
+            ids.tied.append((np.broadcast_to(members[:, :1], members.shape).ravel(), members.ravel()))
     return ChannelStream(ids.outputs[name], axis)
 
 
@@ -99,7 +99,7 @@ def _pass_by_channel(ids: ChannelIds, call: Call, count: int) -> ChannelStream |
     """Let a stream pass a module that has parameters for each channel."""
     axis = 1 - call.result.ndim
     inputs = _input_ids(ids, call, axis, count)
-    ids.tie(ids.features.setdefault(call.label, inputs), inputs)
+    ids.tied.append((ids.features.setdefault(call.label, inputs), inputs))
     return call.stream if call.channel_flows() and call.stream.axis == axis else None
 
 
