@@ -21,7 +21,6 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # The upper bounds catch slips of the keyboard before they reach an allocator.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Milestone = Finite  # from 1, a whole number of epochs
 
 TARGET_OPTIONS = ("ratio", "variant", "widths", "target_macs", "target_params")
 
@@ -30,6 +29,9 @@ class Frozen(BaseModel):
     """A part of the configuration: no unknown keys, no changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Part = TypeVar("Part", bound=Frozen)
 
 
 class DatasetConfig(Frozen):
@@ -98,12 +100,7 @@ class DatasetConfig(Frozen):
         >>> DatasetConfig(name="digits", channels=1).with_statistics([0.5], [0.25]).std
         (0.25,)
         """
-        try:
-            return DatasetConfig.model_validate({**self.model_dump(), "mean": mean, "std": std})
-        except ValidationError as error:
-            raise UserError(
-                "\n".join(_line(detail, ("dataset",), DatasetConfig) for detail in error.errors())
-            ) from None
+        return _parse_part(DatasetConfig, {**self.model_dump(), "mean": mean, "std": std}, "dataset")
 
 
 class ModelConfig(Frozen):
@@ -137,14 +134,14 @@ class Phase(Frozen):
     epochs: Count
     lr: Positive
     schedule: Literal["multistep", "step", "cosine", "constant"] = "multistep"
-    milestones: tuple[Milestone, ...] = ()
+    milestones: tuple[Finite, ...] = ()
     step: Count | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] | tuple[Positive, ...] = 0.1
     warmup: int = Field(0, ge=0)
 
     @field_validator("milestones")
     @classmethod
-    def _milestones_ascend(cls, milestones: tuple[Milestone, ...]) -> tuple[Milestone, ...]:
+    def _milestones_ascend(cls, milestones: tuple[Finite, ...]) -> tuple[Finite, ...]:
         if any(not m > 0 or (m >= 1 and m != int(m)) for m in milestones):
             raise ValueError("must be epochs (whole numbers from 1) or fractions of the epochs (below 1)")
         if len({m < 1 for m in milestones}) > 1:
@@ -154,17 +151,13 @@ class Phase(Frozen):
         return tuple(int(m) if m >= 1 else m for m in milestones)
 
     @model_validator(mode="after")
-    def _milestones_are_reached(self) -> Phase:
+    def _schedule_is_complete(self) -> Phase:
         late = [m for m in self.milestones if m >= self.epochs and m >= 1]
         if late:
             raise ValueError(
                 f"milestones {', '.join(map(str, late))}: come after the {self.epochs} epochs; "
                 "give earlier ones, or fractions of the epochs"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _schedule_is_complete(self) -> Phase:
         if (self.schedule == "step") != (self.step is not None):
             raise ValueError("schedule=step and step (epochs between two drops) go together")
         if isinstance(self.gamma, tuple) and (self.schedule != "multistep" or len(self.gamma) != len(self.milestones)):
@@ -357,10 +350,7 @@ class StudyConfig(Frozen):
 
 
 def parse_config(
-    tree: Mapping[str, Any],
-    *,
-    pruner_options: Callable[[str], type[PrunerOptions]],
-    arms: Sequence[str],
+    tree: Mapping[str, Any], *, pruner_options: Callable[[str], type[PrunerOptions]], arms: Sequence[str]
 ) -> StudyConfig:
     """Validate a composed and resolved tree.
 
@@ -381,15 +371,14 @@ def parse_config(
     tree = dict(tree)
     problems: list[str] = []
     pruner = tree.get("pruner")
-    unreadable = False
     if isinstance(pruner, Mapping) and isinstance(pruner.get("name"), str):
         try:
             # Parsed apart, because its class depends on its name; a parsed part goes through unchanged below.
             tree["pruner"] = parse_pruner(pruner, pruner_options(pruner["name"]))
         except UserError as error:
             problems.append(str(error))
-            tree.pop("pruner")
-            unreadable = True
+            # Stands in for what is wrong: the other parts are still to be checked.
+            tree["pruner"] = PrunerOptions(name=pruner["name"])
     named = tree.get("arms")
     unknown = [arm for arm in named if arm not in arms] if isinstance(named, list) else []
     if unknown:
@@ -397,22 +386,15 @@ def parse_config(
             f"arms={_show(tree['arms'])}: no arm {', '.join(map(str, unknown))}; there are {', '.join(arms)}"
         )
     try:
-        config = StudyConfig.model_validate(tree)
-    except ValidationError as error:
-        problems += [
-            _line(detail, (), StudyConfig)
-            for detail in error.errors()
-            if not (detail["loc"] == ("pruner",) and unreadable)
-        ]
+        config = _parse_part(StudyConfig, tree)
+    except UserError as error:
+        problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
     return config
 
 
-Options = TypeVar("Options", bound=PrunerOptions)
-
-
-def parse_pruner(tree: Mapping[str, Any], options: type[Options]) -> Options:
+def parse_pruner(tree: Mapping[str, Any], options: type[Part]) -> Part:
     """Return a pruner's options; raise `UserError` with one line per error.
 
     Examples
@@ -420,10 +402,14 @@ def parse_pruner(tree: Mapping[str, Any], options: type[Options]) -> Options:
     >>> parse_pruner({"name": "l1", "ratio": 0.5}, ChannelOptions).ratio
     0.5
     """
+    return _parse_part(options, tree, "pruner")
+
+
+def _parse_part(part: type[Part], tree: Mapping[str, Any], *path: str) -> Part:
     try:
-        return options.model_validate(tree)
+        return part.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_line(detail, ("pruner",), options) for detail in error.errors())) from None
+        raise UserError("\n".join(_line(detail, path, part) for detail in error.errors())) from None
 
 
 def _leaves(value: object) -> Iterator[object]:
@@ -444,7 +430,7 @@ def _line(detail: ErrorDetails, prefix: tuple[str, ...], root: type[Frozen]) -> 
         case "missing":
             return f"{path}: missing"
         case "extra_forbidden":
-            known = list(_known_keys(root, detail["loc"][:-1]))
+            known = _known_keys(root, detail["loc"][:-1])
             near = difflib.get_close_matches(location[-1], known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
             return f"{path}: unknown key{hint}"
@@ -460,16 +446,14 @@ def _line(detail: ErrorDetails, prefix: tuple[str, ...], root: type[Frozen]) -> 
     return f"{path}={_show(detail['input'])}: {message}"
 
 
-def _known_keys(root: type[BaseModel], location: Sequence[str | int]) -> Iterator[str]:
+def _known_keys(root: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     model: Any = root
     for part in location:
         model = model.model_fields[str(part)].annotation
-    yield from model.model_fields
+    return list(model.model_fields)
 
 
 def _show(value: object) -> str:
-    if value is None:
-        return "null"
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:g}"
-    return str(value).replace("'", "")
+    return "null" if value is None else str(value).replace("'", "")

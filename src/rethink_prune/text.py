@@ -17,19 +17,15 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     | finetune  | 93.1 |
     | scratch_e | 92.8 |
     """
-    table = [list(columns), *map(list, rows)]
     # A rule that aligns to the right needs two characters: "-:".
-    widths = [max(2, *(len(row[i]) for row in table)) for i in range(len(columns))]
+    widths = [max(2, *map(len, cells)) for cells in zip(columns, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [
-            cells[0].ljust(widths[0]),
-            *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)),
-        ]
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
         return f"| {' | '.join(padded)} |"
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(table[0]), line(rule), *map(line, table[1:])])
+    return "\n".join(map(line, [columns, rule, *rows]))
 
 
 def duration(seconds: float) -> str:

@@ -70,11 +70,7 @@ def evaluate_stage(
     cache = Store(Path(config.store.root)).cache
     dataset = load_dataset(options, cache_dir=cache, progress=runtime.show_progress)
     batches = eval_batches(
-        dataset,
-        dataset.test,
-        batch_size=config.recipe.eval_batch_size,
-        device=runtime.device,
-        workers=options.workers,
+        dataset, dataset.test, batch_size=config.recipe.eval_batch_size, device=runtime.device, workers=options.workers
     )
     result = evaluate(runtime.place(model), batches, runtime=runtime)
     return {

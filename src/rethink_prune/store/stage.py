@@ -128,16 +128,9 @@ class Stage(OwnedFolder):
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
-        self._update_status(
-            {
-                "state": "running",
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "owner": self.owner,
-                "started_from": started.digest if started else None,
-            },
-            keep=False,
-        )
+        process = {"host": socket.gethostname(), "pid": os.getpid(), "owner": self.owner}
+        parent = started.digest if started else None
+        self._update_status({"state": "running", **process, "started_from": parent}, keep=False)
 
     def finish(self, result: Mapping[str, Any], files: Sequence[str] = (MODEL_FILE,)) -> None:
         """Mark the stage as done, with its result and the checksums of `files`, names in its folder."""
