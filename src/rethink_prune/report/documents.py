@@ -27,16 +27,10 @@ _TEMPLATES = Path(__file__).with_name("templates")
 # What would end a cell, begin markup, or be HTML.
 _MARKDOWN = str.maketrans({**{letter: f"\\{letter}" for letter in "\\`*|"}, "<": "&lt;", ">": "&gt;"})
 _LATEX = str.maketrans(
-    {
-        "\\": "\\textbackslash{}",
-        "~": "\\textasciitilde{}",
-        "^": "\\textasciicircum{}",
-        "±": "$\\pm$",
-        "<": "$<$",
-        ">": "$>$",
-        "[": "{[}",  # at the start of a row, an option of the line break before it
-        **{letter: f"\\{letter}" for letter in "&%$#_{}"},
-    }
+    {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$"}
+    # At the start of a row, a bare bracket would be an option of the line break before it.
+    | {"<": "$<$", ">": "$>$", "[": "{[}"}
 )
 
 
@@ -71,17 +65,14 @@ def write_documents(report: Report, pictures: Sequence[Picture]) -> dict[str, st
 
 def to_csv(grid: Grid) -> str:
     """Return a grid as CSV with all digits; a mean has columns of its own for standard deviation and n."""
-    columns = [
-        list(dict.fromkeys(part for row in grid.rows for part in row[i].parts)) for i in range(len(grid.columns))
-    ]
+    columns = zip(*grid.rows, strict=True)
+    parts = [list(dict.fromkeys(part for cell in column for part in cell.parts)) or [""] for column in columns]
     text = io.StringIO()
     # The default line end is that of Windows, on every system.
     writer = csv.writer(text, lineterminator="\n")
-    names = zip(grid.columns, columns, strict=True)
-    writer.writerow([f"{name}{part}" for name, parts in names for part in parts or [""]])
+    writer.writerow([f"{name}{part}" for name, its in zip(grid.columns, parts, strict=True) for part in its])
     for row in grid.rows:
-        cells = zip(row, columns, strict=True)
-        writer.writerow([cell.parts.get(part, cell.text) for cell, parts in cells for part in parts or [""]])
+        writer.writerow([cell.parts.get(part, cell.text) for cell, its in zip(row, parts, strict=True) for part in its])
     return text.getvalue()
 
 

@@ -165,13 +165,9 @@ def _finite_float(digits: str) -> float | None:
 
 def _with_curves(content: dict[str, Any], stages: Path | None) -> dict[str, Any]:
     """Return a summary with each training's curve, and with names of stages instead of their folders."""
-    bases = {name: content[name] for name in ("large", "sparse", "pruned") if content.get(name)}
-    arms = (content.get("arms") or {}).items()
-    return {
-        **content,
-        **{name: _with_curve(entry, stages) for name, entry in bases.items()},
-        "arms": {name: _with_curve(entry, stages) for name, entry in arms},
-    }
+    bases = {name: _with_curve(content[name], stages) for name in ("large", "sparse", "pruned") if content.get(name)}
+    arms = {name: _with_curve(entry, stages) for name, entry in (content.get("arms") or {}).items()}
+    return {**content, **bases, "arms": arms}
 
 
 def _with_curve(entry: Mapping[str, Any], stages: Path | None) -> dict[str, Any]:

@@ -130,17 +130,11 @@ def _merge_two(first: RunRecord, second: RunRecord) -> RunRecord:
                 f"{_result_text(entry)} in {second.name}; name only one of these runs"
             )
     arms = tuple(dict.fromkeys((*first.study.arms, *second.study.arms)))
+    study = first.study.model_copy(update={"arms": arms})
+    bases = {name: entries.pop(name, None) for name in ("large", "sparse")}
     # One that has no accuracy yet is of an unfinished run.
     pruned = second.pruned if first.pruned is None or first.pruned.top1 is None else first.pruned
-    return first.model_copy(
-        update={
-            "study": first.study.model_copy(update={"arms": arms}),
-            "large": entries.pop("large", None),
-            "sparse": entries.pop("sparse", None),
-            "pruned": pruned or first.pruned,
-            "arms": entries,
-        }
-    )
+    return first.model_copy(update={**bases, "study": study, "pruned": pruned or first.pruned, "arms": entries})
 
 
 def _same_training(first: TrainedRecord, second: TrainedRecord) -> bool:

@@ -45,12 +45,7 @@ def paper_row(experiment: str | None, target: Mapping[str, Any]) -> PaperRow | N
     table = _paper_tables().get(experiment, {"rows": []})
     for row in table["rows"]:
         if row["target"] == target:
-            top1 = {
-                # One value alone is the mean of one run, which has no standard deviation.
-                arm: SeedStatistics(table["runs"], value[0], value[1] if len(value) > 1 else None)
-                for arm, value in row.items()
-                if arm != "target"
-            }
+            top1 = {arm: SeedStatistics(table["runs"], *value) for arm, value in row.items() if arm != "target"}
             return PaperRow(table["table"], table["epochs"], table.get("note"), top1)
     return None
 

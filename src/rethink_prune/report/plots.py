@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from rethink_prune.report.arm_results import SeedCurve
+from rethink_prune.report.arm_results import ArmOverSeeds, SeedCurve
 from rethink_prune.report.networks import PRUNED, network_label
-from rethink_prune.report.results import Report, ResultRow, ResultTable
+from rethink_prune.report.results import KeptWidth, Report, ResultRow, ResultTable
 
 _STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
 
@@ -43,41 +43,41 @@ class Picture:
 
 def draw_pictures(report: Report) -> list[Picture]:
     """Draw all pictures of a report for which it has the numbers."""
+    pictures = []
     with mpl.rc_context(fname=_STYLE):
-        drawn = [each for table in report.tables for each in _figures(table)]
-        return [
-            _picture(f"{kind}-{slug}", f"{_CAPTIONS[kind]}: {title}", figure)
-            for kind, slug, title, figure in drawn
-            if figure is not None
-        ]
+        for kind, slug, title, figure in (each for table in report.tables for each in _figures(table)):
+            png, svg = io.BytesIO(), io.BytesIO()
+            # No version of matplotlib and no date in the files: the same report gives the same bytes.
+            figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+            figure.savefig(svg, format="svg", metadata={"Date": None})
+            caption = f"{_CAPTIONS[kind]}: {title}"
+            pictures.append(Picture(f"{kind}-{slug}", caption, png.getvalue(), svg.getvalue()))
+    return pictures
 
 
-def _picture(name: str, caption: str, figure: Figure) -> Picture:
-    png, svg = io.BytesIO(), io.BytesIO()
-    # No version of matplotlib and no date in the files: the same report gives the same bytes.
-    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    return Picture(name, caption, png.getvalue(), svg.getvalue())
-
-
-def _figures(table: ResultTable) -> Iterator[tuple[str, str, str, Figure | None]]:
+def _figures(table: ResultTable) -> Iterator[tuple[str, str, str, Figure]]:
     """Yield each figure with its kind, the end of its file name, and the name of its row or table."""
-    yield "differences", table.rows[0].slug.split("-")[0], table.title, _differences_figure(table)
-    for rows in _sweeps(table):
-        yield "targets", rows[0].slug.split("-")[0], rows[0].sweep, _targets_figure(rows)
+    if any(comparison.difference for row in table.rows for comparison in row.comparisons):
+        yield "differences", table.rows[0].slug.split("-")[0], table.title, _differences_figure(table.rows)
+    sweeps: dict[str, list[ResultRow]] = defaultdict(list)
     for row in table.rows:
-        yield "curves", row.slug, row.title, _curves_figure(row)
-        yield "ledger", row.slug, row.title, _ledger_figure(row)
-        yield "widths", row.slug, row.title, _widths_figure(row)
+        sweeps[row.sweep].append(row)
+    for sweep, rows in sweeps.items():
+        if len(rows) > 1:
+            yield "targets", rows[0].slug.split("-")[0], sweep, _targets_figure(rows)
+    for row in table.rows:
+        if curves := [(result.arm, result.curve) for result in row.arms if result.curve is not None]:
+            yield "curves", row.slug, row.title, _curves_figure(curves)
+        if trained := [result for result in row.arms if result.flops_total is not None]:
+            yield "ledger", row.slug, row.title, _ledger_figure(trained)
+        if row.widths:
+            yield "widths", row.slug, row.title, _widths_figure(row.widths)
 
 
-def _curves_figure(row: ResultRow) -> Figure | None:
-    drawn = [(result.arm, result.curve) for result in row.arms if result.curve is not None]
-    if not drawn:
-        return None
+def _curves_figure(curves: Sequence[tuple[str, SeedCurve]]) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     by_epoch, by_flops = figure.subplots(1, 2, sharey=True)
-    for arm, curve in drawn:
+    for arm, curve in curves:
         _draw_curve(by_epoch, arm, curve, curve.epoch)
         if curve.flops is not None:
             _draw_curve(by_flops, arm, curve, curve.flops)
@@ -97,14 +97,6 @@ def _draw_curve(axes: Axes, arm: str, curve: SeedCurve, x: Sequence[float]) -> N
     axes.plot(x, curve.mean, **_line_style(arm), markersize=4, markevery=marked, label=_short_title(arm))
 
 
-def _sweeps(table: ResultTable) -> list[list[ResultRow]]:
-    """Return the rows of each network and pruner that differ in how much is pruned."""
-    found: dict[str, list[ResultRow]] = defaultdict(list)
-    for row in table.rows:
-        found[row.sweep].append(row)
-    return [rows for rows in found.values() if len(rows) > 1]
-
-
 def _targets_figure(rows: Sequence[ResultRow]) -> Figure:
     """Draw accuracies against the target where it is a number, else against the MACs that are kept."""
     # One axis fits only targets of one kind, such as ratios.
@@ -118,10 +110,8 @@ def _targets_figure(rows: Sequence[ResultRow]) -> Figure:
 
     figure = Figure(figsize=(5.5, 3.8), layout="constrained")
     axes = figure.subplots()
-    for arm in dict.fromkeys(result.arm for row in rows for result in row.arms):
-        # Accuracies right after pruning are so low that they would flatten all the others.
-        if arm == PRUNED:
-            continue
+    # Accuracies right after pruning are so low that they would flatten all the others.
+    for arm in dict.fromkeys(result.arm for row in rows for result in row.arms if result.arm != PRUNED):
         points = [(place(row), result.top1) for row in rows if (result := row.arm(arm)) is not None]
         known = sorted((x, top1.mean, top1.sd or 0) for x, top1 in points if x is not None and top1 is not None)
         if known:
@@ -132,10 +122,8 @@ def _targets_figure(rows: Sequence[ResultRow]) -> Figure:
     return figure
 
 
-def _differences_figure(table: ResultTable) -> Figure | None:
-    shown = [(row, c, c.difference) for row in table.rows for c in row.comparisons if c.difference is not None]
-    if not shown:
-        return None
+def _differences_figure(rows: Sequence[ResultRow]) -> Figure:
+    shown = [(row, c, c.difference) for row in rows for c in row.comparisons if c.difference is not None]
     figure = Figure(figsize=(7.5, 1 + 0.55 * len(shown)), layout="constrained")
     axes = figure.subplots()
     labels = []
@@ -152,19 +140,15 @@ def _differences_figure(table: ResultTable) -> Figure | None:
     return figure
 
 
-def _ledger_figure(row: ResultRow) -> Figure | None:
-    shown = [result for result in row.arms if result.flops_total is not None]
-    if not shown:
-        return None
-    figure = Figure(figsize=(6.5, 1.2 + 0.4 * len(shown)), layout="constrained")
+def _ledger_figure(results: Sequence[ArmOverSeeds]) -> Figure:
+    figure = Figure(figsize=(6.5, 1.2 + 0.4 * len(results)), layout="constrained")
     axes = figure.subplots()
-    before = np.array([result.flops_before for result in shown], dtype=float)
-    own = np.array([result.train_flops for result in shown], dtype=float)
-    places = np.arange(len(shown))
+    before, own = np.array([(result.flops_before, result.train_flops) for result in results], dtype=float).T
+    places = range(len(results))
     # Hatched, so that the two parts differ in black and white too.
     axes.barh(places, before, color="#BBBBBB", edgecolor="black", hatch="//", label="what it starts from")
     axes.barh(places, own, left=before, color="#0072B2", edgecolor="black", label="its own training")
-    axes.set_yticks(places, [_short_title(result.arm) for result in shown])
+    axes.set_yticks(places, [_short_title(result.arm) for result in results])
     axes.invert_yaxis()
     axes.set(xlabel="training FLOPs, mean over seeds")
     axes.xaxis.set_major_formatter(EngFormatter())
@@ -172,17 +156,15 @@ def _ledger_figure(row: ResultRow) -> Figure | None:
     return figure
 
 
-def _widths_figure(row: ResultRow) -> Figure | None:
-    count = len(row.widths)
-    if not count:
-        return None
+def _widths_figure(widths: Sequence[KeptWidth]) -> Figure:
+    count = len(widths)
     figure = Figure(figsize=(min(16.0, max(5.0, 1.5 + 0.28 * count)), 3.6), layout="constrained")
     axes = figure.subplots()
-    places = np.arange(count)
-    axes.bar(places, [w.full for w in row.widths], color="white", edgecolor="black", hatch="..", label="in full")
-    axes.bar(places, [w.kept for w in row.widths], color="#0072B2", edgecolor="black", label="kept")
+    places = range(count)
+    axes.bar(places, [w.full for w in widths], color="white", edgecolor="black", hatch="..", label="in full")
+    axes.bar(places, [w.kept for w in widths], color="#0072B2", edgecolor="black", label="kept")
     # Names of layers can be as long as the picture is high.
-    names = [_clip(w.layer, 30) for w in row.widths]
+    names = [_clip(w.layer, 30) for w in widths]
     axes.set_xticks(places, names, rotation=90, fontsize=7 if count <= 60 else 4)
     axes.set(ylabel="width")
     axes.margins(x=0.01)

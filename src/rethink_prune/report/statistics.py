@@ -30,13 +30,11 @@ class SeedStatistics:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(SeedStatistics):
     """The difference of two arms over `n` seeds, in points.
 
     Attributes
     ----------
-    sd
-        Of the differences, ddof 1; None with one seed.
     interval
         Paired-t interval of the mean at 95 %; None with one seed, or where all differences are equal.
     p
@@ -47,9 +45,6 @@ class Difference:
         TOST: the larger p of two one-sided paired t tests against the margin. None where there is no interval.
     """
 
-    n: int
-    mean: float
-    sd: float | None
     interval: tuple[float, float] | None
     p: float
     p_floor: float
@@ -95,7 +90,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, margin
     (2.0, 0.25, 0.25)
     """
     differences = np.round(np.subtract(first, second), _DIGITS).tolist()
-    n = len(differences)
+    n, mean, sd = len(differences), float(np.mean(differences)), _standard_deviation(differences)
+    p_floor = 2 / 2**n if n <= EXACT_UP_TO else 2 / (RESAMPLES + 1)
     interval = p_equivalent = None
     # A t test needs spread: with none, its statistic is 0 / 0 or infinite.
     if np.ptp(differences) > 0:
@@ -104,15 +100,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, margin
         above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
         below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
         p_equivalent = float(max(above, below))
-    return Difference(
-        n=n,
-        mean=float(np.mean(differences)),
-        sd=_standard_deviation(differences),
-        interval=interval,
-        p=sign_flip_p(differences),
-        p_floor=2 / 2**n if n <= EXACT_UP_TO else 2 / (RESAMPLES + 1),
-        p_equivalent=p_equivalent,
-    )
+    return Difference(n, mean, sd, interval, sign_flip_p(differences), p_floor, p_equivalent)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -148,12 +136,8 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     # Whole numbers, whose sums are exact: equal sums of flipped differences must count as equal.
     counts = np.rint(np.asarray(differences) * 10**_DIGITS)
     exact = len(counts) <= EXACT_UP_TO
+    flips, rng = (2**EXACT_UP_TO, None) if exact else (RESAMPLES, np.random.default_rng(0))
     result = stats.permutation_test(
-        (counts,),
-        lambda flipped, axis: np.sum(flipped, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=2**EXACT_UP_TO if exact else RESAMPLES,
-        rng=None if exact else np.random.default_rng(0),
+        (counts,), np.sum, permutation_type="samples", vectorized=True, n_resamples=flips, rng=rng
     )
     return float(result.pvalue)

@@ -14,9 +14,6 @@ from typing import Any
 
 from rethink_prune.text import dotted_items
 
-SETS = ("test", "validation", "train")
-MEASURES = ("top1", "top5", "loss")
-
 # What the "Custom scalars" tab shows: every arm of a study in one chart, by epoch and by computation.
 _LAYOUT = {
     "Arms": {
@@ -58,7 +55,7 @@ class ArmEvents:
             self._writer.add_scalar("lr", row["lr"], epoch)
             if self._flops is not None:
                 self._flops += self._per_image * row["images"]
-            for name, measure in product(SETS, MEASURES):
+            for name, measure in product(("test", "validation", "train"), ("top1", "top5", "loss")):
                 value = row.get(f"{name}_{measure}")
                 if value is not None:
                     self._writer.add_scalar(f"{measure}/{name}", value, epoch)
@@ -93,15 +90,12 @@ def write_study(folder: Path, hparams: Mapping[str, Any], metrics: Mapping[str, 
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
-    chosen = {name: value for name, value in dotted_items(hparams) if value is not None}
-    # SummaryWriter.add_hparams would also list the columns, and TensorBoard then shows those of the first run alone.
-    # An empty trial_id keeps runs with equal hyper-parameters apart.
-    start = hparams_pb(
-        {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in chosen.items()},
-        trial_id="",
-    )
+    chosen = ((name, value) for name, value in dotted_items(hparams) if value is not None)
+    shown = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in chosen}
     with SummaryWriter(str(folder)) as writer:
-        writer.file_writer.add_summary(start)
+        # SummaryWriter.add_hparams would also list the columns, and TensorBoard then shows those of the first run
+        # alone. An empty trial_id keeps runs with equal hyper-parameters apart.
+        writer.file_writer.add_summary(hparams_pb(shown, trial_id=""))
         for name, value in metrics.items():
             writer.add_scalar(name, value)
         writer.add_text("summary", table)
