@@ -16,6 +16,7 @@ from torch import nn
 from harness import configure, plan_of
 from rethink_prune.config import StudyConfig
 from rethink_prune.files import conf_dir
+from rethink_prune.study.prepare import prepare_study
 
 FOLDER = Path(conf_dir()) / "experiment"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -236,7 +237,8 @@ def test_rows_that_wait_for_a_training_have_the_settings_of_the_table(name: str,
     ],
 )
 def test_batch_norms_start_as_in_the_reference_code(name: str, gamma: float, planned: Planned) -> None:
-    norms = [module for module in planned(name)[0].build().modules() if isinstance(module, nn.BatchNorm2d)]
+    network = prepare_study(planned(name)[0]).networks.large()
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
     assert all((norm.weight == gamma).all() for norm in norms)
 
