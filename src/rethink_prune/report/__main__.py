@@ -12,10 +12,8 @@ from rethink_prune.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """Write a report over the given runs; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="rethink-prune-report",
-        description="Compare the arms of many runs over their seeds: tables, statistics, pictures, and a page.",
-    )
+    description = "Compare the arms of many runs over their seeds: tables, statistics, pictures, and a page."
+    parser = argparse.ArgumentParser(prog="rethink-prune-report", description=description)
     places = "run folders, folders that hold some, stores, or results.json of earlier reports"
     margin = "within which arms are equivalent (%(default)s)"
     by = "give each value of a setting, such as recipe.lr, rows of its own; can be repeated"
@@ -29,22 +27,18 @@ def main(arguments: list[str] | None = None) -> int:
     if not (math.isfinite(options.margin) and options.margin > 0):
         parser.error("--margin: must be a number of points above 0")
     # Imported here: --help needs no SciPy.
-    from rethink_prune.report.documents import PAGE_FILE, write_overview
-    from rethink_prune.report.gather import gather
-    from rethink_prune.report.groups import group_runs
-    from rethink_prune.report.publish import publish
-    from rethink_prune.report.results import compute_report
+    from rethink_prune.report import documents, gather, groups, publish, results
 
     try:
-        gathered = gather(options.places)
-        groups = group_runs(gathered.runs, by=options.by, mix=options.mix)
-        report = compute_report(groups, margin=options.margin, problems=gathered.problems)
-        publish(report, groups, options.out)
+        gathered = gather.gather(options.places)
+        found = groups.group_runs(gathered.runs, by=options.by, mix=options.mix)
+        report = results.compute_report(found, margin=options.margin, problems=gathered.problems)
+        publish.publish(report, found, options.out)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    print(write_overview(report))
-    print(f"\nThe page: {options.out / PAGE_FILE}")
+    print(documents.write_overview(report))
+    print(f"\nThe page: {options.out / documents.PAGE_FILE}")
     return 0
 
 

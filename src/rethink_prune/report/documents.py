@@ -45,19 +45,11 @@ def write_documents(report: Report, pictures: Sequence[Picture]) -> dict[str, st
     """Return every document of a report as text, by its file name; the page is the last."""
     grids = report_grids(report)
     script, style = ((_TEMPLATES / name).read_text() for name in ("page.js", "page.css"))
-    values = {
-        "title": TITLE,
-        "report": report,
-        "grids": grids,
-        "pictures": pictures,
-        "overview": write_overview(report),
-        "script": script,
-        "style": style,
-        # No other script, style or address is admitted, whatever gets into the page.
-        "policy": f"default-src 'none'; img-src data:; script-src '{_digest(script)}'; style-src '{_digest(style)}'",
-        "exact_up_to": EXACT_UP_TO,
-        "resamples": RESAMPLES,
-    }
+    # No other script, style or address is admitted, whatever gets into the page.
+    policy = f"default-src 'none'; img-src data:; script-src '{_digest(script)}'; style-src '{_digest(style)}'"
+    values = {"title": TITLE, "report": report, "overview": write_overview(report), "grids": grids}
+    values |= {"pictures": pictures, "script": script, "style": style, "policy": policy}
+    values |= {"exact_up_to": EXACT_UP_TO, "resamples": RESAMPLES}
     templates = {"tables.tex": "tables.tex.jinja", "report.md": "report.md.jinja", PAGE_FILE: "page.html"}
     documents = {name: _ENVIRONMENT.get_template(template).render(values) for name, template in templates.items()}
     return {f"{grid.name}.csv": to_csv(grid) for grid in grids} | documents

@@ -103,7 +103,6 @@ def _search_store(store: Path, gathered: GatheredRuns) -> None:
     records = sorted(path for path in (store / "runs").glob("*.json") if path.name[0] != ".")
     if not records:
         raise UserError(f"{store}: no run was recorded in this store")
-    stages = store / "stages"
     lost = 0
     for path in records:
         try:
@@ -115,10 +114,10 @@ def _search_store(store: Path, gathered: GatheredRuns) -> None:
         # Enough to tell runs apart: Hydra's run folders end with date and time.
         name = "/".join(file.parent.parts[-3:])
         if file.is_file():
-            gathered.add(file, name, stages=stages)
+            gathered.add(file, name, stages=store / "stages")
         # The store keeps a copy, since run folders are often deleted.
         elif "summary" in record:
-            gathered.add(path, name, stages=stages, summary=record["summary"])
+            gathered.add(path, name, stages=store / "stages", summary=record["summary"])
         else:
             lost += 1
     if lost:

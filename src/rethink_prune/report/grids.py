@@ -51,33 +51,30 @@ def report_grids(report: Report) -> list[Grid]:
     """Return all tables of a report in their order; those without rows are left out."""
     grids = []
     for number, table in enumerate(report.tables, 1):
-        grids += [
-            _accuracy_grid(f"accuracy-{number}", table),
-            _difference_grid(f"differences-{number}", table, report.margin),
-            _paper_grid(f"paper-{number}", table),
-            _cost_grid(f"cost-{number}", table),
-        ]
+        grids += [_accuracy_grid(number, table), _difference_grid(number, table, report.margin)]
+        grids += [_paper_grid(number, table), _cost_grid(number, table)]
     # Some tables have nothing to compare, or no row of the paper.
     return [grid for grid in grids if grid.rows]
 
 
-def _accuracy_grid(name: str, table: ResultTable) -> Grid:
+def _accuracy_grid(number: int, table: ResultTable) -> Grid:
     """Return the table as the paper has it: a row for each network and target, a column for each arm."""
     titles = (network_label(arm).title for arm in table.arms)
     rows = []
     for row in table.rows:
-        results = [(arm, row.arm(arm)) for arm in table.arms]
-        arms = [_cell(result.top1 if result else None, ".2f", bold=arm in row.best) for arm, result in results]
+        top1 = {result.arm: result.top1 for result in row.arms}
+        arms = [_cell(top1.get(arm), ".2f", bold=arm in row.best) for arm in table.arms]
         rows.append((*_row_names(row), *arms, _cell(row.macs_kept, ".1f"), _cell(row.params_kept, ".1f")))
     caption = (
         "Top-1 in percent after the last epoch: mean ± standard deviation (n seeds). Bold: the best arm of the pruned "
         "network, by its mean alone."
     )
     columns = ("network", "pruned by", *titles, "MACs kept, %", "parameters, %")
-    return Grid(name, table.title, columns, tuple(rows), caption, tuple(_notes_about_rows(table)))
+    notes = tuple(_notes_about_rows(table))
+    return Grid(f"accuracy-{number}", table.title, columns, tuple(rows), caption, notes)
 
 
-def _difference_grid(name: str, table: ResultTable, margin: float) -> Grid:
+def _difference_grid(number: int, table: ResultTable, margin: float) -> Grid:
     columns = (
         *("network", "pruned by", "arm", "against", "n", "difference", "95 % interval"),
         *("p", "p (Holm)", "least p (Holm)", "TOST p (Holm)"),
@@ -87,10 +84,10 @@ def _difference_grid(name: str, table: ResultTable, margin: float) -> Grid:
         f"Points of top-1, paired by seed: paired-t interval; p of the sign-flip permutation test; TOST: equivalence "
         f"within {margin:g} points. Holm: corrected for all comparisons of this table; least p: what n allows."
     )
-    return Grid(name, f"Differences: {table.title}", columns, rows, caption)
+    return Grid(f"differences-{number}", f"Differences: {table.title}", columns, rows, caption)
 
 
-def _cost_grid(name: str, table: ResultTable) -> Grid:
+def _cost_grid(number: int, table: ResultTable) -> Grid:
     columns = ("network", "pruned by", "arm", "epochs", "parameters", "MACs", "training FLOPs", "with ancestors")
     rows = []
     for row in table.rows:
@@ -104,10 +101,10 @@ def _cost_grid(name: str, table: ResultTable) -> Grid:
         "Means over seeds. MACs are those of convolutions and linear layers for one image; training FLOPs are 6 x MACs "
         "x images; ancestors are the trainings an arm starts from."
     )
-    return Grid(name, f"Cost: {table.title}", columns, tuple(rows), caption)
+    return Grid(f"cost-{number}", f"Cost: {table.title}", columns, tuple(rows), caption)
 
 
-def _paper_grid(name: str, table: ResultTable) -> Grid:
+def _paper_grid(number: int, table: ResultTable) -> Grid:
     """Return a table's accuracies beside the paper's; without rows where the paper has none of them."""
     columns = ("network", "pruned by", "arm", "best epoch on test", "paper", "difference")
     rows = []
@@ -122,7 +119,7 @@ def _paper_grid(name: str, table: ResultTable) -> Grid:
         "Top-1 in percent of the best epoch on the test images, which is what the paper reports (Liu et al. 2019, "
         "arXiv:1810.05270v1). It favours arms that are tested more often, so nothing else here rests on it."
     )
-    return Grid(name, f"Beside the paper: {table.title}", columns, tuple(rows), caption)
+    return Grid(f"paper-{number}", f"Beside the paper: {table.title}", columns, tuple(rows), caption)
 
 
 def _notes_about_rows(table: ResultTable) -> Iterator[str]:
@@ -152,13 +149,12 @@ def _cell(value: SeedStatistics | float | None, form: str, *, bold: bool = False
 
 def _comparison_cells(comparison: ArmComparison) -> Iterator[Cell]:
     difference, tested = comparison.difference, comparison.tested
-    yield Cell(network_label(comparison.first).title)
-    yield Cell(network_label(comparison.second).title)
+    yield from (Cell(network_label(arm).title) for arm in (comparison.first, comparison.second))
     yield _cell(difference.n if difference else 0, "d")
     yield _cell(difference.mean if difference else None, "+.2f")
     yield _interval_cell(difference)
-    for p in (tested.p if tested else None, comparison.p_holm, comparison.p_holm_floor, comparison.p_equivalent_holm):
-        yield _cell(p, ".2g")
+    ps = (tested.p if tested else None, comparison.p_holm, comparison.p_holm_floor, comparison.p_equivalent_holm)
+    yield from (_cell(p, ".2g") for p in ps)
 
 
 def _interval_cell(difference: Difference | None) -> Cell:

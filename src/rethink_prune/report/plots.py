@@ -102,17 +102,12 @@ def _targets_figure(rows: Sequence[ResultRow]) -> Figure:
     # One axis fits only targets of one kind, such as ratios.
     names = {row.target and row.target[0] for row in rows}
     name = names.pop() if len(names) == 1 else None
-
-    def place(row: ResultRow) -> float | None:
-        if name and row.target:
-            return row.target[1]
-        return row.macs_kept.mean if row.macs_kept else None
-
+    places = [row.target[1] if name and row.target else row.macs_kept and row.macs_kept.mean for row in rows]
     figure = Figure(figsize=(5.5, 3.8), layout="constrained")
     axes = figure.subplots()
     # Accuracies right after pruning are so low that they would flatten all the others.
     for arm in dict.fromkeys(result.arm for row in rows for result in row.arms if result.arm != PRUNED):
-        points = [(place(row), result.top1) for row in rows if (result := row.arm(arm)) is not None]
+        points = [(place, result.top1) for place, row in zip(places, rows, strict=True) if (result := row.arm(arm))]
         known = sorted((x, top1.mean, top1.sd or 0) for x, top1 in points if x is not None and top1 is not None)
         if known:
             x, mean, sd = zip(*known, strict=True)

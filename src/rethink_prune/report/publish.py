@@ -47,8 +47,7 @@ def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
         write_atomically(folder / f"{picture.name}.png", picture.png)
         write_atomically(folder / f"{picture.name}.svg", picture.svg)
     runs = [run.model_dump(mode="json", exclude_none=True) for group in groups for run in group.runs]
-    made_by = f"rethink-prune {version('rethink-prune')}"
-    header = {"format": FORMAT, "version": FORMAT_VERSION, "made_by": made_by}
+    header = {"format": FORMAT, "version": FORMAT_VERSION, "made_by": f"rethink-prune {version('rethink-prune')}"}
     write_json(folder / "results.json", {**header, **asdict(report), "runs": runs})
     write_seed_curves(seed_curves(groups), folder / "tensorboard")
     # The page is the last file: where it stands, the report is whole.

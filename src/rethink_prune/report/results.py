@@ -147,18 +147,15 @@ def _result_table(groups: Sequence[RunGroup], margin: float, numbers: Iterator[i
     compared = correct_for_table([list(compare_arms(group.runs, margin=margin)) for group in groups])
     family = sum(comparison.tested is not None for row in compared for comparison in row)
     say = partial(verdict, margin=margin, family=family, recipe=study.recipe, budget=study.budget)
-    rows = []
-    for group, comparisons in zip(groups, compared, strict=True):
-        row = _result_row(group, next(numbers))
-        addition = f" {ONE_PRETRAINED}" if row.one_pretrained else ""
-        said = [replace(comparison, verdict=say(comparison) + addition) for comparison in comparisons]
-        rows.append(replace(row, comparisons=tuple(said)))
+    rows = [
+        _result_row(group, next(numbers), [replace(comparison, verdict=say(comparison)) for comparison in comparisons])
+        for group, comparisons in zip(groups, compared, strict=True)
+    ]
     arms = in_column_order({result.arm for row in rows for result in row.arms})
     return ResultTable(study.dataset, study.recipe, study.budget, tuple(arms), tuple(rows))
 
 
-def _result_row(group: RunGroup, number: int) -> ResultRow:
-    """Return the row of a group, still without its comparisons."""
+def _result_row(group: RunGroup, number: int, comparisons: Iterable[ArmComparison]) -> ResultRow:
     runs, study = group.runs, group.study
     arms = [arm_over_seeds(network, runs) for network in planned_networks(runs)]
     after_pruning = [run.pruned.top1 for run in runs if run.pruned is not None and run.pruned.top1 is not None]
@@ -171,6 +168,9 @@ def _result_row(group: RunGroup, number: int) -> ResultRow:
     pruned_by = ", ".join([f"{study.pruner} {study.target_text}", *settings])
     paper = paper_row(group.experiment, study.target)
     seeds = tuple(run.study.seed for run in runs)
+    one_pretrained = len(set(seeds)) > 1 and len(pretrained_networks(runs)) == 1
+    if one_pretrained:
+        comparisons = [replace(each, verdict=f"{each.verdict} {ONE_PRETRAINED}") for each in comparisons]
     return ResultRow(
         # The number keeps rows apart whose names differ only in what file names leave out.
         slug=f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', f'{study.model} {pruned_by}'.lower()).strip('-')[:60]}",
@@ -186,9 +186,9 @@ def _result_row(group: RunGroup, number: int) -> ResultRow:
         macs_kept=_kept_shares([(run.pruned.macs, run.study.ledger.macs_reference) for run in runs if run.pruned]),
         params_kept=_kept_shares([(run.pruned.params, run.large.params) for run in runs if run.pruned and run.large]),
         widths=tuple(_mean_widths(runs)),
-        comparisons=(),
+        comparisons=tuple(comparisons),
         paper=paper,
-        one_pretrained=len(set(seeds)) > 1 and len(pretrained_networks(runs)) == 1,
+        one_pretrained=one_pretrained,
         notes=(*group.notes, *row_notes(runs, paper)),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rethink_prune.report.comparisons import ArmComparison
 from rethink_prune.report.networks import network_label
-from rethink_prune.report.statistics import LEVEL
+from rethink_prune.report.statistics import LEVEL, Difference
 
 
 def verdict(comparison: ArmComparison, *, margin: float, family: int, recipe: str, budget: str) -> str:
@@ -29,29 +29,26 @@ def verdict(comparison: ArmComparison, *, margin: float, family: int, recipe: st
     'Scratch-B is 0.50 points above fine-tuning (paper recipe, paper budget) with one seed: no interval and no test.'
     """
     first, second = (network_label(arm).name for arm in (comparison.first, comparison.second))
-    conditions = f"({recipe} recipe, {budget} budget)"
     difference = comparison.difference
-    if difference is None:
-        return f"{_capitalised(first)} and {second} {conditions} cannot be compared: no seed has both."
-    mean = difference.mean
-    if mean < 0:
+    if difference is not None and difference.mean < 0:
         # From here on, `first` is the arm that is ahead.
         first, second = second, first
-    start, points, n = _capitalised(first), f"{abs(mean):.2f} points", difference.n
-    pair = f"{start} and {second} {conditions}"
+    start, other = _capitalised(first), f"{second} ({recipe} recipe, {budget} budget)"
+    pair = f"{start} and {other}"
+    if difference is None:
+        return f"{pair} cannot be compared: no seed has both."
+    mean, n, points = difference.mean, difference.n, f"{abs(difference.mean):.2f} points"
     # One difference has no spread to be compared with.
     if n == 1:
-        ahead = f"is {points} above {second} {conditions}" if mean else f"equals {second} {conditions}"
+        ahead = f"is {points} above {other}" if mean else f"equals {other}"
         return f"{start} {ahead} with one seed: no interval and no test."
     shown = _reaches_level(comparison.p_holm)
-    limit = "" if shown else _limit_of_seeds(comparison, difference.n, family)
+    limit = "" if shown else _limit_of_seeds(comparison, difference, family)
     if difference.interval is None:
         if not mean:
             return f"{pair} end at the same accuracy in each of {n} seeds: no interval."
         word = "better than" if shown else "ahead of"
-        return (
-            f"{start} is {word} {second} {conditions} by {points} in each of {n} seeds: no spread, no interval{limit}."
-        )
+        return f"{start} is {word} {other} by {points} in each of {n} seeds: no spread, no interval{limit}."
     low, high = difference.interval if mean >= 0 else (-difference.interval[1], -difference.interval[0])
     found = f"{points} [{low:.2f}, {high:.2f}], n = {n}"
     ahead = f"{first} is ahead by {found}" if mean else f"their means are equal: {found}"
@@ -64,16 +61,15 @@ def verdict(comparison: ArmComparison, *, margin: float, family: int, recipe: st
         )
     if shown:
         within = f", a difference within the margin of {margin:g} points" if equivalent else ""
-        return f"{start} is better than {second} {conditions} by {found}{within}."
+        return f"{start} is better than {other} by {found}{within}."
     if equivalent:
         return f"{pair} are equivalent within {margin:g} points: {ahead}."
     return f"{pair} are not shown to differ, nor to be equivalent within {margin:g} points: {ahead}{limit}."
 
 
-def _limit_of_seeds(comparison: ArmComparison, n: int, family: int) -> str:
+def _limit_of_seeds(comparison: ArmComparison, difference: Difference, family: int) -> str:
     """Return why no difference is shown, if the number of seeds or of comparisons has to do with it."""
-    difference = comparison.difference
-    assert difference is not None
+    n = difference.n
     # No n below six can reach 5 %: that says something about n, not about the arms.
     if not _reaches_level(difference.p_floor):
         return f"; {n} seeds cannot show a difference: the smallest p they allow is {difference.p_floor:.2g}"
