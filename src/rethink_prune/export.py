@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from rethink_prune.errors import UserError
-from rethink_prune.files import SUMMARY_FILE, write_json
-from rethink_prune.finished.cost_table import COST_FILE, cost_table
+from rethink_prune.files import COST_FILE, SUMMARY_FILE, write_json
 from rethink_prune.imports import import_object
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def _test(options: argparse.Namespace, factory: Factory | None) -> None:
     stage = runs.pruned_stage(options.stage) if is_run else runs.single_stage(options.stage)
     if options.cost:
         content = measure.measure_stage(stage, device, precision, rounds=options.rounds, factory=factory)
-        print(cost_table(content))
+        print(measure.cost_table(content))
     else:
         runtime = Runtime(device, precision, show_progress=sys.stderr.isatty())
         content = evaluate.evaluate_stage(stage, options.evaluate, runtime, factory)

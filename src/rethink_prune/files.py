@@ -13,6 +13,7 @@ from typing import Any
 from rethink_prune.errors import UserError
 
 SUMMARY_FILE = "summary.json"  # what a run leaves
+COST_FILE = "cost.json"  # what its networks take, where they have been measured
 
 
 def conf_dir() -> str:

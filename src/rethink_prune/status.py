@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rethink_prune.errors import UserError
 from rethink_prune.store.listing import list_stages, stages_table
-from rethink_prune.store.removal import finish_removals, remove_stages
+from rethink_prune.store.store import Store
 from rethink_prune.text import size
 
 
@@ -45,19 +45,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
-def _clean(store: Path, *, ask: bool) -> None:
-    removable = [stage for stage in list_stages(store) if stage.removable]
-    finish_removals(store)
+def _clean(root: Path, *, ask: bool) -> None:
+    store, removable = Store(root), [stage for stage in list_stages(root) if stage.removable]
+    store.finish_removals()
     if not removable:
         print("Nothing to remove.")
         return
-    print(stages_table(store, removable))
+    print(stages_table(root, removable))
     freed = size(sum(stage.disk for stage in removable))
     if ask and input(f"\nRemove these {len(removable)} stages ({freed})? [y/N] ").strip().lower() not in ("y", "yes"):
         print("Nothing was removed.")
         return
     # A stage that a process has started to work on in the meantime stays.
-    removed = remove_stages(removable)
+    removed = [stage for stage in removable if store.remove_stage(stage.folder.name)]
     print(f"Removed {len(removed)} stages, {size(sum(stage.disk for stage in removed))}.")
 
 

@@ -22,8 +22,7 @@ def run_stages(run_dir: Path) -> dict[str, Stage]:
     path = run_dir / SUMMARY_FILE
     try:
         summary = json.loads(path.read_text())
-        bases = {name: summary.get(name, {}) for name in ("large", "sparse", "pruned")}
-        entries = {**bases, **summary.get("arms", {})}
+        entries = {name: summary.get(name, {}) for name in ("large", "sparse", "pruned")} | summary.get("arms", {})
         # A failed part of a study, or one without a stage of its own, has no folder.
         return {name: Stage(Path(entry["stage"])) for name, entry in entries.items() if "stage" in entry}
     except (ValueError, KeyError, TypeError, AttributeError):

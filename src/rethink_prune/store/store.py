@@ -8,18 +8,25 @@ stage that is there is never computed twice. ``STORE/runs/<id>.json`` says which
 from __future__ import annotations
 
 import json
+import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_json
+from rethink_prune.store.ownership import LOCK_FILE
 from rethink_prune.store.stage import Stage
 
 # Counts up when an earlier version of the software would misread what keys, files or checkpoints mean.
 FORMAT = 1
 FORMAT_FILE = "format.json"
+# Begins the name of a stage that is being removed; a name with a dot is not listed.
+_PREFIX = ".removed-"
 
 
 class Store:
@@ -98,3 +105,21 @@ class Store:
     def record_run(self, run_id: str, record: Mapping[str, Any]) -> None:
         """Write which run folder (``run_dir``) uses which stages (``stages``, folder names by part of the study)."""
         write_json(self.root / "runs" / f"{run_id}.json", record)
+
+    def remove_stage(self, name: str) -> bool:
+        """Remove a stage while other processes may ask for it; tell whether it is gone: not if one works on it."""
+        folder = self.stage(name).folder
+        try:
+            # Held until the lock file is gone, too: a process that waits for it then sees that, and makes a new one.
+            with FileLock(folder / LOCK_FILE, blocking=False):
+                # Renamed first, which takes no time: from then on, a process that asks for the stage makes a new one.
+                shutil.rmtree(folder.rename(folder.with_name(f"{_PREFIX}{name}-{uuid.uuid4().hex[:8]}")))
+        except Timeout:
+            return False
+        return True
+
+    def finish_removals(self) -> None:
+        """Remove what earlier removals left behind because they were stopped halfway."""
+        for doomed in (self.root / "stages").glob(f"{_PREFIX}*"):
+            # Another process may remove it at the same time.
+            shutil.rmtree(doomed, ignore_errors=True)
