@@ -1,7 +1,5 @@
 """``python -m rethink_prune``: compose the configuration, validate it, run the study."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

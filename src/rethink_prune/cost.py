@@ -9,8 +9,6 @@ Conventions:
 - A masked weight is a zero in a tensor of full size: it takes the time and the memory of any other number.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Mapping, Sequence

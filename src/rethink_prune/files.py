@@ -1,7 +1,5 @@
 """Writing files so that a crash leaves the old content or the new; and where shared files are."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

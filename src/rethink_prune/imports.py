@@ -1,7 +1,5 @@
 """Import what a user names on the command line, as ``path.to.module:attribute``."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ No draw depends on what ran before it. So arms see the same images in the same o
 resumed run needs no saved generator state.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """``python -m rethink_prune.status STORE``: what is in a store, and how far it is."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

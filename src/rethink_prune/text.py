@@ -1,7 +1,5 @@
 """Text for people: Markdown tables, durations, sizes in bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

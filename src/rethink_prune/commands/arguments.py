@@ -1,7 +1,5 @@
 """Check a command's arguments where Hydra's own message would not say what to do."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Hydra ends a multirun with the error of the first job that failed. Here a job wr
 ``outcome.json``, and ends as a success for Hydra; after the last job, the command lists those that failed.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Random crops as the paper has them, and GoogLeNet before (arXiv:1409.4842), drawn as torchvision draws them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

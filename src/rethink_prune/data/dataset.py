@@ -1,7 +1,5 @@
 """Describe and load a data set by name: its subsets, statistics and fingerprint."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Decode image files into one array of bytes, and keep the array in a file."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Decode one image file: whole, a part of it, or its centre."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable

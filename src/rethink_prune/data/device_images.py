@@ -4,8 +4,6 @@ The draws of an epoch (order, crop offsets, flips) are made at once and belong t
 batches. So they are the same for every batch size, and for an epoch that is resumed in its middle.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A digest of what a data set gives to a training. Stage keys contain it: a changed digest would retrain everything."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

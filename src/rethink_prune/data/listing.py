@@ -4,8 +4,6 @@ Classes are the folders' names, sorted. Images of a class are its files with a u
 files and hidden files do not count.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

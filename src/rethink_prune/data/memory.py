@@ -1,7 +1,5 @@
 """How much memory this process can still take, and whether images and batches fit in it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Mean and standard deviation of images, and the network's input that is made with them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

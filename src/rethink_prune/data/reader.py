@@ -1,7 +1,5 @@
 """Read whole batches of image files: what a worker process does."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """How a batch is divided among the processes of a distributed training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -4,8 +4,6 @@ What is drawn for an image (its crop, whether it is mirrored) belongs to its pos
 neither on the number of workers nor on how many processes share them, and an epoch can be resumed in its middle.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch

@@ -4,8 +4,6 @@ A choice depends on ``split_seed`` and on the data set's own order (sorted names
 every machine. Each class draws by itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 

@@ -1,7 +1,5 @@
 """The processes that read images, from their start to the errors that a user is told when one dies."""
 
-from __future__ import annotations
-
 import errno
 import multiprocessing
 import os

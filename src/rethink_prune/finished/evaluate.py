@@ -1,7 +1,5 @@
 """Evaluate a finished network on the test images of any data set that fits it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Copy a finished network out of its store, in the form of a finished stage."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

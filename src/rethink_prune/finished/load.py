@@ -3,8 +3,6 @@
 Nothing here executes code that a stage names: its files are safetensors, JSON and YAML's safe subset.
 """
 
-from __future__ import annotations
-
 import inspect
 import textwrap
 from collections.abc import Callable

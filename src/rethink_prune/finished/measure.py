@@ -3,8 +3,6 @@
 `measure_stage` gives the content of ``cost.json``, `cost_table` shows it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any

@@ -1,7 +1,5 @@
 """Write a network as ONNX, and check that it computes the same there."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which stages a run has left in the store."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -5,8 +5,6 @@ networks names the initialiser in its attribute ``initialiser``. Beside the file
 ``conf/model/``.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil

@@ -1,7 +1,5 @@
 """What several families share: how many blocks a depth means, and networks that are a chain or three stages."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """DenseNet for small images (Huang et al. 2017, arXiv:1608.06993): each layer adds its channels to all before it."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

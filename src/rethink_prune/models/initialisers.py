@@ -6,8 +6,6 @@ the standard deviation depends on the width, so a slice of a wide layer's weight
 layer.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Mapping

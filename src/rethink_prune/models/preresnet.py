@@ -1,7 +1,5 @@
 """Pre-activation ResNets (He et al. 2016, arXiv:1603.05027) with bottleneck blocks: for small images, for ImageNet."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

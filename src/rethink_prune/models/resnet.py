@@ -1,7 +1,5 @@
 """ResNet for small images (He et al. 2016, arXiv:1512.03385, section 4.2): basic blocks and option-A shortcuts."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

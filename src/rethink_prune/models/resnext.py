@@ -1,7 +1,5 @@
 """ResNeXt for small images (Xie et al. 2017, arXiv:1611.05431): bottlenecks around a grouped convolution."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

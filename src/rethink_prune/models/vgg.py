@@ -5,8 +5,6 @@ global average pooling, and a classifier with one hidden layer of 512 units or w
 is 2 x 2, as in Liu et al. (2019).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise

@@ -4,8 +4,6 @@
 ``reconstruction.py`` those that repair the layer that reads the channels. A file with a pruner's name is that pruner.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Pruners that score channels: the pruner scores, the analysis groups, surgery cuts."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 

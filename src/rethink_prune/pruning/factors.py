@@ -12,8 +12,6 @@ The publication writes ``v_new = x_new - y + momentum * v; y_new = x_new + momen
 exactly zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 

@@ -13,8 +13,6 @@ the weights, so scratch arms can train without the large network (unless ``ranki
 first convolution of each block, apart from blocks the authors found sensitive.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import ClassVar

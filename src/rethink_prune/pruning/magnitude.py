@@ -12,8 +12,6 @@ density-scaled fan-out. A layer that the threshold would empty keeps its largest
 The masks follow from the trained weights, so all arms wait for the stage ``prune``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal

@@ -3,8 +3,6 @@
 Most pruners score channels: those are a :class:`~rethink_prune.pruning.channel_pruner.ChannelPruner`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

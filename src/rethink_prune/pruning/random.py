@@ -4,8 +4,6 @@ Every unit gets a uniformly drawn score; the lowest go, layer by layer, so the w
 the same ratio. The draw follows the study's seed.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

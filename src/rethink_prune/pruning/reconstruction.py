@@ -1,7 +1,5 @@
 """Pruners that go from layer to layer: choose channels by images, then repair the layers that read them."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

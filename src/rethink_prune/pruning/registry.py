@@ -1,7 +1,5 @@
 """The pruners there are: those of this folder, found by looking into its files, and a user's own by import path."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 import pkgutil

@@ -26,8 +26,6 @@ the number of weights of one filter. The paper alternates selection and reconstr
 ``5x`` of VGG-16 and ``2x`` of ResNet-50 are the published targets, named after how much faster they are meant to be.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Random samples of what layers read, for pruners that reconstruct a layer's output from fewer channels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

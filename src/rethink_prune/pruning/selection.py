@@ -3,8 +3,6 @@
 All functions know layers by name alone, so they serve channels and single weights alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase

@@ -18,8 +18,6 @@ The widths follow from the trained scales, so scratch arms wait for the stage ``
 entry, because the authors report ratios, not widths.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal

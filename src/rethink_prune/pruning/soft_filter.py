@@ -22,8 +22,6 @@ a zeroed filter; ``scope=inner`` with ``budget.base_epochs=400`` comes within an
 has fewer MACs and so more epochs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

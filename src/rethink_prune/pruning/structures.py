@@ -1,7 +1,5 @@
 """Structures whose outputs factors can scale: residual branches, and groups or channels of a layer."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

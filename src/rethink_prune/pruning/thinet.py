@@ -18,8 +18,6 @@ comes after all pruning. The widths follow from the options alone.
 ``30``, ``50`` and ``70`` of ResNet-50 name the share of channels that both inner convolutions of each block keep.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 

@@ -4,8 +4,6 @@ A later layer is sampled through the part that is already pruned. The images run
 memory depends on the batch, not on how many images there are.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """``python -m rethink_prune.report RUN_OR_STORE...``: which arm wins over many runs, and how sure that is."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

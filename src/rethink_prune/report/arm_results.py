@@ -1,7 +1,5 @@
 """One arm of a study over its seeds: accuracy, cost, and the curve of its training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A report in TensorBoard: every arm's top-1 over the epochs, as the mean over seeds in a band."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections import defaultdict

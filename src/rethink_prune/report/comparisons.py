@@ -1,7 +1,5 @@
 """Which arms of a study are compared, seed by seed, and their p values corrected for a whole table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 

@@ -3,8 +3,6 @@
 The page opens from disk: it loads nothing, and runs nothing but its own script.
 """
 
-from __future__ import annotations
-
 import base64
 import csv
 import hashlib

@@ -1,7 +1,5 @@
 """Find the runs below folders, in stores, and in the ``results.json`` of earlier reports."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping

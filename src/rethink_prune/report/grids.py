@@ -1,7 +1,5 @@
 """A report's tables as cells: what stands in each, as text and as numbers. :mod:`documents` writes them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 

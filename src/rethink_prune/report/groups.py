@@ -1,7 +1,5 @@
 """Which runs belong together: one group is one row of a table, its runs differ in nothing but the seed."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The networks of a study as a report shows them: what each is called, how it is drawn, and in which order."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What a reader has to know of a row: missing seeds, shared networks, and how it differs from the paper's."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """The paper's accuracies, from ``paper.yaml``, for the experiments that repeat its rows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """A report's pictures: told apart with any colour vision, and in black and white by line style and marker."""
 
-from __future__ import annotations
-
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

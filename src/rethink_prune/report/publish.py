@@ -1,7 +1,5 @@
 """Write a report's folder: documents, pictures, data and TensorBoard files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """What a run's ``summary.json`` says, as far as a report uses it: checked when it is read."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any, Literal
 

@@ -4,8 +4,6 @@ A report has a table for each data set, recipe and budget; a table has a row for
 (:mod:`rethink_prune.report.groups`); a row has its arms, their comparisons, and what the paper has for it.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence

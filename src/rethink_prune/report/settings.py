@@ -1,7 +1,5 @@
 """What runs were made with beside their seed, and in which of these settings they differ."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 

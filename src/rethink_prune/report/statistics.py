@@ -4,8 +4,6 @@ Arms of a study share the seed: its images, their order and their augmentation. 
 everything here but :func:`describe_seeds` looks at differences within seeds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A comparison in words: one plain sentence, which says no more than its seeds do."""
 
-from __future__ import annotations
-
 from rethink_prune.report.comparisons import ArmComparison
 from rethink_prune.report.networks import network_label
 from rethink_prune.report.statistics import LEVEL, Difference

@@ -1,7 +1,5 @@
 """What is in a store: the state, progress and size of every stage."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """A stage's ``metrics.csv``: one row an epoch."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence

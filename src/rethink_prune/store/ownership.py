@@ -4,8 +4,6 @@ The operating system drops the lock of a process that dies, so the folder is fre
 heartbeat in ``status.json`` stops, and after `STALE_SECONDS` a waiting process takes the folder over.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import threading

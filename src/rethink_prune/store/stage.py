@@ -4,8 +4,6 @@ A stage is begun, then finished, failed or stopped, by the one process that hold
 as its files have the checksums recorded in ``status.json``; everything else is done again.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -5,8 +5,6 @@ stage that is there is never computed twice. ``STORE/runs/<id>.json`` says which
 ``STORE/format.json`` which versions of the software can use the store.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import uuid

@@ -1,7 +1,5 @@
 """The weights of stages, as safetensors files: loading one executes nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

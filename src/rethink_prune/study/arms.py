@@ -1,7 +1,5 @@
 """The arms: ways to get a trained network to compare. Everything about one is its entry here; a new arm is one more."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal

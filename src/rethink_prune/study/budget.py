@@ -4,8 +4,6 @@ Scratch-E trains the pruned architecture for as many epochs as the large network
 ``int(base_epochs * macs_large / macs_pruned)`` epochs, with the learning-rate milestones at the same fractions.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 from rethink_prune.config import BudgetConfig, Phase, RecipeConfig

@@ -1,7 +1,5 @@
 """The images of a study: counted before anything is trained, read when they are first needed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Studies that several processes train together: the first one runs the study, the others join in its trainings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any

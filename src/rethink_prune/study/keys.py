@@ -5,8 +5,6 @@ key. An option that came later enters a key only where it is used and differs fr
 earlier versions stay valid.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """The networks of a study: the unpruned one, and what an architecture leaves of it, with old or new weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property

@@ -4,8 +4,6 @@ The ledger of a dry run prints this list, the runner runs it, and the summary re
 follows from training, the arms are planned again when it is known.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal

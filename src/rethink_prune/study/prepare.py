@@ -1,7 +1,5 @@
 """From a configuration to the parts of a study, with everything checked that can be wrong before any training."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Nothing here executes code from a file: safetensors, and torch files with ``weights_only=True``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 from collections.abc import Mapping

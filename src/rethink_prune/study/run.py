@@ -5,8 +5,6 @@ Read :func:`run_study` top to bottom: large -> (sparse) -> prune -> arms -> summ
 if its key is there, and is computed otherwise.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

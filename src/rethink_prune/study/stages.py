@@ -3,8 +3,6 @@
 The runner alone knows locks, heartbeats, checkpoints and progress. What a stage does is a plain function (`work`).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from contextlib import closing, nullcontext

@@ -1,7 +1,5 @@
 """``summary.json`` and ``summary.md`` of a study, and the table in the terminal."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import time

@@ -1,7 +1,5 @@
 """The table of a study, as Markdown and for the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

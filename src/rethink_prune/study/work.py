@@ -1,7 +1,5 @@
 """What each kind of stage does: train a network, take given weights, prune. The runner keeps what they make."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

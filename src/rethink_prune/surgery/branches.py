@@ -1,7 +1,5 @@
 """Removing residual branches: what a branch was added to remains."""
 
-from __future__ import annotations
-
 import copy
 import operator
 from collections.abc import Mapping, Sequence, Set

@@ -5,8 +5,6 @@ graph. `ChannelIds` keeps what is learnt on the way. "A channel can go" means: t
 exactly what it computes with the channel's weights, and its batch norms' scale and shift, set to zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union

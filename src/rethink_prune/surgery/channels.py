@@ -6,8 +6,6 @@ channels that have to go together are a *unit*, the units of a layer (or of laye
 for `cut` to take.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

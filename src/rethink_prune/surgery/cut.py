@@ -5,8 +5,6 @@ built network the same shapes, so that ``load_state_dict`` fits: there is no pic
 with a list of widths.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
 from typing import Any

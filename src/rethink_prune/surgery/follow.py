@@ -1,7 +1,5 @@
 """Pushing channel ids through a traced network: every node's rule, in the order of execution."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A network as a graph of operations: tracing it, the shape of every value, what a node calls, running it again."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

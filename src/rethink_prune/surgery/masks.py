@@ -3,8 +3,6 @@
 ``torch.nn.utils.prune`` is not used: it renames the keys of the state dict, and a network that has it cannot be copied.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

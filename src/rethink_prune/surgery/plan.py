@@ -1,7 +1,5 @@
 """What a cut keeps of each module, from which channels are kept."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ batch norm keeps the activation it may have. It selects by ``index_select`` from
 follows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -4,8 +4,6 @@
 included, so fine-tuning starts where the large network's training ended.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from itertools import product

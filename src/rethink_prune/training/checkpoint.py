@@ -4,8 +4,6 @@ The name of a checkpoint's file holds the epoch, the step and the SHA-256 of the
 publishes a checkpoint together with its checksum.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

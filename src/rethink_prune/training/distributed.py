@@ -8,8 +8,6 @@ When another process dies, whatever waits for it fails. Call `max`, `sum` and `s
 `translate_connection_errors`; the other methods do so themselves.
 """
 
-from __future__ import annotations
-
 import json
 import time
 import warnings

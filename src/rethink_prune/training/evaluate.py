@@ -1,7 +1,5 @@
 """Loss and accuracy of a network over a set of images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """How a pruner takes part in training: what the training loop calls, and when."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

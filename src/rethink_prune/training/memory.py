@@ -1,7 +1,5 @@
 """Measure how much memory a training takes."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

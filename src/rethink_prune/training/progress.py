@@ -1,7 +1,5 @@
 """Where a training stands, and the bar that shows it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """How a study computes on this machine: the device, the precision, and what makes it fast."""
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

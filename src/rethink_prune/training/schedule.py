@@ -1,7 +1,5 @@
 """Optimisers and learning-rate schedules by name; the classes are PyTorch's own."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

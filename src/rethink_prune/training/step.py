@@ -1,7 +1,5 @@
 """One step of training: forward, loss, backward, update."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Connect the processes that ``torchrun`` has started, and disconnect them at the end."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator, Sequence

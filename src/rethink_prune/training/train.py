@@ -1,7 +1,5 @@
 """The one training loop, for every arm."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 

@@ -10,8 +10,6 @@ The module is found by itself. It defines
 Every configuration imports the module: packages that take long to import belong inside the function that needs them.
 """
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Callable
 from importlib import import_module

@@ -5,8 +5,6 @@ References
 A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
-from __future__ import annotations
-
 import http.client
 import tarfile
 from functools import partial

@@ -7,8 +7,6 @@ Digits", UCI Machine Learning Repository, 1998. Every fifth image of a class (th
 gives 1,442 images to train on and 355 to test on.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np

@@ -3,8 +3,6 @@
 Images are decoded once; :mod:`rethink_prune.data.decode_cache` keeps the result.
 """
 
-from __future__ import annotations
-
 from PIL import Image
 
 from rethink_prune.config import DatasetConfig

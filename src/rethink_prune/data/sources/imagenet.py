@@ -9,8 +9,6 @@ References
 O. Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", 2015, arXiv:1409.0575.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

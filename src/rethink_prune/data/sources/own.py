@@ -11,8 +11,6 @@ should keep its result in a file. Results depend on the returned values alone, w
 fingerprint covers.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast

@@ -4,8 +4,6 @@ In this order: operations inside each channel, arithmetic, what moves channels, 
 shape, and the table of all by the plain name of the operation.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Rules of modules that the trace does not look into: layers, normalisation, and those that have a function's rule."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from typing import Any
