@@ -42,6 +42,19 @@ def load_model(folder: str | Path, factory: Factory | None = None) -> nn.Module:
     ------
     UserError
         If the folder holds no finished, intact stage, or a factory is needed and missing, or builds another network.
+
+    Examples
+    --------
+    >>> import tempfile, yaml
+    >>> from rethink_prune.store.weights import save_weights
+    >>> stage = Stage(Path(tempfile.mkdtemp()))
+    >>> network = {"name": "resnet20", "options": {}, "num_classes": 7, "in_channels": 3, "image_size": 32}
+    >>> _ = (stage.folder / "config.yaml").write_text(yaml.safe_dump({"network": network}))
+    >>> save_weights(stage.model_file, build_model("resnet20", num_classes=7).state_dict())
+    >>> Architecture().save(stage.folder)
+    >>> stage.finish({}, files=[stage.model_file.name, "architecture.json"])
+    >>> load_model(stage.folder).fc
+    Linear(in_features=64, out_features=7, bias=True)
     """
     stage = Stage(Path(folder))
     stage.finished()

@@ -39,13 +39,15 @@ class Arm:
     weights : {"inherited", "fresh"}
         What it starts from: the weights that pruning left, or newly drawn ones.
     length : {"large", "finetune", "scratch_b"}
-        Which of the budget's lengths it trains for; ``finetune`` also means the recipe's fine-tuning phase.
+        Which of the budget's lengths it trains for. ``finetune`` also means the learning rate and schedule of
+        ``recipe.finetune``; the others train with the recipe's own.
     title : str
         What a table's column is called.
     name : str
         What it is called in a sentence.
     style : Style
-        How its curve is drawn.
+        How its curve is drawn. No two may share a colour, dashes or a marker; those of the networks that are no arm
+        are in ``report/networks.py``.
     """
 
     network: Literal["pruned", "large"]

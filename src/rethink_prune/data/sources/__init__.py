@@ -25,8 +25,8 @@ def built_in_sources() -> dict[str, Callable[[DatasetConfig], DataSource]]:
 
     Examples
     --------
-    >>> list(built_in_sources())
-    ['digits', 'cifar10', 'cifar100', 'imagenet', 'folder']
+    >>> list(built_in_sources())[0]
+    'digits'
     """
     modules = [import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
     # `own` declares none: its data sets have the user's names.
