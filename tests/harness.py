@@ -8,7 +8,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,19 @@ def command(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.Comp
         timeout=timeout,
         check=False,
     )
+
+
+class Net(nn.Module):
+    """Layers by name and a forward pass given as a function of the module and its input."""
+
+    def __init__(self, forward: Callable[[Any, Any], Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self._function = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._function(self, x)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

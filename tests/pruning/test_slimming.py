@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from harness import Net
 from rethink_prune import build_model, count_cost, prune
 from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
@@ -25,19 +25,6 @@ SIZE = 16
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
 # Networks of the publication: each batch norm follows one convolution, or selects channels of a stream.
 PUBLISHED: dict[str, dict[str, Any]] = {"vgg11": {"head": "linear"}, "preresnet20": {}, "densenet40": {}}
-
-
-class Net(nn.Module):
-    """Layers by name and a forward pass given as a function of the module and its input."""
-
-    def __init__(self, forward: Callable[[Any, Any], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self._function = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._function(self, x)
 
 
 def conv(inputs: int, outputs: int, **options: Any) -> nn.Conv2d:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness import Net
 from rethink_prune import build_model, count_cost, prune
 from rethink_prune.config import ChannelOptions
 from rethink_prune.errors import UserError
@@ -29,19 +30,6 @@ EXAMPLE = torch.zeros(1, *SHAPE)
 # Of resnet20: the first convolution of each block is prunable alone, the others write to the residual stream.
 INNER = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(3)]
 STREAM = ["conv1", *(name.replace("conv1", "conv2") for name in INNER)]
-
-
-class Net(nn.Module):
-    """Layers by name and a forward pass given as a function of the module and its input."""
-
-    def __init__(self, forward: Callable[[Any, Any], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self._function = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._function(self, x)
 
 
 def conv(inputs: int, outputs: int, **options: Any) -> nn.Conv2d:

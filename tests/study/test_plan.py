@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import SMALL, configure, plan_of
+from rethink_prune.errors import Interrupted
+from rethink_prune.models import build_model
+from rethink_prune.study import networks, stages
 from rethink_prune.study.arms import ARMS, Arm, Style
 from rethink_prune.study.keys import add_keys
 from rethink_prune.study.prepare import prepare_study
@@ -31,8 +37,8 @@ def test_what_nothing_reads_is_not_planned() -> None:
 
 def test_a_stage_starts_from_the_one_it_names() -> None:
     for pruner, base in (("l1", "large"), ("slimming", "sparse")):
-        stages = prepare_study(configure(*SMALL, f"pruner={pruner}")).plan()
-        parents = {spec.title: spec.parent for spec in stages}
+        plan = prepare_study(configure(*SMALL, f"pruner={pruner}")).plan()
+        parents = {spec.title: spec.parent for spec in plan}
         assert parents["prune"] == base
         assert (parents["finetune"], parents["scratch_b"], parents["large"]) == ("prune", None, None)
         order = list(parents)
@@ -63,3 +69,28 @@ def test_an_arm_is_one_entry(small_study: Run, monkeypatch: pytest.MonkeyPatch) 
     assert longer["epochs"] == scratch["epochs"]
     assert longer["train_flops_total"] == scratch["train_flops"] + summary["large"]["train_flops"]
     assert "/finetune-" in longer["stage"]
+
+
+def test_planning_builds_the_unpruned_network_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        built.append(1)
+        return build_model(*arguments, **options)
+
+    monkeypatch.setattr(networks, "build_model", counted)
+    plan_of(configure(*SMALL, "arms=[finetune,scratch_e]"))
+    assert built == [1], "a large network takes seconds"
+
+
+def test_a_signal_while_weights_are_written_stops_the_stage(
+    small_study: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise Interrupted("SIGTERM", signal.SIGTERM)
+
+    monkeypatch.setattr(stages, "save_weights", interrupted)
+    with pytest.raises(Interrupted):
+        small_study("arms=[scratch_e]")
+    (status,) = (tmp_path / "store/stages").glob("scratch-*/status.json")
+    assert json.loads(status.read_text())["state"] == "stopped"

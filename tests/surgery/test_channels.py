@@ -10,25 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness import Net
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.surgery.channels import ChannelGroup, Channels, analyse
 from rethink_prune.surgery.cut import apply
 
 Compare = Callable[..., tuple[Channels, nn.Module]]
-
-
-class Net(nn.Module):
-    """Layers by name and a forward pass given as a function of the module and its input."""
-
-    def __init__(self, forward: Callable[[Any, Any], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self._function = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._function(self, x)
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Conv2d:

@@ -22,7 +22,7 @@ from rethink_prune.surgery.masks import draw_masked
 
 @dataclass(frozen=True)
 class Networks:
-    """Builds the networks of a study; `check` tells whether it can.
+    """Builds the networks of a study.
 
     Attributes
     ----------
@@ -41,35 +41,40 @@ class Networks:
         """What ``build_model`` is told beside the sizes."""
         return {**asked_options(self.options.name, self.options.options), **self.options.args}
 
-    @cached_property
-    def init(self) -> str | None:
-        """Name of the initialiser: as configured, or the family's; None where there is neither."""
-        return self.options.init or family_initialiser(self.large())
+    def init_of(self, unpruned: nn.Module) -> str | None:
+        """Return the name of the initialiser: as configured, or the family's; None where there is neither."""
+        return self.options.init or family_initialiser(unpruned)
 
-    def check(self, *, draws_anew: bool) -> None:
-        """Check the network before anything is trained.
+    def check(self, unpruned: nn.Module, *, draws_anew: bool) -> None:
+        """Check the unpruned network before anything is trained.
 
         Parameters
         ----------
+        unpruned : torch.nn.Module
+            From `large`; in evaluation mode afterwards.
         draws_anew : bool
             Whether some arm draws the weights of a pruned network anew.
 
         Raises
         ------
         UserError
-            If the network cannot be built, takes no such images, gives no logits, or cannot be drawn anew.
+            If the network takes no such images, gives no logits, or cannot be drawn anew.
         """
-        init = self.options.init
-        if init not in (None, *INITIALISERS):
-            raise UserError(f"model.init={init}: no such initialiser; one of {', '.join(INITIALISERS)}")
-        model = self.large()
-        if draws_anew and self.init is None:
-            _check_redrawn(model, self.options.name)
-        _check_output(model, self.info, self.options.name)
+        if draws_anew and self.init_of(unpruned) is None:
+            _check_redrawn(unpruned, self.options.name)
+        _check_output(unpruned, self.info, self.options.name)
 
     def large(self) -> nn.Module:
-        """Build the unpruned network with the weights that the stage ``large`` starts from."""
+        """Build the unpruned network with the weights that the stage ``large`` starts from.
+
+        Raises
+        ------
+        UserError
+            If it cannot be built, or ``model.init`` cannot draw its weights.
+        """
         options, seed = self.options, derive_seed(self.seed, "large-init")
+        if options.init not in (None, *INITIALISERS):
+            raise UserError(f"model.init={options.init}: no such initialiser; one of {', '.join(INITIALISERS)}")
         with seeded(seed):
             network = build_model(
                 options.name,
@@ -77,7 +82,7 @@ class Networks:
                 in_channels=self.info.channels,
                 **self.build_options,
             )
-        init = options.init or family_initialiser(network)
+        init = self.init_of(network)
         if init is not None:
             try:
                 # From the start of the stream again: what the constructor draws does not count.
@@ -89,10 +94,11 @@ class Networks:
 
     def scratch(self, architecture: Architecture) -> nn.Module:
         """Build a pruned network with every weight drawn anew, in its own widths."""
-        network = reshape(self.large(), architecture)
+        unpruned = self.large()
+        network = reshape(unpruned, architecture)
         # Another stream than that of large: sharing it would be half a lottery ticket.
         with seeded(derive_seed(self.seed, "scratch-init")):
-            INITIALISERS[self.init or "reset_parameters"](network)
+            INITIALISERS[self.init_of(unpruned) or "reset_parameters"](network)
             draw_masked(network, architecture.masks)
         return network
 

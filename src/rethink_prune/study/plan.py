@@ -90,7 +90,7 @@ def plan_study(
         stages.append(replace(large, title="sparse", kind="sparse"))
     if prunes:
         stages.append(StageSpec("prune", "prune", parent="sparse" if trains_sparse else "large", train_flops=0))
-    known = (target.architecture(), target.cost) if target.known else (None, None)
+    known = (target.known_architecture, target.cost) if target.known else (None, None)
     return (*stages, *plan_arms(budget, arms, *known))
 
 

@@ -30,6 +30,8 @@ class PreparedStudy:
 
     Attributes
     ----------
+    init : str, optional
+        Name of the initialiser; None where the network's modules reset themselves.
     target : Target
         What is to go from the unpruned network.
     given : Checkpoint, optional
@@ -42,6 +44,7 @@ class PreparedStudy:
     store: Store
     inputs: Inputs
     networks: Networks
+    init: str | None
     pruner: Pruner
     target: Target
     given: Checkpoint | None
@@ -66,7 +69,7 @@ class PreparedStudy:
             self.inputs.info,
             fingerprint=self.inputs.dataset.fingerprint,
             precision=self.runtime.precision,
-            init=self.networks.init,
+            init=self.init,
             model_options=self.networks.build_options,
             pruner=self.pruner,
             hooks=self.pruner.sparse(self.target) if self.pruner.trains_sparse else None,
@@ -105,8 +108,8 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
     inputs = Inputs(config.dataset, config.recipe, config.seed, runtime, processes, store.cache)
     pruner = find_pruner(config.pruner.name)(config.pruner)
     networks = Networks(config.model, inputs.info, config.seed)
-    networks.check(draws_anew=draws_anew(config.arms))
     model = networks.large()
+    networks.check(model, draws_anew=draws_anew(config.arms))
     target = pruner.target(model, torch.zeros(1, *inputs.image_shape), config.model.name)
     if needs_pruning(target, config.arms):
         pruner.check_images(target, inputs.info.train_images)
@@ -122,7 +125,8 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
         train_images=inputs.info.train_images,
     )
     store.check()
-    return PreparedStudy(config, processes, runtime, store, inputs, networks, pruner, target, given, budget)
+    init = networks.init_of(model)
+    return PreparedStudy(config, processes, runtime, store, inputs, networks, init, pruner, target, given, budget)
 
 
 def _check_batch_size(batch_size: int, processes: int) -> None:

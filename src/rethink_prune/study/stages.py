@@ -115,6 +115,8 @@ class Runner:
         reset_peak_memory(device)
         try:
             product = do_stage(self._study, self._interrupts, spec, parent, StageAccess(checkpoints, on_epoch))
+            save_weights(stage.model_file, product.weights)
+            product.architecture.save(stage.folder)
         except Diverged as failure:
             stage.fail(str(failure), epoch=failure.epoch)
             log.error("%s failed: %s", spec.title, failure)
@@ -122,8 +124,6 @@ class Runner:
         except Interrupted:
             stage.stop()
             raise
-        save_weights(stage.model_file, product.weights)
-        product.architecture.save(stage.folder)
         result = {**product.result, "peak_memory_bytes": peak_memory(device)}
         stage.finish(result, files=(MODEL_FILE, "architecture.json"))
         # Only now: a kill before this line goes on from the last checkpoint.

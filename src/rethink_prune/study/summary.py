@@ -148,7 +148,7 @@ def describe_study(study: PreparedStudy, experiment: str | None) -> dict[str, An
 
 
 def _warnings(study: PreparedStudy) -> list[str]:
-    if study.networks.init is not None or not draws_anew(study.config.arms):
+    if study.init is not None or not draws_anew(study.config.arms):
         return []
     return [
         f"{study.config.model.name} belongs to no known family: scratch arms draw weights with "

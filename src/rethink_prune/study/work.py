@@ -196,7 +196,7 @@ def pruned_network(study: PreparedStudy, pruned: Done | None) -> PrunedNetwork:
     report = asdict(study.target.report())
     if not study.target.known:
         return PrunedNetwork(report)
-    return PrunedNetwork(report, study.target.architecture(), study.target.cost)
+    return PrunedNetwork(report, study.target.known_architecture, study.target.cost)
 
 
 def _evaluation_result(study: PreparedStudy, model: nn.Module) -> dict[str, float | None]:
