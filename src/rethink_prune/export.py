@@ -71,23 +71,23 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _export(options: argparse.Namespace, factory: Factory | None) -> None:
     # Imported here, and in the function below: --help and wrong arguments need no torch.
-    from rethink_prune.finished import export, load, onnx, runs
+    from rethink_prune.finished import export, load
 
     if options.json is not None:
         raise UserError("--json: goes with --evaluate or --cost")
-    stage = runs.single_stage(options.stage)
+    stage = load.single_stage(options.stage)
     folder = options.out or Path("export") / stage.name
     export.export_stage(stage, folder, factory)
     print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     if options.onnx is not None:
         # Of the exported weights, whose masked ones are zero.
-        difference = onnx.export_onnx(load.load_model(folder, factory), load.image_shape(stage), options.onnx)
+        difference = export.export_onnx(load.load_model(folder, factory), load.image_shape(stage), options.onnx)
         print(f"{options.onnx}: logits differ from torch's by {difference:.1e} of the greatest, on 8 random images")
 
 
 def _test(options: argparse.Namespace, factory: Factory | None) -> None:
     """Evaluate or measure the network; print what was found, and write it to the files that shall have it."""
-    from rethink_prune.finished import evaluate, measure, runs
+    from rethink_prune.finished import evaluate, load, measure
     from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision
 
     if options.out is not None or options.onnx is not None:
@@ -96,7 +96,7 @@ def _test(options: argparse.Namespace, factory: Factory | None) -> None:
     prepare_device(device, deterministic=False)
     precision = resolve_precision(options.precision, device)
     is_run = options.cost and (options.stage / SUMMARY_FILE).is_file()
-    stage = runs.pruned_stage(options.stage) if is_run else runs.single_stage(options.stage)
+    stage = load.pruned_stage(options.stage) if is_run else load.single_stage(options.stage)
     if options.cost:
         content = measure.measure_stage(stage, device, precision, rounds=options.rounds, factory=factory)
         print(measure.cost_table(content))
