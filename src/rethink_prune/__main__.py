@@ -28,13 +28,8 @@ def run(tree: DictConfig) -> None:
 
         plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
         plain["device"] = sweeps.choose_device(plain["device"], job)
-        run_study(
-            check_config(plain),
-            Path(job.runtime.output_dir),
-            interrupts,
-            experiment=job.runtime.choices.get("experiment"),
-            processes=this_process(),
-        )
+        folder, experiment = Path(job.runtime.output_dir), job.runtime.choices.get("experiment")
+        run_study(check_config(plain), folder, interrupts, experiment=experiment, processes=this_process())
 
 
 def run_as_one_of_several(*, is_first: bool) -> None:

@@ -34,29 +34,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="rethink-prune-export",
-        description="Take the network of a finished stage out of its store; or test it on other images; or measure it.",
-    )
+    description = "Take the network of a finished stage out of its store; or test it on other images; or measure it."
+    evaluate = "instead, evaluate it on the test images of a data set, given as for a study: dataset=cifar10 ..."
+    cost = "instead, measure it against the unpruned network, while nothing else should run; for a run, also into its "
+    factory = "what builds a network of your own, or torchvision's"
+    parser = argparse.ArgumentParser(prog="rethink-prune-export", description=description)
     parser.add_argument("stage", type=Path, help="the stage's folder, STORE/stages/<kind>-<key>; for --cost also a run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where weights and architecture go (export/<stage>)")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="also write it as ONNX, checked with onnxruntime")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--evaluate",
-        nargs="+",
-        metavar="OVERRIDE",
-        help="instead, evaluate it on the test images of a data set, given as for a study: dataset=cifar10 ...",
-    )
-    instead.add_argument(
-        "--cost",
-        action="store_true",
-        help="instead, measure it against the unpruned network, while nothing else should run; "
-        f"for a run, also into its {COST_FILE}",
-    )
-    parser.add_argument(
-        "--factory", metavar="path.to.module:factory", help="what builds a network of your own, or torchvision's"
-    )
+    instead.add_argument("--evaluate", nargs="+", metavar="OVERRIDE", help=evaluate)
+    instead.add_argument("--cost", action="store_true", help=f"{cost}{COST_FILE}")
+    parser.add_argument("--factory", metavar="path.to.module:factory", help=factory)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="of --cost (%(default)s)")

@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import nn
 
-from rethink_prune.errors import UserError
+from rethink_prune.errors import UserError, first_line
 from rethink_prune.files import write_atomically
 from rethink_prune.finished.load import Factory, load_model, read_config
 from rethink_prune.store.stage import MODEL_FILE, Stage
@@ -88,8 +88,7 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], path: Path) -> flo
         If a package is missing, the network cannot be written as ONNX, or computes something else there. No file is
         written then.
     """
-    missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
-    if missing:
+    if missing := [name for name in _ONNX_PACKAGES if find_spec(name) is None]:
         raise UserError(f"--onnx needs {', '.join(missing)}: pip install 'rethink-prune[onnx]'")
     # An extra of this package: it may not be installed.
     import onnxruntime
@@ -109,8 +108,7 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], path: Path) -> flo
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:
         # Exporter and runtime each have errors of their own, without a common class.
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{type(model).__name__}: cannot be written as ONNX: {reason}") from error
+        raise UserError(f"{type(model).__name__}: cannot be written as ONNX: {first_line(error)}") from error
     images = torch.randn(8, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model(images)
@@ -118,9 +116,7 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], path: Path) -> flo
     difference = float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max())
     # Written so that NaN, which compares as false, is refused as well.
     if not difference <= ONNX_TOLERANCE:
-        raise UserError(
-            f"{path}: not written: as ONNX, logits differ by {difference:.1e} of the greatest, "
-            f"more than {ONNX_TOLERANCE:.0e}"
-        )
+        limits = f"{difference:.1e} of the greatest, more than {ONNX_TOLERANCE:.0e}"
+        raise UserError(f"{path}: not written: as ONNX, logits differ by {limits}")
     write_atomically(path, content)
     return difference

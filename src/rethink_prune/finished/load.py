@@ -76,10 +76,8 @@ def build_unpruned(stage: Stage, factory: Factory | None = None) -> nn.Module:
     sizes = {"num_classes": network["num_classes"], "in_channels": network["in_channels"]}
     if factory is None:
         if ":" in name:
-            raise UserError(
-                f"{stage.folder}: holds {name}, a network of your own; say what builds it: "
-                "load_model(folder, factory=...), or --factory path.to.module:factory on the command line"
-            )
+            how = "load_model(folder, factory=...), or --factory path.to.module:factory on the command line"
+            raise UserError(f"{stage.folder}: holds {name}, a network of your own; say what builds it: {how}")
         return build_model(name, **sizes, **options)
     try:
         if "in_channels" not in inspect.signature(factory).parameters:

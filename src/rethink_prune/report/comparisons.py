@@ -118,7 +118,8 @@ def verdict(comparison: ArmComparison, *, margin: float, family: int, recipe: st
     if difference is not None and difference.mean < 0:
         # From here on, `first` is the arm that is ahead.
         first, second = second, first
-    start, other = _capitalised(first), f"{second} ({recipe} recipe, {budget} budget)"
+    # str.capitalize would turn the rest into small letters: "Scratch-E".
+    start, other = first[:1].upper() + first[1:], f"{second} ({recipe} recipe, {budget} budget)"
     pair = f"{start} and {other}"
     if difference is None:
         return f"{pair} cannot be compared: no seed has both."
@@ -170,8 +171,3 @@ def _limit_of_seeds(comparison: ArmComparison, difference: Difference, family: i
 
 def _reaches_level(p: float | None) -> bool:
     return p is not None and p <= LEVEL
-
-
-def _capitalised(name: str) -> str:
-    # str.capitalize would turn the rest into small letters: "Scratch-E".
-    return name[:1].upper() + name[1:]

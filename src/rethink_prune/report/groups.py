@@ -155,8 +155,7 @@ def _circumstances(runs: Sequence[RunRecord]) -> Iterator[str]:
         values = {run.study.device if name == "device" else run.study.versions.get(name, "") for run in runs} - {""}
         if len(values) > 1:
             yield f"runs were made with different {name}: {', '.join(sorted(values))}"
-    unrecorded = sum(run.study.settings is None for run in runs)
-    if unrecorded:
+    if unrecorded := sum(run.study.settings is None for run in runs):
         yield (
             f"{unrecorded} runs are of an older version that recorded the names of recipe and budget, not their "
             "settings: that these are equal could not be checked"

@@ -16,8 +16,7 @@ import numpy as np
 from rethink_prune.report.comparisons import ArmComparison, compare_arms, correct_for_table, planned_networks, verdict
 from rethink_prune.report.groups import RunGroup
 from rethink_prune.report.networks import PRUNED, in_column_order, trains_pruned
-from rethink_prune.report.notes import pretrained_networks, row_notes
-from rethink_prune.report.paper import PaperRow, paper_row
+from rethink_prune.report.notes import PaperRow, paper_row, pretrained_networks, row_notes
 from rethink_prune.report.records import RunRecord, TrainedRecord, printable
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
 
