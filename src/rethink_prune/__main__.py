@@ -39,10 +39,8 @@ def run_as_one_of_several(*, is_first: bool) -> None:
 
     command = sys.argv[1:]
     if is_first and {"-m", "--multirun", "hydra.mode=MULTIRUN"}.intersection(command):
-        raise UserError(
-            "-m: torchrun starts one study; start it once for every study, "
-            "or run the sweep without it: python -m rethink_prune -m ..."
-        )
+        instead = "start it once for every study, or run the sweep without it: python -m rethink_prune -m ..."
+        raise UserError(f"-m: torchrun starts one study; {instead}")
     with Interrupts() as interrupts, connected(command) as processes:
         if processes.is_first:
             run()

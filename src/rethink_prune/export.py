@@ -1,26 +1,22 @@
 """``python -m rethink_prune.export STAGE``: take a network out of its store, test it elsewhere, or measure it."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import COST_FILE, SUMMARY_FILE, write_json
 from rethink_prune.imports import import_object
-
-if TYPE_CHECKING:
-    from rethink_prune.finished.load import Factory
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     options = _parse(arguments)
     try:
-        factory = cast("Factory", import_object(options.factory, "--factory")) if options.factory else None
+        factory = import_object(options.factory, "--factory") if options.factory else None
         if not options.stage.is_dir():
             raise UserError(f"{options.stage}: no such folder")
         if options.evaluate or options.cost:
@@ -58,7 +54,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _export(options: argparse.Namespace, factory: Factory | None) -> None:
+def _export(options: argparse.Namespace, factory: Callable[..., Any] | None) -> None:
     # Imported here, and in the function below: --help and wrong arguments need no torch.
     from rethink_prune.finished import export, load
 
@@ -74,7 +70,7 @@ def _export(options: argparse.Namespace, factory: Factory | None) -> None:
         print(f"{options.onnx}: logits differ from torch's by {difference:.1e} of the greatest, on 8 random images")
 
 
-def _test(options: argparse.Namespace, factory: Factory | None) -> None:
+def _test(options: argparse.Namespace, factory: Callable[..., Any] | None) -> None:
     """Evaluate or measure the network; print what was found, and write it to the files that shall have it."""
     from rethink_prune.finished import evaluate, load, measure
     from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision

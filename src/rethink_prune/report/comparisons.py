@@ -141,10 +141,8 @@ def verdict(comparison: ArmComparison, *, margin: float, family: int, recipe: st
     equivalent = _reaches_level(comparison.p_equivalent_holm)
     # The permutation test assumes no distribution and the interval does, so they can disagree.
     if shown and low <= 0:
-        return (
-            f"{pair}: {ahead}; the permutation test shows a difference (p = {comparison.p_holm:.2g}), the interval "
-            "does not: the differences are spread too unevenly to say more."
-        )
+        uneven = "the interval does not: the differences are spread too unevenly to say more"
+        return f"{pair}: {ahead}; the permutation test shows a difference (p = {comparison.p_holm:.2g}), {uneven}."
     if shown:
         within = f", a difference within the margin of {margin:g} points" if equivalent else ""
         return f"{start} is better than {other} by {found}{within}."
@@ -155,15 +153,13 @@ def verdict(comparison: ArmComparison, *, margin: float, family: int, recipe: st
 
 def _limit_of_seeds(comparison: ArmComparison, difference: Difference, family: int) -> str:
     """Return why no difference is shown, if the number of seeds or of comparisons has to do with it."""
-    n = difference.n
+    cannot = f"; {difference.n} seeds cannot show a difference"
+    least = f"the smallest p they allow is {difference.p_floor:.2g}"
     # No n below six can reach 5 %: that says something about n, not about the arms.
     if not _reaches_level(difference.p_floor):
-        return f"; {n} seeds cannot show a difference: the smallest p they allow is {difference.p_floor:.2g}"
+        return f"{cannot}: {least}"
     if not _reaches_level(comparison.p_holm_floor):
-        return (
-            f"; {n} seeds cannot show a difference among {family} comparisons: the smallest p they allow is "
-            f"{difference.p_floor:.2g}, {comparison.p_holm_floor:.2g} after correction"
-        )
+        return f"{cannot} among {family} comparisons: {least}, {comparison.p_holm_floor:.2g} after correction"
     if _reaches_level(difference.p):
         return f"; p = {difference.p:.2g}, {comparison.p_holm:.2g} after correction for {family} comparisons"
     return ""

@@ -7,7 +7,8 @@ import base64
 import csv
 import hashlib
 import io
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import SUMMARY_FILE, write_atomically, write_json
-from rethink_prune.report.board import seed_curves, write_seed_curves
 from rethink_prune.report.gather import FORMAT, FORMAT_VERSION
 from rethink_prune.report.grids import Cell, Grid, report_grids
 from rethink_prune.report.groups import RunGroup
@@ -24,6 +24,7 @@ from rethink_prune.report.plots import Picture, draw_pictures
 from rethink_prune.report.results import Report
 from rethink_prune.report.statistics import EXACT_UP_TO, RESAMPLES
 from rethink_prune.text import markdown
+from rethink_prune.tracking.tensorboard import write_seed_curves
 
 PAGE_FILE = "report.html"
 TITLE = "Pruning and fine-tuning, or training from scratch"
@@ -75,6 +76,21 @@ def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
     # The page is the last file: where it stands, the report is whole.
     for name, text in write_documents(report, pictures).items():
         write_atomically(folder / name, text.encode())
+
+
+def seed_curves(groups: Iterable[RunGroup]) -> dict[str, dict[str, list[tuple[float, ...]]]]:
+    """Return each seed's top-1 after every epoch, by the group's label and the arm's name."""
+    labelled = {}
+    for group in groups:
+        settings = (f"{name}={value}" for name, value in group.by)
+        study = (group.study.dataset, group.study.model, group.study.pruner, group.study.target_text, *settings)
+        curves: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+        for run in group.runs:
+            for arm, trained in run.trained.items():
+                if trained.curve is not None:
+                    curves[arm].append(trained.curve)
+        labelled[f"{' '.join(study)} {group.study.recipe} recipe {group.study.budget} budget"] = curves
+    return labelled
 
 
 def write_overview(report: Report) -> str:

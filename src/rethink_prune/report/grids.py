@@ -60,9 +60,8 @@ _CAPTIONS = {
     "cost": "Means over seeds. MACs are those of convolutions and linear layers for one image; training FLOPs are "
     "6 x MACs x images; ancestors are the trainings an arm starts from.",
 }
-_DIFFERENCE_COLUMNS = (
-    *("arm", "against", "n", "difference", "95 % interval", "p", "p (Holm)", "least p (Holm)", "TOST p (Holm)"),
-)
+_P_COLUMNS = ("p", "p (Holm)", "least p (Holm)", "TOST p (Holm)")
+_DIFFERENCE_COLUMNS = ("arm", "against", "n", "difference", "95 % interval", *_P_COLUMNS)
 _PAPER_COLUMNS = ("arm", "best epoch on test", "paper", "difference")
 _COST_COLUMNS = ("arm", "epochs", "parameters", "MACs", "training FLOPs", "with ancestors")
 

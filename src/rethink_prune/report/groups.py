@@ -95,20 +95,18 @@ def _natural_order(names: Sequence[str]) -> tuple[tuple[int, float, str], ...]:
 def _merge_seeds(runs: Sequence[RunRecord], *, mix: bool) -> tuple[list[RunRecord], list[str]]:
     """Return one run for each seed (and for the settings that differ, where they are mixed), and notes."""
     notes = []
-    differing = differing_settings(runs)
-    if differing:
+    if differing := differing_settings(runs):
+        settings = "; ".join(differing.values())
         if not mix:
             rows = " ".join(f"--by {name}" for name in differing)
-            raise UserError(
-                f"these runs do not belong in one row: they differ in {'; '.join(differing.values())}. Name only those "
-                f"that belong together, make rows of their own with {rows}, or mix them with --mix"
-            )
-        notes.append(f"mixes runs that differ in {'; '.join(differing.values())}")
+            advice = f"Name only those that belong together, make rows of their own with {rows}, or mix them with --mix"
+            raise UserError(f"these runs do not belong in one row: they differ in {settings}. {advice}")
+        notes.append(f"mixes runs that differ in {settings}")
     same: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
-        settings = recorded_settings(run)
+        recorded = recorded_settings(run)
         # Mixed runs of one seed with different settings stay apart, and make pairs of their own.
-        same[run.study.seed, *(settings.get(name, "") for name in differing)].append(run)
+        same[run.study.seed, *(recorded.get(name, "") for name in differing)].append(run)
     merged = []
     for (seed, *_), found in sorted(same.items()):
         merged.append(reduce(_merge_two, found))
@@ -126,9 +124,9 @@ def _merge_two(first: RunRecord, second: RunRecord) -> RunRecord:
         if other is None or not other.finished:
             entries[name] = entry
         elif entry.finished and not _same_training(other, entry):
+            results = f"{_result_text(other)} in {first.name} and {_result_text(entry)} in {second.name}"
             raise UserError(
-                f"seed {first.study.seed} has two results: {name} is {_result_text(other)} in {first.name} and "
-                f"{_result_text(entry)} in {second.name}; name only one of these runs"
+                f"seed {first.study.seed} has two results: {name} is {results}; name only one of these runs"
             )
     arms = tuple(dict.fromkeys((*first.study.arms, *second.study.arms)))
     study = first.study.model_copy(update={"arms": arms})
@@ -156,10 +154,8 @@ def _circumstances(runs: Sequence[RunRecord]) -> Iterator[str]:
         if len(values) > 1:
             yield f"runs were made with different {name}: {', '.join(sorted(values))}"
     if unrecorded := sum(run.study.settings is None for run in runs):
-        yield (
-            f"{unrecorded} runs are of an older version that recorded the names of recipe and budget, not their "
-            "settings: that these are equal could not be checked"
-        )
+        gap = "the names of recipe and budget, not their settings: that these are equal could not be checked"
+        yield f"{unrecorded} runs are of an older version that recorded {gap}"
 
 
 def recorded_settings(run: RunRecord) -> dict[str, str]:
