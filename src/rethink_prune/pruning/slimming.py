@@ -27,11 +27,9 @@ from torch import nn
 
 from rethink_prune.config import ChannelOptions, Frozen, Positive
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.channel_pruner import ChannelPruner, Groups, Scores, score_units
-from rethink_prune.pruning.channel_target import ChannelTarget
+from rethink_prune.pruning.channel_pruner import ChannelPruner, ChannelTarget, Groups, Scores, score_units
 from rethink_prune.pruning.pruner import Batches
-from rethink_prune.surgery.channels import ChannelGroup
-from rethink_prune.surgery.plan import Positions
+from rethink_prune.surgery.channels import ChannelGroup, Positions
 from rethink_prune.training.hooks import TrainingHooks
 
 

@@ -1,6 +1,6 @@
 """Channel ids: what stands for the same channel, what goes together, and what must stay.
 
-Every convolution and linear layer gives its output channels fresh ids, and `rules` pushes them through the
+Every convolution and linear layer gives its output channels fresh ids, and `follow` pushes them through the
 graph. `ChannelIds` keeps what is learnt on the way. "A channel can go" means: the network without it computes
 exactly what it computes with the channel's weights, and its batch norms' scale and shift, set to zero.
 """
