@@ -18,8 +18,8 @@ from rethink_prune.pruning.samples import (
     read_outputs,
     read_patches,
 )
+from rethink_prune.surgery.architecture import select_inputs
 from rethink_prune.surgery.channels import analyse
-from rethink_prune.surgery.selections import select_inputs
 
 CPU = torch.device("cpu")
 LAYERS = [

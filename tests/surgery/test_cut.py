@@ -19,10 +19,9 @@ from torchvision import models
 from harness import mask
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
-from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.architecture import Architecture, select_inputs
 from rethink_prune.surgery.channels import analyse
 from rethink_prune.surgery.cut import apply, reshape
-from rethink_prune.surgery.selections import select_inputs
 
 IMAGE = (2, 3, 8, 8)
 

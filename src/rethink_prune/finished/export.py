@@ -9,8 +9,7 @@ from rethink_prune.files import write_atomically
 from rethink_prune.finished.load import Factory, load_model, read_config
 from rethink_prune.store.stage import MODEL_FILE, Stage
 from rethink_prune.store.weights import save_weights
-from rethink_prune.surgery.architecture import Architecture
-from rethink_prune.surgery.masks import apply_masks
+from rethink_prune.surgery.architecture import Architecture, apply_masks
 
 
 def export_stage(stage: Stage, folder: Path, factory: Factory | None = None) -> None:

@@ -19,10 +19,9 @@ from rethink_prune.errors import UserError
 from rethink_prune.pruning import selection
 from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target
 from rethink_prune.pruning.selection import PerLayer, kept_count
-from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.architecture import Architecture, apply_masks
 from rethink_prune.surgery.channels import ChannelGroup, Channels, Positions, analyse
 from rethink_prune.surgery.cut import apply
-from rethink_prune.surgery.masks import apply_masks
 
 Groups = Sequence[ChannelGroup]
 Scores = Mapping[str, torch.Tensor]
@@ -104,10 +103,6 @@ class ChannelTarget(Target):
         """Return an architecture with these widths, the channels of highest index gone."""
         return self._cut_last(self.widths or self._sizes)[1]
 
-    def report(self) -> PruneReport:
-        """Return what goes, if it is known, and what cannot go."""
-        return self._report(self.widths or self._sizes)
-
     def narrowed(self) -> Iterator[tuple[ChannelGroup, int]]:
         """Yield the groups that lose units, where the options decide it, each with the number of units that stay."""
         for group in self.groups:
@@ -148,10 +143,12 @@ class ChannelTarget(Target):
         """Return a copy of `model` without the units that were chosen."""
         pruned, architecture = self._drop(model, choice.drop)
         widths = {name: size - len(choice.drop.get(name, ())) for name, size in self._sizes.items()}
-        return PruneResult(pruned, architecture, self._report(widths, choice.warnings))
+        return PruneResult(pruned, architecture, self.report(widths, choice.warnings))
 
-    def _report(self, widths: Mapping[str, int], warnings: tuple[str, ...] = ()) -> PruneReport:
-        layers = tuple(LayerWidth(name, widths[name], size) for name, size in self._sizes.items())
+    def report(self, widths: Mapping[str, int] | None = None, warnings: tuple[str, ...] = ()) -> PruneReport:
+        """Return what goes, if it is known or told as `widths`, and what cannot go."""
+        kept = widths or self.widths or self._sizes
+        layers = tuple(LayerWidth(name, kept[name], size) for name, size in self._sizes.items())
         # These the analysis could free; the pruner leaves them whole.
         untouched = (group for group in self.channels.groups(self._options.scope) if group.name not in self._sizes)
         reason = f"not for {self._options.name}, which leaves it alone"
@@ -207,9 +204,8 @@ class ChannelTarget(Target):
         widths = self._wanted.find_widths(lambda ratio: rank(ratio)[0], self._cost_at, strict=False)
         self._check_removal(widths)
         # The highest score that goes. A group with nothing above it would have gone as a whole.
-        threshold = max(
-            scores[name][units].max() for name, units in selection.drop_lowest(scores, widths).items() if units
-        )
+        dropped = selection.drop_lowest(scores, widths)
+        threshold = max(scores[name][units].max() for name, units in dropped.items() if units)
         return widths, [name for name in widths if widths[name] < self._sizes[name] and scores[name].max() <= threshold]
 
     def _cost_at(self, widths: Mapping[str, int]) -> Cost:

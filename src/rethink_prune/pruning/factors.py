@@ -123,16 +123,15 @@ def find_blocks(model: nn.Module, example: torch.Tensor) -> tuple[tuple[Structur
     ends: list[str] = []
     for node in graph.nodes:
         is_convolution = node.op == "call_module" and isinstance(modules[str(node.target)], _ConvNd)
-        convolutions[node] = frozenset([node] if is_convolution else ()).union(
-            *(convolutions[operand] for operand in node.all_input_nodes)
-        )
-        # What both operands depend on lies before the block; the rest of each is its own.
-        if not is_addition(node):
+        operands = node.all_input_nodes
+        own_convolution = frozenset([node] if is_convolution else ())
+        convolutions[node] = own_convolution.union(*(convolutions[operand] for operand in operands))
+        # Not an addition of numbers, such as sizes.
+        if not (is_addition(node) and all(isinstance(values[value], torch.Tensor) for value in (node, *operands))):
             continue
-        if not all(isinstance(values[operand], torch.Tensor) for operand in (node, *node.all_input_nodes)):
-            continue  # an addition of numbers, such as sizes
-        common = frozenset.intersection(*(convolutions[operand] for operand in node.all_input_nodes))
-        own = {operand: len(convolutions[operand] - common) for operand in node.all_input_nodes}
+        # What both operands depend on lies before the block; the rest of each is its own.
+        common = frozenset.intersection(*(convolutions[operand] for operand in operands))
+        own = {operand: len(convolutions[operand] - common) for operand in operands}
         shortcut, branch = sorted(own, key=own.__getitem__)
         # As many of its own on both sides: neither is the shortcut.
         if own[shortcut] > 1 or own[shortcut] == own[branch] or values[shortcut].shape != values[node].shape:
@@ -146,9 +145,8 @@ def find_blocks(model: nn.Module, example: torch.Tensor) -> tuple[tuple[Structur
         remove_branches(network, ends)
     except UserError as error:
         return (), str(error)
-    return tuple(
-        Structure(end, "blocks", end, (tuple(range(len(modules[end].get_parameter("weight")))),)) for end in ends
-    ), None
+    widths = {end: len(modules[end].get_parameter("weight")) for end in ends}
+    return tuple(Structure(end, "blocks", end, (tuple(range(width)),)) for end, width in widths.items()), None
 
 
 def find_layers(model: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[tuple[Structure, ...], Mapping[str, str]]:
@@ -196,10 +194,8 @@ def find_layers(model: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[tuple
         elif not can_scale(network.get_submodule(last)):
             left_whole[group.name] = f"{last}: cannot be scaled"
         else:
-            grouped = any(
-                network.get_submodule(layer).groups != 1 and len(positions) > 1
-                for layer, positions in group.units[0].items()
-            )
+            unit = group.units[0].items()
+            grouped = any(network.get_submodule(layer).groups != 1 and len(positions) > 1 for layer, positions in unit)
             layers.append(Structure(group.name, "groups" if grouped else "channels", last, units))
     return tuple(layers), left_whole
 

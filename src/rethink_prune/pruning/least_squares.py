@@ -114,12 +114,10 @@ def select_by_lasso(gram: Matrix, correlation: Matrix, count: int) -> list[int]:
     with warnings.catch_warnings():
         # A path that ends where the penalty is within rounding of zero has said all it can.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        among = gram[np.ix_(independent, independent)]
+        # The number of samples scales the penalties alone.
         _, _, coefficients = lars_path_gram(
-            correlation[independent],
-            gram[np.ix_(independent, independent)],
-            n_samples=1,  # scales the penalties alone
-            max_iter=8 * len(gram),
-            method="lasso",
+            correlation[independent], among, n_samples=1, max_iter=8 * len(gram), method="lasso"
         )
     path = np.zeros((len(gram), coefficients.shape[1]))
     path[independent] = np.abs(coefficients)

@@ -22,10 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
+from rethink_prune.surgery.architecture import selecting_module, selects
 from rethink_prune.surgery.channel_ids import ChannelIds, FollowedNode, Ids
 from rethink_prune.surgery.follow import follow_channels, tie_shared_parameters
 from rethink_prune.surgery.graph import have_same_calls, trace
-from rethink_prune.surgery.selections import selecting_module, selects
 
 Kind = Literal["conv", "linear", "selection"]
 Positions = tuple[int, ...]
@@ -85,8 +85,6 @@ class CutPlan:
         The attributes to set: ``out_channels``, ``in_channels``, ``groups``, ``num_features``, ...
     edits : mapping of str to mapping
         New numbers for constants in the graph that count channels, by node name; see `cut`.
-    widths : mapping of str to (int, int)
-        Kept and full output channels of every convolution, linear layer and selection.
     """
 
     input_shape: tuple[int, ...]
@@ -96,7 +94,6 @@ class CutPlan:
     selections: dict[str, Positions] = field(default_factory=dict)
     attributes: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     edits: dict[str, dict[str, Any]] = field(default_factory=dict)
-    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Channels:
@@ -115,7 +112,7 @@ class Channels:
         # From ids to units: ids that go together get the same number. The rules only collect pairs; SciPy finds the
         # connected components of all of them at once.
         self._unit_of = _components(ids.count, [*ids.united, *ids.tied])
-        self._outputs = {name: self._unit_of[values] for name, values in ids.outputs.items()}
+        outputs = {name: self._unit_of[values] for name, values in ids.outputs.items()}
         self._coupled = {unit for values in ids.coupled for unit in self._unit_of[values].tolist()}
         # Of several reasons the first one is reported.
         reasons: dict[int, str] = {}
@@ -124,7 +121,7 @@ class Channels:
         self._free = np.ones(ids.count, dtype=bool)
         self._free[list(reasons)] = False
         self.frozen: Mapping[str, str] = {
-            name: reasons[units[0].item()] for name, units in self._outputs.items() if not self._free[units].any()
+            name: reasons[units[0].item()] for name, units in outputs.items() if not self._free[units].any()
         }
         self.warnings = tuple(dict.fromkeys(ids.warnings))
 
@@ -145,27 +142,6 @@ class Channels:
         if scope not in ("inner", "all"):
             raise UserError(f"scope={scope}: must be inner or all")
         return tuple(group for group, _, coupled in self._groups.values() if scope == "all" or not coupled)
-
-    def consumers(self, layer: str) -> tuple[str, ...]:
-        """Return the convolutions and linear layers that read this layer's channels, in order of execution.
-
-        What one channel becomes on the way counts as that channel: normalised, pooled, added to others. Where
-        an addition joins several layers, a reader of the sum counts if it runs after `layer`.
-
-        Examples
-        --------
-        >>> channels = analyse(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), torch.zeros(1, 2))
-        >>> channels.consumers("0")
-        ('2',)
-        """
-        if layer not in self._outputs:
-            raise UserError(f"{layer}: is no convolution, linear layer or selection of this network")
-        order = list(self._outputs)
-        later = [name for name in order[order.index(layer) + 1 :] if name in self._ids.inputs]
-        # Without `tied`: a depthwise convolution's output goes with its input, but it is another value.
-        values = _components(self._ids.count, self._ids.united)
-        written = values[self._ids.outputs[layer]]
-        return tuple(name for name in later if np.isin(written, values[self._ids.inputs[name]]).any())
 
     def inputs(self, group: ChannelGroup) -> dict[str, tuple[Positions, ...]]:
         """Return where each unit of a group enters the layers that read it, in order of execution.
@@ -332,7 +308,6 @@ def _plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds) -> CutPlan:
     """
     operations = {name: (node.call, _shape_after(node, keep)) for name, node in ids.nodes.items()}
     plan = CutPlan(ids.input_shape, operations)
-    plan.widths.update({name: (int(keep[values].sum()), len(values)) for name, values in ids.outputs.items()})
     for name, kept in _find_cut(ids.outputs, keep):
         module = selecting_module(name)
         if module is None:

@@ -14,11 +14,10 @@ from torch import fx, nn
 
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.surgery.architecture import INPUT_WIDTHS, OUTPUT_WIDTHS, Architecture
+from rethink_prune.surgery.architecture import INPUT_WIDTHS, OUTPUT_WIDTHS, Architecture, select_inputs
 from rethink_prune.surgery.branches import remove_branches
 from rethink_prune.surgery.channels import CutPlan
 from rethink_prune.surgery.graph import describe_call, infer_values, run_graph, trace
-from rethink_prune.surgery.selections import select_inputs
 
 _Kept = Mapping[str, Iterable[int]]
 

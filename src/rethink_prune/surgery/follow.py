@@ -5,6 +5,7 @@ The rules of modules that the trace does not look into are here; those of functi
 
 import copy
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rethink_prune.surgery import function_rules
+from rethink_prune.surgery.architecture import selection_of, selects
 from rethink_prune.surgery.channel_ids import Call, ChannelIds, ChannelStream, Flow, FollowedNode, Ids, NoRule
 from rethink_prune.surgery.graph import called_module, describe_call, infer_values, operation_name
-from rethink_prune.surgery.selections import may_select, selection_of, selects
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -115,7 +116,7 @@ def tie_shared_parameters(ids: ChannelIds) -> None:
 def _follow_module(ids: ChannelIds, call: Call, selecting: str | None) -> Flow:
     """Apply the rule of a call's module, which may read a selection of its input; see `channels.analyse`."""
     module: Any = call.module
-    if call.channel_flows() and (selects(module) or may_select(call.node, ids.modules, selecting)):
+    if call.channel_flows() and (selects(module) or _may_select(call.node, ids.modules, selecting)):
         call = _read_selection(ids, call, module)
     # Exact classes, and no further parameters: a subclass or a parametrization may compute something else.
     if type(module) in _LAYERS and {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
@@ -202,3 +203,66 @@ def _masked_norm_gives_zero(norm: _BatchNorm, ndim: int) -> bool:
     masked = copy.deepcopy(norm, {id(t): torch.zeros(t.shape, dtype=t.dtype) for t in tensors})
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
     return not masked(torch.ones(1, norm.num_features, *[1] * (ndim - 2), dtype=dtype)).any().item()
+
+
+def _may_select(node: fx.Node, modules: Mapping[str, nn.Module], kind: str | None) -> bool:
+    """Tell whether a module should select from what it reads: others read it too, or several layers write it.
+
+    Parameters
+    ----------
+    node : fx.Node
+        The call of a module.
+    modules : mapping of str to nn.Module
+        All modules of the network.
+    kind : {"norm", "conv"}, optional
+        Which modules may select at all: batch norms, or convolutions that start a residual branch.
+
+    Examples
+    --------
+    >>> class Dense(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.stem, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    ...     def forward(self, x):
+    ...         x = self.stem(x)
+    ...         return torch.cat([x, self.norm(x)], 1)
+    >>> model = Dense()
+    >>> [node.name for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"
+    ...  and _may_select(node, dict(model.named_modules()), "norm")]
+    ['norm']
+    """
+    module = modules[str(node.target)]
+    if kind == "norm":
+        return isinstance(module, _BatchNorm) and _is_shared(node, modules)
+    if kind == "conv" and isinstance(module, nn.Conv2d) and module.groups == 1:
+        return _is_shared(node, modules) and not _is_projection(node, modules)
+    return False
+
+
+def _is_shared(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a node's input is anything but the output of one layer for this reader alone."""
+    (source, *_) = node.all_input_nodes
+    while source.op != "placeholder":
+        if len(_channel_readers(source)) > 1 or len(source.all_input_nodes) != 1:
+            return True
+        if source.op == "call_module" and isinstance(modules[str(source.target)], (nn.Conv2d, nn.Linear)):
+            return False
+        (source,) = source.all_input_nodes
+    return False
+
+
+def _is_projection(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a convolution's output meets an addition before any other layer: a shortcut has to see all."""
+    while len(_channel_readers(node)) == 1:
+        (node,) = _channel_readers(node)
+        if len(node.all_input_nodes) > 1:
+            return node.op != "call_module" and operation_name(node) == "add"
+        if node.op == "call_module" and isinstance(modules[str(node.target)], (nn.Conv2d, nn.Linear)):
+            return False
+    return False
+
+
+def _channel_readers(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that read a value, not counting those that only ask for its shape."""
+    shape = ("size", "getattr", "dim")
+    return [user for user in node.users if user.op == "call_module" or operation_name(user) not in shape]
