@@ -13,8 +13,7 @@ from rethink_prune.files import write_atomically
 from rethink_prune.finished.load import Factory, load_model, read_config
 from rethink_prune.store.stage import MODEL_FILE, Stage
 from rethink_prune.store.weights import save_weights
-from rethink_prune.surgery.architecture import Architecture
-from rethink_prune.surgery.masks import apply_masks
+from rethink_prune.surgery.architecture import Architecture, apply_masks
 
 # Greatest difference of a logit from torch's that an ONNX file may have, relative to the greatest logit.
 ONNX_TOLERANCE = 1e-4

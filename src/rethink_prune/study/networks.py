@@ -15,9 +15,8 @@ from rethink_prune.errors import UserError
 from rethink_prune.models import asked_options, build_model
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
 from rethink_prune.seeds import derive_seed, seeded
-from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.architecture import Architecture, draw_masked
 from rethink_prune.surgery.cut import reshape
-from rethink_prune.surgery.masks import draw_masked
 
 
 @dataclass(frozen=True)
