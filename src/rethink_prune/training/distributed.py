@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rethink_prune.data.shard import Shard
+from rethink_prune.data.batches import Shard
 from rethink_prune.errors import UserError
 
 Value = TypeVar("Value")
