@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from rethink_prune.config import DatasetConfig
-from rethink_prune.data.images import ImageArray
-from rethink_prune.data.source import Contents, DataSource
+from rethink_prune.data.source import Contents, DataSource, ImageArray
 from rethink_prune.errors import UserError
 from rethink_prune.imports import import_object
 
