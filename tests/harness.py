@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -24,7 +23,7 @@ from rethink_prune.config import StudyConfig
 from rethink_prune.files import conf_dir
 from rethink_prune.study.plan import plan_content
 from rethink_prune.study.prepare import check_config, prepare_study
-from rethink_prune.surgery.channels import Channels, _components
+from rethink_prune.surgery.channels import Channels
 
 # Digits at their own size, a few hundred of them, a few epochs: a study of four stages in about two seconds.
 SMALL = (
@@ -137,20 +136,6 @@ def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]
 
 def _dropped_positions(kept: Iterable[int], size: int) -> list[int]:
     return sorted(set(range(size)) - set(kept))
-
-
-def consumers(channels: Channels, layer: str) -> tuple[str, ...]:
-    """Return the convolutions and linear layers that read this layer's channels, in order of execution.
-
-    What one channel becomes on the way counts as that channel: normalised, pooled, added to others. Where
-    an addition joins several layers, a reader of the sum counts if it runs after `layer`.
-    """
-    ids, order = channels._ids, list(channels._ids.outputs)
-    later = [name for name in order[order.index(layer) + 1 :] if name in ids.inputs]
-    # Without `tied`: a depthwise convolution's output goes with its input, but it is another value.
-    values = _components(ids.count, ids.united)
-    written = values[ids.outputs[layer]]
-    return tuple(name for name in later if np.isin(written, values[ids.inputs[name]]).any())
 
 
 def run_forked(

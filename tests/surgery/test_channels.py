@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness import Net, consumers
+from harness import Net
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.surgery.channels import ChannelGroup, Channels, analyse
@@ -47,7 +47,7 @@ def test_vgg_has_a_group_per_convolution_in_order_and_one_for_the_hidden_layer()
     assert channels.groups("all") == groups
     assert channels.frozen == {"classifier.3": "network output"}
     assert channels.warnings == ()
-    assert consumers(channels, "features.0") == ("features.3",)
+    assert channels.consumers("features.0") == ("features.3",)
 
 
 def test_resnet_inner_groups_are_the_first_convolution_of_each_block() -> None:
@@ -55,7 +55,7 @@ def test_resnet_inner_groups_are_the_first_convolution_of_each_block() -> None:
     inner = channels.groups("inner")
     assert [group.name for group in inner] == [f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in (0, 1, 2)]
     assert all(group.layers == (group.name,) for group in inner)
-    assert consumers(channels, "layer1.0.conv1") == ("layer1.0.conv2",)
+    assert channels.consumers("layer1.0.conv1") == ("layer1.0.conv2",)
     assert channels.warnings == ()
 
 
@@ -69,7 +69,7 @@ def test_padded_shortcuts_make_one_coupled_group_per_set_of_layers() -> None:
         ("layer3.0.conv2", 32, 3),
     ]
     assert coupled[1].units[0] == {f"layer{stage}.{block}.conv2": (16,) for stage in (2, 3) for block in range(3)}
-    assert consumers(channels, "conv1")[:2] == ("layer1.0.conv1", "layer1.1.conv1")
+    assert channels.consumers("conv1")[:2] == ("layer1.0.conv1", "layer1.1.conv1")
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -104,7 +104,7 @@ def test_addition_ties_positions_and_is_left_out_of_inner(pruned_equals_masked: 
     assert group.units[2] == {"a": (2,), "b": (2,)}
     assert group.norms == {"norm": ((0,), (1,), (2,), (3,))}
     assert pruned.get_parameter("out.weight").shape == (5, 2, 3, 3)
-    assert consumers(channels, "a") == ("out",)
+    assert channels.consumers("a") == ("out",)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_depthwise_convolution_goes_with_its_input(pruned_equals_masked: Compare
     depthwise = pruned.get_submodule("depthwise")
     assert isinstance(depthwise, nn.Conv2d)
     assert (depthwise.groups, depthwise.in_channels, depthwise.out_channels) == (1, 1, 2)
-    assert consumers(channels, "a") == ("depthwise",)
-    assert consumers(channels, "depthwise") == ("out",)
+    assert channels.consumers("a") == ("depthwise",)
+    assert channels.consumers("depthwise") == ("out",)
 
 
 def test_grouped_convolution_goes_group_by_group(pruned_equals_masked: Compare) -> None:
@@ -205,7 +205,7 @@ def test_squeeze_and_excitation_gate_goes_with_the_channels_it_scales(pruned_equ
     )
     channels, _ = pruned_equals_masked(net, IMAGE)
     assert layers_of(channels.groups("inner")) == {"a": ("a", "expand"), "squeeze": ("squeeze",)}
-    assert consumers(channels, "a") == ("squeeze", "out")
+    assert channels.consumers("a") == ("squeeze", "out")
     assert channels.warnings == ()
 
 
@@ -730,7 +730,7 @@ class WithAuxiliaryHead(nn.Module):
 
 def test_head_that_only_training_runs_is_cut_too(pruned_equals_masked: Compare) -> None:
     channels, pruned = pruned_equals_masked(WithAuxiliaryHead(), IMAGE, drop={"a": [0]})
-    assert consumers(channels, "a") == ("out", "auxiliary")
+    assert channels.consumers("a") == ("out", "auxiliary")
     assert pruned.train()(torch.randn(IMAGE, dtype=torch.float64)).shape == (2, 5, 6, 6)
 
 

@@ -10,7 +10,6 @@ import torch_pruning
 from torch import nn
 from torchvision import models
 
-from harness import consumers
 from rethink_prune.surgery.channels import Channels, analyse
 from rethink_prune.surgery.cut import apply
 
@@ -107,7 +106,7 @@ def test_inner_groups_of_bottlenecks_are_their_first_two_convolutions() -> None:
     assert names == {"conv1", "conv2"}
     # The stem is read by the first block and by its projection, and added to nothing itself.
     assert channels.groups("inner")[0].name == "conv1"
-    assert consumers(channels, "conv1") == ("layer1.0.conv1", "layer1.0.downsample.0")
+    assert channels.consumers("conv1") == ("layer1.0.conv1", "layer1.0.downsample.0")
 
 
 def test_gates_go_with_the_channels_they_scale() -> None:

@@ -143,6 +143,27 @@ class Channels:
             raise UserError(f"scope={scope}: must be inner or all")
         return tuple(group for group, _, coupled in self._groups.values() if scope == "all" or not coupled)
 
+    def consumers(self, layer: str) -> tuple[str, ...]:
+        """Return the convolutions and linear layers that read this layer's channels, in order of execution.
+
+        What one channel becomes on the way counts as that channel: normalised, pooled, added to others. Where
+        an addition joins several layers, a reader of the sum counts if it runs after `layer`.
+
+        Examples
+        --------
+        >>> channels = analyse(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), torch.zeros(1, 2))
+        >>> channels.consumers("0")
+        ('2',)
+        """
+        if layer not in self._outputs:
+            raise UserError(f"{layer}: is no convolution, linear layer or selection of this network")
+        order = list(self._outputs)
+        later = [name for name in order[order.index(layer) + 1 :] if name in self._ids.inputs]
+        # Without `tied`: a depthwise convolution's output goes with its input, but it is another value.
+        values = _components(self._ids.count, self._ids.united)
+        written = values[self._ids.outputs[layer]]
+        return tuple(name for name in later if np.isin(written, values[self._ids.inputs[name]]).any())
+
     def inputs(self, group: ChannelGroup) -> dict[str, tuple[Positions, ...]]:
         """Return where each unit of a group enters the layers that read it, in order of execution.
 
