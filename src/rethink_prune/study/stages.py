@@ -21,8 +21,8 @@ from rethink_prune.text import duration
 from rethink_prune.tracking.tensorboard import ArmEvents
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.memory import peak_memory, reset_peak_memory
 from rethink_prune.training.progress import Row
+from rethink_prune.training.runtime import peak_memory, reset_peak_memory
 from rethink_prune.training.train import Diverged
 
 log = logging.getLogger(__name__)
