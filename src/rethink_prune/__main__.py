@@ -39,7 +39,7 @@ def run(tree: DictConfig) -> None:
 
 def run_as_one_of_several(*, is_first: bool) -> None:
     """Run the study as the first of the processes that ``torchrun`` has started, or take part in it as another."""
-    from rethink_prune.study.join import join_study
+    from rethink_prune.study.run import join_study
     from rethink_prune.training.distributed import connected
 
     command = sys.argv[1:]
