@@ -51,7 +51,7 @@ SCRIPT = """
     import torch
     from rethink_prune.store import stage, store
     from rethink_prune.__main__ import main
-    from rethink_prune.training import step, torchrun
+    from rethink_prune.training import distributed, step
 
     rank = int(os.environ["RANK"])
     exec(os.environ["CHANGE"])
@@ -210,7 +210,7 @@ step.PlainStep.__call__ = lambda *arguments: (time.sleep(0.3), plain(*arguments)
 @pytest.mark.slow
 def test_waiting_for_another_job_is_not_a_collective(folder: Path, alone: dict[str, Any]) -> None:
     # The others wait for longer than a collective may take here.
-    change = "torchrun._TIMEOUT = timedelta(seconds=5)"
+    change = "distributed._TIMEOUT = timedelta(seconds=5)"
     large = folder / "store/stages" / Path(alone["large"]["stage"]).name
     large.mkdir(parents=True)
     with FileLock(large / "lock"):

@@ -155,9 +155,9 @@ class Channels:
         >>> channels.consumers("0")
         ('2',)
         """
-        if layer not in self._outputs:
+        if layer not in self._ids.outputs:
             raise UserError(f"{layer}: is no convolution, linear layer or selection of this network")
-        order = list(self._outputs)
+        order = list(self._ids.outputs)
         later = [name for name in order[order.index(layer) + 1 :] if name in self._ids.inputs]
         # Without `tied`: a depthwise convolution's output goes with its input, but it is another value.
         values = _components(self._ids.count, self._ids.united)
