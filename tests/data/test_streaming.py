@@ -417,6 +417,7 @@ def test_workers_outlive_the_signals_that_tell_a_study_to_stop(photographs: Imag
     assert len(first + list(passing)) == 9
 
 
+@pytest.mark.slow
 def test_a_process_with_workers_ends_at_once_and_leaves_none(photographs: ImageFiles, tmp_path: Path) -> None:
     program = f"""
         import sys

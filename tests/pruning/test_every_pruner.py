@@ -38,6 +38,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "densenet, bottleneck": lambda: DenseNet(16, growth_rate=4, bottleneck=True, compression=0.5),
     "resnext": lambda: ResNeXt(11, cardinality=4, base_width=4),
 }
+# Every pruner that a ratio or a cost is given to; the regression of every layer takes long.
+GIVEN_A_TARGET = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "regression" else name
+    for name in sorted(set(PRUNERS) - {"sss"})
+]
 SCORING = [name for name, found in PRUNERS.items() if issubclass(found, ChannelPruner)]
 
 
@@ -124,7 +129,7 @@ def test_rebuilt_from_its_files_it_is_the_same_network(pruner: str, network: str
     assert all(parameter.grad is not None for parameter in scratch.parameters())
 
 
-@pytest.mark.parametrize("pruner", sorted(set(PRUNERS) - {"sss"}))
+@pytest.mark.parametrize("pruner", GIVEN_A_TARGET)
 def test_torchvision_networks_by_import_path(pruner: str) -> None:
     model = randomise(models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)).float()
     data = [(pixels.float(), labels) for pixels, labels in images(600)]
@@ -142,7 +147,7 @@ def test_pruners_that_look_at_images_say_so(pruner: str) -> None:
 
 
 @pytest.mark.parametrize("target", [{"target_macs": 0.6}, {"target_params": 0.6}])
-@pytest.mark.parametrize("pruner", sorted(set(PRUNERS) - {"sss"}))
+@pytest.mark.parametrize("pruner", GIVEN_A_TARGET)
 def test_targets_for_the_whole_network_are_met(pruner: str, target: dict[str, float]) -> None:
     model = ResNet(20)
     for module in model.modules():

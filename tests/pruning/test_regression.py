@@ -141,7 +141,7 @@ def test_planted_redundant_channels_are_found_and_made_up_for() -> None:
         assert (result.model(data[0][0]) - model(data[0][0])).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("network", ["vgg11", "resnet20", "preresnet20"])
+@pytest.mark.parametrize("network", ["vgg11", pytest.param("resnet20", marks=pytest.mark.slow), "preresnet20"])
 def test_the_pruned_network_is_the_reconstructed_one_with_channels_masked(
     network: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,6 +11,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from rethink_prune.files import file_digest
 from rethink_prune.store.store import Store
 
@@ -58,6 +60,7 @@ def start(root: Path, seed: int) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_kills_at_random_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     journal.touch()

@@ -98,9 +98,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[b
         ("step", 3),
         pytest.param("step", 9, marks=pytest.mark.slow),
         ("step", 20),
-        ("checkpoint", 2),
+        pytest.param("checkpoint", 2, marks=pytest.mark.slow),
         ("checkpoint", 14),
-        ("finish", 1),
+        pytest.param("finish", 1, marks=pytest.mark.slow),
         pytest.param("finish", 2, marks=pytest.mark.slow),
     ],
 )
