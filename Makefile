@@ -1,5 +1,6 @@
 # make demo   install into .venv and run the default study (about a minute on two CPU cores)
-# make test   install with the development tools and run the tests
+# make test   install with the development tools and run the tests (about ten minutes on two CPU cores)
+# make slow   run the tests that make test leaves out because each takes tens of seconds
 # make lint   formatting, lint and types
 # make board  TensorBoard over the runs, and the report's means over seeds, at http://127.0.0.1:6006
 # make clean  remove .venv and what the tools leave behind; runs and store stay
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint board clean
+.PHONY: help demo test slow lint board clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -19,7 +20,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	@echo "Running the tests; they need no data and no GPU."
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -77,8 +77,8 @@ from rethink_prune import build_model, prune
 from rethink_prune.config import parse_pruner
 from rethink_prune.data import ImageArray, ImageFiles, TrainBatches
 from rethink_prune.data.normalization import Normalization
-from rethink_prune.data.reader import BatchReader
 from rethink_prune.data.streamed_images import StreamedImages
+from rethink_prune.data.workers import BatchReader
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS, find_pruner
 from rethink_prune.surgery import cut

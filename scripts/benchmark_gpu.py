@@ -41,13 +41,13 @@ from rethink_prune import build_model, count_cost, prune
 from rethink_prune.data import EvalBatches, ImageArray
 from rethink_prune.data.device_images import DeviceImages
 from rethink_prune.data.normalization import Normalization
-from rethink_prune.training.accelerate import build_step
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Row
 from rethink_prune.training.runtime import Runtime, prepare_device
 from rethink_prune.training.schedule import build_optimizer
+from rethink_prune.training.step import build_step
 from rethink_prune.training.train import train
 
 # The study that is projected: the epochs of `large`, and of `finetune`, `scratch_e` and `scratch_b` together.

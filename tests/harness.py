@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rethink_prune.config import StudyConfig
 from rethink_prune.files import conf_dir
 from rethink_prune.study.plan import plan_content
 from rethink_prune.study.prepare import check_config, prepare_study
+from rethink_prune.surgery.channels import Channels
 
 # Digits at their own size, a few hundred of them, a few epochs: a study of four stages in about two seconds.
 SMALL = (
@@ -89,6 +91,51 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                     module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 2)
                     module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
     return model
+
+
+def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]) -> nn.Module:
+    """Return a copy of `model` at full width in which the dropped channels are zero wherever they appear.
+
+    In evaluation mode it computes what the pruned network computes: the definition of pruning a channel, and
+    the reference that tests compare surgery with.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Stays as it is.
+    channels : Channels
+        The analysis of `model`.
+    drop : mapping of str to iterable of int
+        Group name to indexes into its units.
+
+    Examples
+    --------
+    >>> from rethink_prune.surgery.channels import analyse
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    >>> masked = mask(model, analyse(model, torch.zeros(1, 2)), {"0": [0, 2]})
+    >>> masked[0].weight.any(dim=1)
+    tensor([False,  True, False])
+    """
+    masked = copy.deepcopy(model)
+    plan = channels.plan(drop)
+    with torch.no_grad():
+        for name, kept in plan.outputs.items():
+            module = masked.get_submodule(name)
+            # Scale and shift of a batch norm, both: with the shift left, a masked channel would be a constant.
+            tensors = [t for t in (module.weight, getattr(module, "bias", None)) if isinstance(t, torch.Tensor)]
+            # A norm without scale and shift gives zero for a zero channel only if its mean is zero.
+            tensors = tensors or [t for t in (module.running_mean,) if isinstance(t, torch.Tensor)]
+            for tensor in tensors:
+                tensor[_dropped_positions(kept, len(tensor))] = 0
+        for name in plan.selections.keys() & plan.inputs.keys():
+            # Others read the whole stream; this layer's weights for what it does not select are zero.
+            weight = masked.get_parameter(f"{name}.weight")
+            weight[:, _dropped_positions(plan.inputs[name], weight.shape[1])] = 0
+    return masked
+
+
+def _dropped_positions(kept: Iterable[int], size: int) -> list[int]:
+    return sorted(set(range(size)) - set(kept))
 
 
 def run_forked(

@@ -69,6 +69,7 @@ class Counting(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["surgery", "overhead"])
 def test_numbers_come_with_n_spread_and_versions(part: str, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
@@ -186,6 +187,7 @@ def gpu() -> ModuleType:
     return importlib.import_module("benchmark_gpu")
 
 
+@pytest.mark.slow
 def test_trainings_at_once_are_as_long_as_the_slowest_in_every_epoch(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +268,7 @@ def test_traffic_is_what_operations_take_and_give_and_views_are_free(gpu: Module
     assert step > 4 * 64 * 3 * 32 * 32, "the batch is read"
 
 
+@pytest.mark.slow
 def test_start_up_is_measured_against_what_is_asked(tmp_path: Path) -> None:
     done = benchmark("startup", "--rounds=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -276,6 +279,7 @@ def test_start_up_is_measured_against_what_is_asked(tmp_path: Path) -> None:
     assert "asked <= 10" in first_step
 
 
+@pytest.mark.slow
 def test_a_cpu_says_that_it_projects_no_study(tmp_path: Path) -> None:
     done = benchmark("train", "--networks=resnet20", "--rounds=1", "--steps=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -24,30 +24,23 @@ def run(tree: DictConfig) -> None:
         # Imported here: Hydra's --help and its errors need no torch.
         from rethink_prune.study.prepare import check_config
         from rethink_prune.study.run import run_study
-        from rethink_prune.training.torchrun import this_process
+        from rethink_prune.training.distributed import this_process
 
         plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
         plain["device"] = sweeps.choose_device(plain["device"], job)
-        run_study(
-            check_config(plain),
-            Path(job.runtime.output_dir),
-            interrupts,
-            experiment=job.runtime.choices.get("experiment"),
-            processes=this_process(),
-        )
+        folder, experiment = Path(job.runtime.output_dir), job.runtime.choices.get("experiment")
+        run_study(check_config(plain), folder, interrupts, experiment=experiment, processes=this_process())
 
 
 def run_as_one_of_several(*, is_first: bool) -> None:
     """Run the study as the first of the processes that ``torchrun`` has started, or take part in it as another."""
-    from rethink_prune.study.join import join_study
-    from rethink_prune.training.torchrun import connected
+    from rethink_prune.study.run import join_study
+    from rethink_prune.training.distributed import connected
 
     command = sys.argv[1:]
     if is_first and {"-m", "--multirun", "hydra.mode=MULTIRUN"}.intersection(command):
-        raise UserError(
-            "-m: torchrun starts one study; start it once for every study, "
-            "or run the sweep without it: python -m rethink_prune -m ..."
-        )
+        instead = "start it once for every study, or run the sweep without it: python -m rethink_prune -m ..."
+        raise UserError(f"-m: torchrun starts one study; {instead}")
     with Interrupts() as interrupts, connected(command) as processes:
         if processes.is_first:
             run()

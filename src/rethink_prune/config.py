@@ -152,12 +152,9 @@ class Phase(Frozen):
 
     @model_validator(mode="after")
     def _schedule_is_complete(self) -> Phase:
-        late = [m for m in self.milestones if m >= self.epochs and m >= 1]
-        if late:
-            raise ValueError(
-                f"milestones {', '.join(map(str, late))}: come after the {self.epochs} epochs; "
-                "give earlier ones, or fractions of the epochs"
-            )
+        if late := ", ".join(str(m) for m in self.milestones if m >= self.epochs and m >= 1):
+            advice = "give earlier ones, or fractions of the epochs"
+            raise ValueError(f"milestones {late}: come after the {self.epochs} epochs; {advice}")
         if (self.schedule == "step") != (self.step is not None):
             raise ValueError("schedule=step and step (epochs between two drops) go together")
         if isinstance(self.gamma, tuple) and (self.schedule != "multistep" or len(self.gamma) != len(self.milestones)):
@@ -235,9 +232,8 @@ class TargetOptions(PrunerOptions):
             # The last one is most likely meant: a pruner's defaults state a ratio, the first of them.
             keep = given[-1]
             clear = " ".join(f"pruner.{name}=null" for name in given if name != keep)
-            raise ValueError(
-                f"{' and '.join(given)} are both targets: give exactly one; for {keep}, add {clear} to the command"
-            )
+            both = " and ".join(given)
+            raise ValueError(f"{both} are both targets: give exactly one; for {keep}, add {clear} to the command")
         return self
 
     @property
@@ -261,9 +257,8 @@ def check_ratio(ratio: object) -> object:
         ratio = {str(layer): value for layer, value in ratio.items()}
     for value in _leaves(ratio):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            raise ValueError(
-                "must be in (0, 1), the share to remove" + ("" if value is ratio else f"; found {value!r}")
-            )
+            found = "" if value is ratio else f"; found {value!r}"
+            raise ValueError(f"must be in (0, 1), the share to remove{found}")
     return ratio
 
 
@@ -301,15 +296,11 @@ class ChannelOptions(TargetOptions):
         return widths
 
     @model_validator(mode="after")
-    def _bounds_are_for_what_follows_from_a_share(self) -> ChannelOptions:
+    def _options_fit_the_target(self) -> ChannelOptions:
         option, bounds = self.target_option, ("skip", "min_channels", "round_to")
         ignored = [name for name in bounds if getattr(self, name) != type(self).model_fields[name].default]
         if option in ("variant", "widths") and ignored:
             raise ValueError(f"{' and '.join(ignored)}: of no use with {option}, which gives every width itself")
-        return self
-
-    @model_validator(mode="after")
-    def _global_ranking_has_one_ratio(self) -> ChannelOptions:
         if self.ranking == "global" and isinstance(self.ratio, list | dict):
             raise ValueError("ranking=global takes one ratio for all layers; for one per layer, pruner.ranking=layer")
         return self
@@ -382,9 +373,7 @@ def parse_config(
     named = tree.get("arms")
     unknown = [arm for arm in named if arm not in arms] if isinstance(named, list) else []
     if unknown:
-        problems.append(
-            f"arms={_show(tree['arms'])}: no arm {', '.join(map(str, unknown))}; there are {', '.join(arms)}"
-        )
+        problems.append(f"arms={_show(named)}: no arm {', '.join(map(str, unknown))}; there are {', '.join(arms)}")
     try:
         config = _parse_part(StudyConfig, tree)
     except UserError as error:

@@ -1,26 +1,22 @@
 """``python -m rethink_prune.export STAGE``: take a network out of its store, test it elsewhere, or measure it."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import COST_FILE, SUMMARY_FILE, write_json
 from rethink_prune.imports import import_object
-
-if TYPE_CHECKING:
-    from rethink_prune.finished.load import Factory
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     options = _parse(arguments)
     try:
-        factory = cast("Factory", import_object(options.factory, "--factory")) if options.factory else None
+        factory = import_object(options.factory, "--factory") if options.factory else None
         if not options.stage.is_dir():
             raise UserError(f"{options.stage}: no such folder")
         if options.evaluate or options.cost:
@@ -34,29 +30,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="rethink-prune-export",
-        description="Take the network of a finished stage out of its store; or test it on other images; or measure it.",
-    )
+    description = "Take the network of a finished stage out of its store; or test it on other images; or measure it."
+    evaluate = "instead, evaluate it on the test images of a data set, given as for a study: dataset=cifar10 ..."
+    cost = "instead, measure it against the unpruned network, while nothing else should run; for a run, also into its "
+    factory = "what builds a network of your own, or torchvision's"
+    parser = argparse.ArgumentParser(prog="rethink-prune-export", description=description)
     parser.add_argument("stage", type=Path, help="the stage's folder, STORE/stages/<kind>-<key>; for --cost also a run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where weights and architecture go (export/<stage>)")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="also write it as ONNX, checked with onnxruntime")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--evaluate",
-        nargs="+",
-        metavar="OVERRIDE",
-        help="instead, evaluate it on the test images of a data set, given as for a study: dataset=cifar10 ...",
-    )
-    instead.add_argument(
-        "--cost",
-        action="store_true",
-        help="instead, measure it against the unpruned network, while nothing else should run; "
-        f"for a run, also into its {COST_FILE}",
-    )
-    parser.add_argument(
-        "--factory", metavar="path.to.module:factory", help="what builds a network of your own, or torchvision's"
-    )
+    instead.add_argument("--evaluate", nargs="+", metavar="OVERRIDE", help=evaluate)
+    instead.add_argument("--cost", action="store_true", help=f"{cost}{COST_FILE}")
+    parser.add_argument("--factory", metavar="path.to.module:factory", help=factory)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="of --cost (%(default)s)")
@@ -69,25 +54,25 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _export(options: argparse.Namespace, factory: Factory | None) -> None:
+def _export(options: argparse.Namespace, factory: Callable[..., Any] | None) -> None:
     # Imported here, and in the function below: --help and wrong arguments need no torch.
-    from rethink_prune.finished import export, load, onnx, runs
+    from rethink_prune.finished import export, load
 
     if options.json is not None:
         raise UserError("--json: goes with --evaluate or --cost")
-    stage = runs.single_stage(options.stage)
+    stage = load.single_stage(options.stage)
     folder = options.out or Path("export") / stage.name
     export.export_stage(stage, folder, factory)
     print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     if options.onnx is not None:
         # Of the exported weights, whose masked ones are zero.
-        difference = onnx.export_onnx(load.load_model(folder, factory), load.image_shape(stage), options.onnx)
+        difference = export.export_onnx(load.load_model(folder, factory), load.image_shape(stage), options.onnx)
         print(f"{options.onnx}: logits differ from torch's by {difference:.1e} of the greatest, on 8 random images")
 
 
-def _test(options: argparse.Namespace, factory: Factory | None) -> None:
+def _test(options: argparse.Namespace, factory: Callable[..., Any] | None) -> None:
     """Evaluate or measure the network; print what was found, and write it to the files that shall have it."""
-    from rethink_prune.finished import evaluate, measure, runs
+    from rethink_prune.finished import evaluate, load, measure
     from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision
 
     if options.out is not None or options.onnx is not None:
@@ -96,7 +81,7 @@ def _test(options: argparse.Namespace, factory: Factory | None) -> None:
     prepare_device(device, deterministic=False)
     precision = resolve_precision(options.precision, device)
     is_run = options.cost and (options.stage / SUMMARY_FILE).is_file()
-    stage = runs.pruned_stage(options.stage) if is_run else runs.single_stage(options.stage)
+    stage = load.pruned_stage(options.stage) if is_run else load.single_stage(options.stage)
     if options.cost:
         content = measure.measure_stage(stage, device, precision, rounds=options.rounds, factory=factory)
         print(measure.cost_table(content))

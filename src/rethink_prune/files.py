@@ -57,10 +57,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{path}: the disk is full ({error.strerror}); nothing finished so far is lost: "
-                "free some space and run the same command again"
-            ) from error
+            advice = "nothing finished so far is lost: free some space and run the same command again"
+            raise UserError(f"{path}: the disk is full ({error.strerror}); {advice}") from error
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         if temporary is not None:

@@ -2,12 +2,14 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rethink_prune.errors import UserError
 
 
-def import_object(path: str, what: str) -> object:
+def import_object(path: str, what: str) -> Callable[..., Any]:
     """Import ``module:attribute``; modules in the current folder are found, as with ``python -m``.
 
     Only call this with text the user typed: importing a module runs it.
@@ -21,8 +23,8 @@ def import_object(path: str, what: str) -> object:
 
     Returns
     -------
-    object
-        The attribute, which is callable.
+    callable
+        The attribute.
 
     Raises
     ------
@@ -51,10 +53,8 @@ def import_object(path: str, what: str) -> object:
         # A package that is missing inside the user's module is a failure of that module, not a wrong path.
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(f"{what}={path}: no module named {error.name}, neither installed nor in {here}") from error
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{what}={path}: importing {module_name} failed with {reason} (HYDRA_FULL_ERROR=1 shows where)"
-        ) from error
+        reason = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
+        raise UserError(f"{what}={path}: importing {module_name} failed with {reason}") from error
     finally:
         sys.path.remove(here)
     try:

@@ -185,6 +185,7 @@ def test_a_signal_ends_the_processes(tmp_path: Path) -> None:
             os.kill(json.loads(status.read_text())["pid"], 0)
 
 
+@pytest.mark.slow
 @needs("hydra_submitit_launcher", "launchers")
 def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
     """Submitit's executor for one machine requeues as its executor for Slurm does, on the same signal."""

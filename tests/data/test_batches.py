@@ -9,9 +9,9 @@ from PIL import Image
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 from rethink_prune.data import EvalBatches, ImageArray, TrainBatches, device_images
+from rethink_prune.data.batches import Shard
 from rethink_prune.data.device_images import DeviceImages, EpochDraws, draw_epoch
 from rethink_prune.data.normalization import Normalization
-from rethink_prune.data.shard import Shard
 from rethink_prune.errors import UserError
 
 CPU = torch.device("cpu")
@@ -202,3 +202,18 @@ def test_epoch_on_cuda_equals_cpu_and_never_waits() -> None:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(images.cpu(), expected, rtol=0, atol=1e-6)
     assert torch.equal(labels.cpu(), expected_labels)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("images", [1, 2, 5, 6, 13, 14, 64])
+def test_weighted_means_of_all_processes_are_the_mean_of_the_batch(world: int, images: int) -> None:
+    values = torch.randn(images, dtype=torch.float64, generator=torch.Generator().manual_seed(images))
+    means, counted = [], 0.0
+    for rank in range(world):
+        shard = Shard(rank, world)
+        part = values[shard.of_batch(0, images)]
+        assert len(part) >= min(2, images)  # what batch normalisation needs
+        means.append(shard.weight(len(part), images) * part.mean())
+        counted += len(part) / shard.copies(images)
+    assert torch.stack(means).mean().item() == pytest.approx(values.mean().item(), abs=1e-12)
+    assert counted == pytest.approx(images)

@@ -24,8 +24,7 @@ from functools import partial
 
 import torch
 
-from rethink_prune.data.images import ImageArray
-from rethink_prune.data.source import Contents, DataSource
+from rethink_prune.data.source import Contents, DataSource, ImageArray
 
 RANK = 15
 

@@ -24,13 +24,11 @@ from torch.utils.data import DataLoader
 from rethink_prune.config import DatasetConfig
 from rethink_prune.data import EvalBatches, ImageFiles, TrainBatches, decoding, load_dataset, memory
 from rethink_prune.data import workers as workers_module
-from rethink_prune.data.crops import CropBox, place_crop
-from rethink_prune.data.decoding import read_centre, read_crop
+from rethink_prune.data.batches import Shard
+from rethink_prune.data.decoding import CropBox, place_crop, read_centre, read_crop
 from rethink_prune.data.normalization import Normalization
-from rethink_prune.data.reader import BatchReader
-from rethink_prune.data.shard import Shard
 from rethink_prune.data.streamed_images import StreamedImages
-from rethink_prune.data.workers import WorkerPool, default_workers
+from rethink_prune.data.workers import BatchReader, WorkerPool, default_workers
 from rethink_prune.errors import UserError
 
 CPU = torch.device("cpu")

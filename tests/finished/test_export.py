@@ -21,7 +21,7 @@ from rethink_prune import build_model, load_model
 from rethink_prune.errors import UserError
 from rethink_prune.export import main
 from rethink_prune.files import file_digest
-from rethink_prune.finished.onnx import ONNX_TOLERANCE, export_onnx
+from rethink_prune.finished.export import ONNX_TOLERANCE, export_onnx
 from rethink_prune.study.pretrained import read_checkpoint
 from rethink_prune.study.run import run_study
 from rethink_prune.surgery.architecture import Architecture

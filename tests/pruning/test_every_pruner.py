@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from harness import randomise
+from harness import mask, randomise
 from rethink_prune import build_model, count_cost, prune
 from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
@@ -22,10 +22,10 @@ from rethink_prune.models.resnet import ResNet
 from rethink_prune.models.resnext import ResNeXt
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import PRUNERS, ChannelPruner, find_pruner
-from rethink_prune.pruning.channel_target import ChannelTarget
+from rethink_prune.pruning.channel_pruner import ChannelTarget
 from rethink_prune.seeds import derive_generator
 from rethink_prune.surgery.architecture import Architecture
-from rethink_prune.surgery.cut import mask, reshape
+from rethink_prune.surgery.cut import reshape
 
 IMAGE = (2, 3, 16, 16)
 # Every family, as small as it comes.

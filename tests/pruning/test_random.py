@@ -11,7 +11,7 @@ from torch import nn
 from rethink_prune import build_model, prune
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import find_pruner
-from rethink_prune.pruning.channel_target import ChannelTarget
+from rethink_prune.pruning.channel_pruner import ChannelTarget
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 

@@ -14,14 +14,14 @@ from sklearn.linear_model import lasso_path
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from harness import mask
 from rethink_prune import build_model
 from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
-from rethink_prune.pruning import regression as module
-from rethink_prune.pruning.channel_target import Choice
-from rethink_prune.pruning.least_squares import Products, SplitProducts, best_ridge, ridge_towards, select_by_lasso
+from rethink_prune.pruning.channel_pruner import Choice
+from rethink_prune.pruning.least_squares import Products, best_ridge, ridge_towards, select_by_lasso
+from rethink_prune.pruning.reconstruction import WorkingCopy
 from rethink_prune.pruning.regression import Regression
-from rethink_prune.surgery.cut import mask
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
@@ -200,7 +200,7 @@ def test_a_branch_makes_up_for_the_error_of_its_shortcut(monkeypatch: pytest.Mon
         return (read[0] - read[1]).norm()
 
     compensated = sum_error()
-    monkeypatch.setattr(module.WorkingCopy, "shortcut", lambda *_: None)
+    monkeypatch.setattr(WorkingCopy, "shortcut", lambda *_: None)
     assert compensated < 0.9 * sum_error()
 
 
@@ -227,10 +227,10 @@ def test_channels_that_a_norm_hardly_scales_do_not_make_up_for_a_shortcut() -> N
     model = Residual().double().eval()
     with torch.no_grad():
         model.bn.weight[:4] = torch.tensor([0.0, 1e-4, 0.5, 2.0])
-    current = module.WorkingCopy(model, torch.device("cpu"))
+    current = WorkingCopy(model, torch.device("cpu"))
     shortcut = current.shortcut("conv2")
     assert shortcut is not None
-    gain = module._gain(current, shortcut, 8)
+    gain = current.gain(shortcut, 8)
     assert torch.allclose(gain[:4], torch.tensor([0, 0, 2, 0.5], dtype=torch.float64), rtol=1e-4)
 
 
@@ -301,16 +301,18 @@ def test_few_positions_are_not_fitted_to_the_last(positions: int) -> None:
     x, true = torch.randn(positions + 500, 36, dtype=torch.float64), torch.randn(36, 8, dtype=torch.float64)
     y = x @ true + 2 * torch.randn(len(x), 8, dtype=torch.float64)
     old = (true + 0.3 * torch.randn(36, 8, dtype=torch.float64)).numpy()
-    sample, other = SplitProducts.empty(36, 8, x.device), Products.zeros(36, 8, x.device)
-    sample.add(x[:positions], y[:positions], torch.arange(positions) % 5 == 4)
+    fit, held_out, other = (Products.zeros(36, 8, x.device) for _ in range(3))
+    ridge_chosen_by = torch.arange(positions) % 5 == 4
+    fit.add(x[:positions][~ridge_chosen_by], y[:positions][~ridge_chosen_by])
+    held_out.add(x[:positions][ridge_chosen_by], y[:positions][ridge_chosen_by])
     other.add(x[positions:], y[positions:])
 
     def error(ridge: float) -> float:
-        whole = sample.whole
+        whole = fit + held_out
         fitted = ridge_towards(old, whole.xx.numpy().copy(), whole.xy.numpy(), ridge)
         return other.error(torch.from_numpy(fitted.T.copy()))
 
-    chosen = best_ridge(old, sample.fit, sample.held_out)
+    chosen = best_ridge(old, fit, held_out)
     assert error(chosen) < 1.1 * other.error(torch.from_numpy(old.T.copy()))
     if positions == 37:
         assert error(1e-6) > 2 * error(chosen)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from harness import mask
 from rethink_prune import build_model
 from rethink_prune.errors import UserError
+from rethink_prune.pruning.reconstruction import WorkingCopy
 from rethink_prune.pruning.samples import (
     FirstImages,
     draw_places,
@@ -16,10 +18,8 @@ from rethink_prune.pruning.samples import (
     read_outputs,
     read_patches,
 )
-from rethink_prune.pruning.working_copy import WorkingCopy
+from rethink_prune.surgery.architecture import select_inputs
 from rethink_prune.surgery.channels import analyse
-from rethink_prune.surgery.cut import mask
-from rethink_prune.surgery.selections import select_inputs
 
 CPU = torch.device("cpu")
 LAYERS = [

@@ -17,7 +17,7 @@ from rethink_prune.config import ChannelOptions
 from rethink_prune.errors import UserError
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import find_pruner
-from rethink_prune.pruning.channel_target import ChannelTarget
+from rethink_prune.pruning.channel_pruner import ChannelTarget
 from rethink_prune.pruning.pruner import PruneResult
 from rethink_prune.pruning.soft_filter import SoftFilter
 from rethink_prune.study.budget import scratch_b_epochs

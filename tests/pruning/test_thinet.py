@@ -13,13 +13,13 @@ import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from harness import mask
 from rethink_prune import build_model
 from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
 from rethink_prune.models.vgg import VGG16GAP
-from rethink_prune.pruning.channel_target import Choice
+from rethink_prune.pruning.channel_pruner import Choice
 from rethink_prune.pruning.thinet import ThiNet, choose_greedily, least_squares_scales
-from rethink_prune.surgery.cut import mask
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 

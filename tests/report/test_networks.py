@@ -70,7 +70,7 @@ def test_networks_are_told_apart_by_color_and_marker() -> None:
 
 def test_results_are_computed_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, rethink_prune.report.publish; "
+        "import sys, rethink_prune.report.documents; "
         "print(sorted({'torch', 'torchvision', 'tensorboard'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from rethink_prune.files import conf_dir
-from rethink_prune.report import paper
-from rethink_prune.report.paper import paper_row
+from rethink_prune.report import notes
+from rethink_prune.report.notes import paper_row
 
-TABLES = yaml.safe_load(Path(paper.__file__).with_name("paper.yaml").read_text())
+TABLES = yaml.safe_load(Path(notes.__file__).with_name("paper.yaml").read_text())
 WORDS = {
     "large": "unpruned",
     "finetune": "fine-tuned",

@@ -51,7 +51,7 @@ SCRIPT = """
     import torch
     from rethink_prune.store import stage, store
     from rethink_prune.__main__ import main
-    from rethink_prune.training import step, torchrun
+    from rethink_prune.training import distributed, step
 
     rank = int(os.environ["RANK"])
     exec(os.environ["CHANGE"])
@@ -167,6 +167,7 @@ def test_two_processes_have_the_results_of_one(folder: Path, alone: dict[str, An
     assert done.stdout.count("large: ") == done.stdout.count("large: epoch") + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_process_ends_the_training_which_goes_on_with_any_number(
     folder: Path, alone: dict[str, Any], rank: int
@@ -187,6 +188,7 @@ def test_killed_process_ends_the_training_which_goes_on_with_any_number(
     assert found["large"]["processes"] == [1, 2]
 
 
+@pytest.mark.slow
 def test_signal_to_torchrun_saves_and_the_same_command_goes_on(folder: Path, alone: dict[str, Any]) -> None:
     slow = """
 plain = step.PlainStep.__call__
@@ -205,9 +207,10 @@ step.PlainStep.__call__ = lambda *arguments: (time.sleep(0.3), plain(*arguments)
     check_like_alone(summary(folder, "second"), alone)
 
 
+@pytest.mark.slow
 def test_waiting_for_another_job_is_not_a_collective(folder: Path, alone: dict[str, Any]) -> None:
     # The others wait for longer than a collective may take here.
-    change = "torchrun._TIMEOUT = timedelta(seconds=5)"
+    change = "distributed._TIMEOUT = timedelta(seconds=5)"
     large = folder / "store/stages" / Path(alone["large"]["stage"]).name
     large.mkdir(parents=True)
     with FileLock(large / "lock"):
@@ -227,6 +230,7 @@ def wait_until(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["sss", "magnitude"])
 def test_batch_norms_masks_and_sparse_training_are_shared(folder: Path, pruner: str) -> None:
     target = {"sss": "pruner.sparse.strength=10", "magnitude": "pruner.ratio=0.4"}[pruner]
@@ -238,6 +242,7 @@ def test_batch_norms_masks_and_sparse_training_are_shared(folder: Path, pruner: 
         assert 0 <= entry["top1"] <= 100
 
 
+@pytest.mark.slow
 def test_an_arm_that_diverges_fails_alone(folder: Path) -> None:
     done = torchrun(folder, *PLAIN, "recipe.finetune.lr=1e30", "arms=[finetune,scratch_e]", "hydra.run.dir=run")
     assert done.returncode != 0

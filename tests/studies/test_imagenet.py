@@ -159,6 +159,7 @@ def children_are_gone(session: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 # 3 steps an epoch, 9 of large and 3 of finetune.
 @pytest.mark.parametrize(
     ("victim", "count", "status", "words"),

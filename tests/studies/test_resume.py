@@ -96,12 +96,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[b
     ("point", "count"),
     [
         ("step", 3),
-        ("step", 9),
+        pytest.param("step", 9, marks=pytest.mark.slow),
         ("step", 20),
         ("checkpoint", 2),
         ("checkpoint", 14),
         ("finish", 1),
-        ("finish", 2),
+        pytest.param("finish", 2, marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_run_again_ends_with_the_same_bits(
@@ -155,6 +155,7 @@ def test_a_signal_ends_a_multirun(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("plan.json"))) == 1, "the second job did not start"
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_training(tmp_path: Path) -> None:
     first, second = (start(tmp_path, "never", 0, run_dir) for run_dir in ("run1", "run2"))
     outputs = [process.communicate(timeout=120) for process in (first, second)]

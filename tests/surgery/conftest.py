@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from harness import randomise
+from harness import mask, randomise
 from rethink_prune.surgery.channels import Channels, analyse
-from rethink_prune.surgery.cut import apply, mask
+from rethink_prune.surgery.cut import apply
 
 Drop = Mapping[str, Sequence[int]]
 Compare = Callable[..., tuple[Channels, nn.Module]]

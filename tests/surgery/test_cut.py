@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models
 
+from harness import mask
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
-from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.architecture import Architecture, select_inputs
 from rethink_prune.surgery.channels import analyse
-from rethink_prune.surgery.cut import apply, mask, reshape
-from rethink_prune.surgery.selections import select_inputs
+from rethink_prune.surgery.cut import apply, reshape
 
 IMAGE = (2, 3, 8, 8)
 
@@ -142,7 +142,8 @@ def test_architecture_round_trip_in_a_new_process(tmp_path: Path) -> None:
     """
     arguments = [str(tmp_path), __file__, str(torch.get_num_threads())]
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    # There, this file finds the harness.
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert finished.returncode == 0, finished.stderr
 
 

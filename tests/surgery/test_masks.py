@@ -15,8 +15,7 @@ from rethink_prune import prune
 from rethink_prune.data import EvalBatches, ImageArray, TrainBatches
 from rethink_prune.data.device_images import DeviceImages
 from rethink_prune.data.normalization import Normalization
-from rethink_prune.surgery.architecture import Architecture
-from rethink_prune.surgery.masks import Masks, apply_masks, draw_masked
+from rethink_prune.surgery.architecture import Architecture, Masks, apply_masks, draw_masked
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.hooks import HeldMasks, TrainingHooks
 from rethink_prune.training.interrupts import Interrupts

@@ -9,11 +9,11 @@ import timm
 import torch
 from torch import nn
 
-from harness import randomise
+from harness import mask, randomise
 from rethink_prune import count_cost, prune
 from rethink_prune.pruning import PRUNERS
 from rethink_prune.surgery.channels import analyse
-from rethink_prune.surgery.cut import apply, mask
+from rethink_prune.surgery.cut import apply
 
 IMAGE = (3, 64, 64)
 # With the share of the parameters that may at most be left when half of the units of scope "all" go.

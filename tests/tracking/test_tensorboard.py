@@ -24,8 +24,7 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.get_experiment import Handler as GetExperiment
 from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessionGroups
 
-from rethink_prune.report.board import write_seed_curves
-from rethink_prune.tracking.tensorboard import ArmEvents, write_study
+from rethink_prune.tracking.tensorboard import ArmEvents, write_seed_curves, write_study
 
 Run = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rethink_prune.training.memory import peak_memory
+from rethink_prune.training.runtime import peak_memory
 
 CPU = torch.device("cpu")
 

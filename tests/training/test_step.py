@@ -14,11 +14,10 @@ from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.pruning.slimming import ScalePenalty
-from rethink_prune.training.accelerate import WARM_UP, RecordedStep, build_step
 from rethink_prune.training.hooks import HeldMasks, TrainingHooks
 from rethink_prune.training.runtime import Runtime
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer
-from rethink_prune.training.step import LossAndLogits, PlainStep, Step
+from rethink_prune.training.step import WARM_UP, LossAndLogits, PlainStep, RecordedStep, Step, build_step
 
 CPU = torch.device("cpu")
 SPEC = OptimizerSpec("sgd", 0.05, 0.9, False, 1e-4, "constant", 1, (), ())

@@ -16,7 +16,6 @@ from rethink_prune.data.normalization import Normalization
 from rethink_prune.errors import Interrupted
 from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.study.keys import optimizer_key
-from rethink_prune.training.accelerate import build_step
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.evaluate import evaluate
 from rethink_prune.training.hooks import TrainingHooks
@@ -24,6 +23,7 @@ from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress, Row
 from rethink_prune.training.runtime import Runtime
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
+from rethink_prune.training.step import build_step
 from rethink_prune.training.train import Diverged, train
 
 CPU = torch.device("cpu")

@@ -43,9 +43,8 @@ def check_arguments(arguments: Sequence[str], conf: Path) -> None:
             try:
                 version(package)
             except PackageNotFoundError:
-                raise UserError(
-                    f'{argument}: needs {package}; install it with pip install "rethink-prune[{extra}]"'
-                ) from None
+                install = f'pip install "rethink-prune[{extra}]"'
+                raise UserError(f"{argument}: needs {package}; install it with {install}") from None
             # Submitit finds this out itself, but ends with a traceback.
             if choice == "slurm" and shutil.which("srun") is None:
                 raise UserError(f"{argument}: there is no srun here; start it on a machine of the Slurm cluster")

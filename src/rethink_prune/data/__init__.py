@@ -6,7 +6,7 @@ into batches) and :mod:`~rethink_prune.data.sources` (the data sets there are; h
 
 from rethink_prune.data.batches import Epoch, EvalBatches, TrainBatches, eval_batches, train_batches
 from rethink_prune.data.dataset import DatasetInfo, ImageDataset, describe_dataset, load_dataset
-from rethink_prune.data.images import ImageArray, ImageFiles
+from rethink_prune.data.source import ImageArray, ImageFiles
 
 __all__ = [
     "DatasetInfo",

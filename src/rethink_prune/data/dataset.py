@@ -1,20 +1,22 @@
 """Describe and load a data set by name: its subsets, statistics and fingerprint."""
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rethink_prune.config import DatasetConfig
 from rethink_prune.data.decode_cache import decode_cached
-from rethink_prune.data.fingerprint import fingerprint_arrays, fingerprint_files
-from rethink_prune.data.images import AnyImages, ImageFiles
 from rethink_prune.data.memory import check_memory
 from rethink_prune.data.normalization import channel_statistics
-from rethink_prune.data.source import Contents, Statistics
+from rethink_prune.data.source import AnyImages, Contents, DataSource, ImageArray, ImageFiles, Statistics
 from rethink_prune.data.sources import find_source
-from rethink_prune.data.subsets import choose_subsets, count_subsets
+from rethink_prune.data.subsets import Subsets, choose_subsets, count_subsets
 from rethink_prune.errors import UserError
 
 
@@ -140,10 +142,10 @@ def load_dataset(options: DatasetConfig, *, cache_dir: Path, progress: bool = Tr
     validation = both.take(torch.searchsorted(used, chosen.validation)) if len(chosen.validation) else None
     statistics = _find_statistics(options, contents, train)
     if isinstance(train, ImageFiles):
-        fingerprint = fingerprint_files(source, chosen, contents.classes, statistics)
+        fingerprint = _fingerprint_files(source, chosen, contents.classes, statistics)
     else:
         arrays = [part for part in (train, validation, test) if not isinstance(part, ImageFiles)]
-        fingerprint = fingerprint_arrays(arrays, contents.classes, statistics)
+        fingerprint = _fingerprint_arrays(arrays, contents.classes, statistics)
     return ImageDataset(
         options.name, train, validation, test, contents.classes, *statistics, source.image_size, fingerprint
     )
@@ -161,3 +163,44 @@ def _find_statistics(options: DatasetConfig, contents: Contents, train: AnyImage
     if not all(std):
         raise UserError(f"dataset.name={options.name}: a channel is the same in all training images; set dataset.std")
     return mean, std
+
+
+def _fingerprint_arrays(parts: Sequence[ImageArray | None], classes: Sequence[str], statistics: Statistics) -> str:
+    """Return the SHA-256 of images and labels (train, validation, test), classes, mean and standard deviation.
+
+    Examples
+    --------
+    >>> array = ImageArray(torch.zeros(2, 1, 1, 1, dtype=torch.uint8), torch.tensor([0, 1]))
+    >>> _fingerprint_arrays([array, None, array], ["a", "b"], ((0.5,), (0.5,)))[:12]
+    '7f998e0041a7'
+    """
+    shapes = [None if part is None else list(part.images.shape) for part in parts]
+    used = [part for part in parts if part is not None]
+    blocks = [block for part in used for block in (part.images.numpy().data, _label_bytes(part.labels))]
+    return _hash_all({"shapes": shapes, "classes": classes}, statistics, blocks)
+
+
+def _fingerprint_files(
+    source: DataSource, chosen: Subsets[torch.Tensor], classes: Sequence[str], statistics: Statistics
+) -> str:
+    """Return the SHA-256 of what is listed: classes, how many files each has, which are used, and at which size.
+
+    Where the files are does not count, nor what is in them.
+    """
+    # Reading a million files would take as long as an epoch.
+    header = {"counts": [source.train_counts, source.test_counts], "classes": classes, "size": source.image_size}
+    blocks = [block for part in chosen for block in (f"{len(part)}:".encode(), _label_bytes(part))]
+    return _hash_all(header, statistics, blocks)
+
+
+def _hash_all(header: dict[str, Any], statistics: Statistics, blocks: Sequence[bytes | memoryview]) -> str:
+    # Stage keys contain the digest: a changed one would retrain everything.
+    mean, std = statistics
+    digest = hashlib.sha256(json.dumps({**header, "mean": mean, "std": std}).encode())
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _label_bytes(values: torch.Tensor) -> bytes | memoryview:
+    return values.numpy().astype("<i8").data  # the same bytes on machines of either byte order

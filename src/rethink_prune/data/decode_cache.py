@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rethink_prune.config import DatasetConfig
 from rethink_prune.data.decoding import Pixels, WrongSizeError, describe_failure, read_square
-from rethink_prune.data.images import ImageArray, ImageFiles
+from rethink_prune.data.source import ImageArray, ImageFiles
 from rethink_prune.errors import UserError
 
 _log = logging.getLogger(__name__)

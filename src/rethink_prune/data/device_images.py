@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from rethink_prune.data.images import ImageArray
 from rethink_prune.data.normalization import Batch, Normalization
+from rethink_prune.data.source import ImageArray
 from rethink_prune.seeds import derive_generator
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rethink_prune.data.images import ImageFiles
+from rethink_prune.data.source import ImageFiles
 from rethink_prune.errors import UserError
 
 EXPECTED_FOLDERS = "expected train/<class>/* and test/<class>/*"

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from rethink_prune.errors import UserError
@@ -87,12 +88,10 @@ def _left_in_groups(proc: Path, cgroups: Path) -> list[int]:
     group = cgroups / own.removeprefix("0::/")
     # A limit of a group holds for all groups inside it.
     while group.is_relative_to(cgroups):
-        try:
+        with suppress(OSError, ValueError):  # the root group has no such files, and "max" is no limit
             limit = int((group / "memory.max").read_text())
             used = int((group / "memory.current").read_text())
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             left.append(limit - used + int(stat["inactive_file"]))
-        except (OSError, ValueError):  # the root group has no such files, and "max" is no limit
-            pass
         group = group.parent
     return left

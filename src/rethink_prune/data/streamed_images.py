@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from rethink_prune.data.normalization import Batch, Normalization
-from rethink_prune.data.reader import BatchReader, RawBatch, ReadRequest
-from rethink_prune.data.workers import WorkerPool
+from rethink_prune.data.workers import BatchReader, RawBatch, ReadRequest, WorkerPool
 from rethink_prune.seeds import derive_generator
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rethink_prune.config import DatasetConfig
-from rethink_prune.data.images import count_labels
+from rethink_prune.data.source import count_labels
 from rethink_prune.errors import UserError
 from rethink_prune.seeds import derive_generator
 

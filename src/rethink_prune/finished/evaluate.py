@@ -65,11 +65,9 @@ def evaluate_stage(
     if options.mean is None and "images" in trained:
         # By name: nothing else that a stage says may choose what is loaded.
         options = options.with_statistics(trained["images"]["mean"], trained["images"]["std"])
-    cache = Store(Path(config.store.root)).cache
+    cache, size = Store(Path(config.store.root)).cache, config.recipe.eval_batch_size
     dataset = load_dataset(options, cache_dir=cache, progress=runtime.show_progress)
-    batches = eval_batches(
-        dataset, dataset.test, batch_size=config.recipe.eval_batch_size, device=runtime.device, workers=options.workers
-    )
+    batches = eval_batches(dataset, dataset.test, batch_size=size, device=runtime.device, workers=options.workers)
     result = evaluate(runtime.place(model), batches, runtime=runtime)
     return {
         "stage": stage.name,

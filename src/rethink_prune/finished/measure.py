@@ -13,9 +13,8 @@ from rethink_prune.cost import count_cost, pass_memory, time_passes
 from rethink_prune.finished.load import Factory, build_unpruned, image_shape, read_config
 from rethink_prune.store.stage import Stage
 from rethink_prune.store.weights import weights_bytes
-from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.architecture import Architecture, apply_masks
 from rethink_prune.surgery.cut import reshape
-from rethink_prune.surgery.masks import apply_masks
 from rethink_prune.text import markdown, size
 from rethink_prune.training.runtime import describe_device
 

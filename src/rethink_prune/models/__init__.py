@@ -49,9 +49,7 @@ def model_factory(name: str) -> Factory:
     if name in MODELS:
         return MODELS[name]
     if ":" in name:
-        factory = import_object(name, "model.name")
-        assert callable(factory)
-        return factory
+        return import_object(name, "model.name")
     known = f"one of {', '.join(MODELS)}, or your own as path.to.module:factory"
     raise UserError(f"model.name={name}: no such network; {known}")
 

@@ -14,7 +14,6 @@ first convolution of each block, apart from blocks the authors found sensitive.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -62,13 +61,10 @@ def sums_over_filters(model: nn.Module, groups: Groups, measure: Callable[[torch
     >>> sums_over_filters(model, [group], lambda filters: filters.abs().sum(1))
     {'0': tensor([3., 4.], dtype=torch.float64)}
     """
-
     # A layer may be in several groups.
-    @cache
-    def of_layer(layer: str) -> torch.Tensor:
-        return measure(model.get_parameter(f"{layer}.weight").detach().double().flatten(1))
-
-    return {group.name: score_units(group.units, of_layer, torch.sum) for group in groups}
+    layers = {layer for group in groups for layer in group.layers}
+    measures = {n: measure(model.get_parameter(f"{n}.weight").detach().double().flatten(1)) for n in layers}
+    return {group.name: score_units(group.units, measures.__getitem__, torch.sum) for group in groups}
 
 
 class L1(ChannelPruner[ChannelOptions]):

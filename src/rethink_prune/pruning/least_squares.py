@@ -73,29 +73,6 @@ class Products:
         return residual / self.yy if self.yy else 0.0
 
 
-@dataclass(frozen=True)
-class SplitProducts:
-    """The positions of most images, to fit weights to, and those of the others, to choose the ridge by."""
-
-    fit: Products
-    held_out: Products
-
-    @classmethod
-    def empty(cls, features: int, outputs: int, device: torch.device) -> SplitProducts:
-        """Return a sample without positions."""
-        return cls(*(Products.zeros(features, outputs, device) for _ in range(2)))
-
-    @property
-    def whole(self) -> Products:
-        """The products of all positions."""
-        return self.fit + self.held_out
-
-    def add(self, x: torch.Tensor, y: torch.Tensor, held_out: torch.Tensor) -> None:
-        """Add positions, as to `Products`; the mask `held_out` tells which are not for the fit."""
-        self.fit.add(x[~held_out], y[~held_out])
-        self.held_out.add(x[held_out], y[held_out])
-
-
 def select_by_lasso(gram: Matrix, correlation: Matrix, count: int) -> list[int]:
     """Return the channels that a LASSO leaves.
 
@@ -137,12 +114,10 @@ def select_by_lasso(gram: Matrix, correlation: Matrix, count: int) -> list[int]:
     with warnings.catch_warnings():
         # A path that ends where the penalty is within rounding of zero has said all it can.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        among = gram[np.ix_(independent, independent)]
+        # The number of samples scales the penalties alone.
         _, _, coefficients = lars_path_gram(
-            correlation[independent],
-            gram[np.ix_(independent, independent)],
-            n_samples=1,  # scales the penalties alone
-            max_iter=8 * len(gram),
-            method="lasso",
+            correlation[independent], among, n_samples=1, max_iter=8 * len(gram), method="lasso"
         )
     path = np.zeros((len(gram), coefficients.shape[1]))
     path[independent] = np.abs(coefficients)

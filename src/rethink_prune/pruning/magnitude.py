@@ -5,7 +5,7 @@ first one and projections included, are ranked together: of ``n`` values ``|w|``
 ``int(n * ratio)`` is the threshold, and what is not above it goes. ``ranking=layer`` removes the same share from every
 layer instead; with ``linear=true`` linear layers take part. Biases and batch norms never do.
 
-A mask holds removed weights at zero through momentum and weight decay (see `masks`). Only the others count as
+A mask holds removed weights at zero through momentum and weight decay (see `HeldMasks`). Only the others count as
 parameters and MACs, so Scratch-B's length follows from the masked count. Scratch arms draw masked convolutions at a
 density-scaled fan-out. A layer that the threshold would empty keeps its largest weight, and the report says so.
 
@@ -24,9 +24,8 @@ from rethink_prune.cost import Cost, layer_macs, weight_macs
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target
 from rethink_prune.pruning.selection import PerLayer, wanted_cost, widths_for_global_ratio, widths_for_ratio
-from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.architecture import Architecture, apply_masks
 from rethink_prune.surgery.cut import reshape
-from rethink_prune.surgery.masks import apply_masks
 
 
 class MagnitudeOptions(TargetOptions):
@@ -89,9 +88,8 @@ class MagnitudeTarget(Target):
     def report(self, counts: Mapping[str, int] | None = None, warnings: tuple[str, ...] = ()) -> PruneReport:
         """Return how many weights each layer keeps: all of them without `counts`."""
         kept = counts or self.layers
-        return PruneReport(
-            tuple(LayerWidth(name, kept[name], size) for name, size in self.layers.items()), {}, warnings
-        )
+        layers = tuple(LayerWidth(name, kept[name], size) for name, size in self.layers.items())
+        return PruneReport(layers, warnings=warnings)
 
     def check_removal(self, counts: Mapping[str, int]) -> None:
         """Raise `UserError` if these counts are those of the unpruned network."""

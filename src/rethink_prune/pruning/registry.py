@@ -12,8 +12,7 @@ from typing import Any, cast
 from rethink_prune.config import PrunerOptions
 from rethink_prune.errors import UserError
 from rethink_prune.imports import import_object
-from rethink_prune.pruning.channel_pruner import ChannelPruner
-from rethink_prune.pruning.channel_target import Channelwise
+from rethink_prune.pruning.channel_pruner import ChannelPruner, Channelwise
 from rethink_prune.pruning.pruner import Pruner
 
 log = logging.getLogger(__name__)

@@ -37,19 +37,15 @@ from pydantic import Field
 
 from rethink_prune.config import Count
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.channel_target import ChannelTarget
-from rethink_prune.pruning.least_squares import SplitProducts, best_ridge, ridge_towards, select_by_lasso
+from rethink_prune.pruning.channel_pruner import ChannelTarget
+from rethink_prune.pruning.least_squares import Products, best_ridge, ridge_towards, select_by_lasso
 from rethink_prune.pruning.pruner import Variants
-from rethink_prune.pruning.reconstruction import Reconstruction, ReconstructionOptions, ReconstructionPruner
+from rethink_prune.pruning.reconstruction import ChannelReader, Reconstruction, ReconstructionPruner, SamplingOptions
 from rethink_prune.pruning.samples import draw_places, output_positions, pieces, read_outputs, read_patches
-from rethink_prune.pruning.working_copy import ChannelReader, Shortcut, WorkingCopy
 from rethink_prune.surgery.channels import ChannelGroup
 
 log = logging.getLogger(__name__)
 
-# Channels of a batch norm that scales them by less than this share of its largest scale do not make up for a shortcut's
-# error: they would have to grow a hundredfold.
-_SMALL_SCALE = 0.01
 # Every fifth image is held out to choose the ridge.
 _HELD_OUT = 5
 # The products of their pairs take 2 GiB.
@@ -70,7 +66,7 @@ _RESNET50_2X = {
 }
 
 
-class RegressionOptions(ReconstructionOptions):
+class RegressionOptions(SamplingOptions):
     """Options of :class:`Regression`: how much to sample, and the ridge in units of the mean squared input.
 
     Without `ridge`, held-out images decide it.
@@ -83,11 +79,20 @@ class RegressionOptions(ReconstructionOptions):
 
 @dataclass(frozen=True)
 class ReaderSample:
-    """A layer that reads the group, its `weight` for the group (C_out x columns x K), and what was sampled of it."""
+    """A layer that reads the group, its `weight` for the group (C_out x columns x K), and what was sampled of it.
+
+    The weights are fitted to the positions of most images; those `held_out` choose the ridge.
+    """
 
     reader: ChannelReader
     weight: torch.Tensor
-    products: SplitProducts
+    fit: Products
+    held_out: Products
+
+    @property
+    def whole(self) -> Products:
+        """The products of all positions."""
+        return self.fit + self.held_out
 
 
 class Regression(ReconstructionPruner[RegressionOptions]):
@@ -128,13 +133,13 @@ class Regression(ReconstructionPruner[RegressionOptions]):
             weight = run.current.weight(reader.layer)[:, reader.columns]
             # Again, for networks pruned from Python: no study has called `check_images` for them.
             _check_features(reader.layer, group, weight[0].numel())
-            products = SplitProducts.empty(weight[0].numel(), len(weight), weight.device)
-            samples.append(ReaderSample(reader, weight, products))
+            fit, held_out = (Products.zeros(weight[0].numel(), len(weight), weight.device) for _ in range(2))
+            samples.append(ReaderSample(reader, weight, fit, held_out))
         seen = self._sample(run, samples)
-        self._check_positions(group, sum(sample.products.whole.count for sample in samples), seen)
+        self._check_positions(group, sum(sample.whole.count for sample in samples), seen)
         kept = _select_units(group, width, samples)
         for sample in samples:
-            self._reconstruct_reader(run.current, sample, kept)
+            self._reconstruct_reader(run, sample, kept)
         return sorted(set(range(group.size)) - set(kept))
 
     def _sample(self, run: Reconstruction, samples: Sequence[ReaderSample]) -> int:
@@ -145,7 +150,8 @@ class Regression(ReconstructionPruner[RegressionOptions]):
         seen = 0
         for batch in run.images:
             now, before = current.read(nodes, batch), original.read(nodes, batch)
-            for reader, products in ((sample.reader, sample.products) for sample in samples):
+            for sample in samples:
+                reader = sample.reader
                 layer, full = current.layer(reader.layer), original.weight(reader.layer).flatten(1)
                 others = current.weight(reader.layer)
                 # The layer's weights for what it reads beside the group's channels.
@@ -162,27 +168,29 @@ class Regression(ReconstructionPruner[RegressionOptions]):
                         if shortcut is not None and len({value.shape for value in now[shortcut.addition]}) == 1:
                             values = (read[shortcut.addition][shortcut.operand] for read in (before, now))
                             then, today = (read_outputs(layer, value, piece) for value in values)
-                            y += (then - today) * _gain(current, shortcut, y.shape[1])
+                            y += (then - today) * current.gain(shortcut, y.shape[1])
                         # By image, counted over all batches: positions of one image are alike.
                         held_out = (piece[0] + seen) % _HELD_OUT == _HELD_OUT - 1
-                        products.add(x[:, reader.columns].flatten(1), y, held_out)
-                if not (products.fit.finite and products.held_out.finite):
+                        x = x[:, reader.columns].flatten(1)
+                        sample.fit.add(x[~held_out], y[~held_out])
+                        sample.held_out.add(x[held_out], y[held_out])
+                if not (sample.fit.finite and sample.held_out.finite):
                     raise UserError(
                         f"{reader.layer}: its weights or what it reads are not finite; regression needs numbers"
                     )
             seen += len(batch)
         return seen
 
-    def _reconstruct_reader(self, current: WorkingCopy, sample: ReaderSample, kept: Sequence[int]) -> None:
+    def _reconstruct_reader(self, run: Reconstruction, sample: ReaderSample, kept: Sequence[int]) -> None:
         """Fit the weights of a layer for the units that are kept, and write them into the working copy."""
-        reader, products = sample.reader, sample.products
+        current, reader = run.current, sample.reader
         stays = torch.isin(reader.units, torch.tensor(kept, device=current.device))
         features = stays.repeat_interleave(sample.weight.shape[2])
         removal = sample.weight * stays[:, None]
         old = removal.flatten(1)[:, features].T.cpu().numpy()
-        ridge = self.options.ridge or best_ridge(old, products.fit.of(features), products.held_out.of(features))
+        ridge = self.options.ridge or best_ridge(old, sample.fit.of(features), sample.held_out.of(features))
         # The ridge is chosen; from here on, the held-out images are fitted as well.
-        whole = products.whole
+        whole = sample.whole
         part = whole.of(features)
         fitted = ridge_towards(old, part.xx.cpu().numpy(), part.xy.cpu().numpy(), ridge)
         new = torch.zeros_like(removal)
@@ -219,7 +227,7 @@ def _select_units(group: ChannelGroup, width: int, samples: Sequence[ReaderSampl
     """Return the units to keep, by the sum of the errors of all readers."""
     gram, correlation = np.zeros((group.size, group.size)), np.zeros(group.size)
     for sample in samples:
-        flat, whole = sample.weight.flatten(1), sample.products.whole
+        flat, whole = sample.weight.flatten(1), sample.whole
         units = sample.reader.units.repeat_interleave(sample.weight.shape[2])
         # Entry (a, b): inner product of what features a and b contribute to all outputs. Units sum their features.
         of_features = (flat.T @ flat).mul_(whole.xx)
@@ -228,17 +236,3 @@ def _select_units(group: ChannelGroup, width: int, samples: Sequence[ReaderSampl
         aligned = (flat.T * whole.xy).sum(1)
         correlation += aligned.new_zeros(group.size).index_add_(0, units, aligned).cpu().numpy()
     return select_by_lasso(gram, correlation, width)
-
-
-def _gain(current: WorkingCopy, shortcut: Shortcut, channels: int) -> torch.Tensor:
-    """Return by how much a layer's output channels change for a change of one after the batch norm that follows."""
-    gain = torch.ones(channels, dtype=torch.float64, device=current.device)
-    if shortcut.norm is not None:
-        norm = current.submodules[shortcut.norm]
-        # In evaluation mode, a batch norm is this scale and a shift.
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale *= norm.weight.detach().double()
-        usable = scale.abs() > _SMALL_SCALE * scale.abs().max()
-        gain = torch.where(usable, 1 / scale, 0.0)
-    return gain

@@ -11,8 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.pruner import Batches
-from rethink_prune.surgery.graph import infer_values, trace
-from rethink_prune.surgery.selections import selects
+from rethink_prune.surgery.architecture import selects
+from rethink_prune.surgery.graph import infer_values, module_calls, trace
 
 # Float64 values of one piece of a sample that are in memory at a time: 32 MB.
 _PIECE = 2**22
@@ -181,9 +181,9 @@ def output_positions(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str
     shapes = on_meta(model)
     graph = trace(shapes)
     values = infer_values(graph, shapes, (1, *input_shape))
-    positions: dict[str, int] = {}
-    for node, value in values.items():
-        module = shapes.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, Layer):
-            positions[str(node.target)] = positions.get(str(node.target), 0) + value.numel() // len(module.weight)
-    return positions
+    calls = {name: (shapes.get_submodule(name), nodes) for name, nodes in module_calls(graph).items()}
+    return {
+        name: sum(values[node].numel() for node in nodes) // len(layer.weight)
+        for name, (layer, nodes) in calls.items()
+        if isinstance(layer, Layer)
+    }

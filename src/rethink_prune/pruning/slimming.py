@@ -19,7 +19,6 @@ entry, because the authors report ratios, not widths.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -27,11 +26,9 @@ from torch import nn
 
 from rethink_prune.config import ChannelOptions, Frozen, Positive
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.channel_pruner import ChannelPruner, Groups, Scores, score_units
-from rethink_prune.pruning.channel_target import ChannelTarget
+from rethink_prune.pruning.channel_pruner import ChannelPruner, ChannelTarget, Groups, Scores, score_units
 from rethink_prune.pruning.pruner import Batches
-from rethink_prune.surgery.channels import ChannelGroup
-from rethink_prune.surgery.plan import Positions
+from rethink_prune.surgery.channels import ChannelGroup, Positions
 from rethink_prune.training.hooks import TrainingHooks
 
 
@@ -93,16 +90,14 @@ class Slimming(ChannelPruner[SlimmingOptions]):
 
     def scores(self, model: nn.Module, groups: Groups, *, data: Batches, generator: torch.Generator) -> Scores:
         """Return each unit's mean ``|gamma|`` in float64."""
-
-        @cache
-        def magnitudes(norm: str) -> torch.Tensor:
-            return model.get_parameter(f"{norm}.weight").detach().double().abs()
+        norms = {norm for group in groups for norm in group.norms}
+        magnitudes = {norm: model.get_parameter(f"{norm}.weight").detach().double().abs() for norm in norms}
 
         def units(group: ChannelGroup) -> Iterator[Mapping[str, Positions]]:
             for positions in zip(*group.norms.values(), strict=True):
                 yield dict(zip(group.norms, positions, strict=True))
 
-        return {group.name: score_units(units(group), magnitudes, torch.mean) for group in groups}
+        return {group.name: score_units(units(group), magnitudes.__getitem__, torch.mean) for group in groups}
 
 
 class ScalePenalty(TrainingHooks):

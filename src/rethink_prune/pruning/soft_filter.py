@@ -31,13 +31,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.config import ChannelOptions
 from rethink_prune.cost import on_meta
-from rethink_prune.pruning.channel_pruner import ChannelPruner, Groups, Scores
-from rethink_prune.pruning.channel_target import ChannelTarget
+from rethink_prune.pruning.channel_pruner import ChannelPruner, ChannelTarget, Groups, Scores
 from rethink_prune.pruning.l1 import sums_over_filters
 from rethink_prune.pruning.pruner import Batches
-from rethink_prune.pruning.structures import module_calls
 from rethink_prune.surgery.channels import ChannelGroup, Channels
-from rethink_prune.surgery.graph import trace
+from rethink_prune.surgery.graph import module_calls, trace
 from rethink_prune.training.hooks import TrainingHooks
 
 

@@ -28,14 +28,12 @@ from torch import nn
 
 from rethink_prune.config import Frozen, Positive, PrunerOptions, VariantName
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.factors import ScalingFactors, unit_magnitudes
+from rethink_prune.pruning.factors import KINDS, Kind, ScalingFactors, Structure, find_blocks, find_layers
 from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target, Variants
-from rethink_prune.pruning.structures import KINDS, Kind, Structure, find_blocks, find_layers
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.branches import remove_branches
-from rethink_prune.surgery.channels import analyse
+from rethink_prune.surgery.channels import Positions, analyse
 from rethink_prune.surgery.cut import apply
-from rethink_prune.surgery.plan import Positions
 
 # Of each stage: how many blocks remain, and whether its first, which has the projection, is among them.
 Remaining = Mapping[str, tuple[int, bool]]
@@ -173,10 +171,7 @@ class SSSTarget(Target):
         UserError
             If there are none.
         """
-        magnitudes = {
-            structure.name: unit_magnitudes(model.get_submodule(structure.module), structure.units)
-            for structure in self.structures
-        }
+        magnitudes = {structure.name: structure.magnitudes(model) for structure in self.structures}
         zeros = {name: (values == 0).nonzero().flatten().tolist() for name, values in magnitudes.items()}
         if not any(zeros.values()):
             # How near the weakest came tells the user how much stronger the penalty has to be.

@@ -28,11 +28,10 @@ import torch
 
 from rethink_prune.config import Count, VariantName
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.channel_target import ChannelTarget
+from rethink_prune.pruning.channel_pruner import ChannelTarget
 from rethink_prune.pruning.pruner import Variant, Variants
-from rethink_prune.pruning.reconstruction import Reconstruction, ReconstructionOptions, ReconstructionPruner
+from rethink_prune.pruning.reconstruction import ChannelReader, Reconstruction, ReconstructionPruner, SamplingOptions
 from rethink_prune.pruning.samples import draw_places, pieces, read_patches
-from rethink_prune.pruning.working_copy import ChannelReader
 from rethink_prune.surgery.channels import ChannelGroup
 
 Matrix = npt.NDArray[np.float64]
@@ -46,7 +45,7 @@ def _bottleneck_variant(*widths: int) -> Variant:
     return {"widths": {f"layer{stage}.*.conv[12]": width for stage, width in enumerate(widths, 1)}}
 
 
-class ThiNetOptions(ReconstructionOptions):
+class ThiNetOptions(SamplingOptions):
     """Options of :class:`ThiNet`: how much to sample."""
 
     entries_per_image: Count = 10

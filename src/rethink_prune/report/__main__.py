@@ -25,13 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not (math.isfinite(options.margin) and options.margin > 0):
         parser.error("--margin: must be a number of points above 0")
     # Imported here: --help needs no SciPy.
-    from rethink_prune.report import documents, gather, groups, publish, results
+    from rethink_prune.report import documents, gather, groups, results
 
     try:
         gathered = gather.gather(options.places)
         found = groups.group_runs(gathered.runs, by=options.by, mix=options.mix)
         report = results.compute_report(found, margin=options.margin, problems=gathered.problems)
-        publish.publish(report, found, options.out)
+        documents.publish(report, found, options.out)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

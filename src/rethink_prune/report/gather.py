@@ -119,10 +119,9 @@ def _search_store(store: Path, gathered: GatheredRuns) -> None:
         else:
             lost += 1
     if lost:
-        gathered.problems.append(
-            f"{store}: left out {lost} runs whose folders are gone: an older version recorded them without their "
-            "summary; run their commands again, finished stages are reused"
-        )
+        why = "an older version recorded them without their summary"
+        advice = "run their commands again, finished stages are reused"
+        gathered.problems.append(f"{store}: left out {lost} runs whose folders are gone: {why}; {advice}")
 
 
 def _read_results(file: Path) -> Iterator[RunRecord]:

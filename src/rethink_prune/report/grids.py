@@ -1,12 +1,12 @@
 """A report's tables as cells: what stands in each, as text and as numbers. :mod:`documents` writes them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rethink_prune.report.comparisons import ArmComparison
 from rethink_prune.report.networks import PRUNED, network_label
 from rethink_prune.report.results import Report, ResultRow, ResultTable
-from rethink_prune.report.statistics import Difference, SeedStatistics
+from rethink_prune.report.statistics import SeedStatistics
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class Cell:
         return next(iter(self.parts.values()), None)
 
 
+# Each row of a table with what stands in it after its names.
+_Rows = Iterator[tuple[ResultRow, Iterable[Cell]]]
+
+
 @dataclass(frozen=True)
 class Grid:
     """A table to show: a title, columns, and cells; `caption` says how to read it, `notes` what to know of its rows.
@@ -45,79 +49,74 @@ class Grid:
     notes: tuple[str, ...] = ()
 
 
+# How to read each kind of table.
+_CAPTIONS = {
+    "accuracy": "Top-1 in percent after the last epoch: mean ± standard deviation (n seeds). Bold: the best arm of the "
+    "pruned network, by its mean alone.",
+    "differences": "Points of top-1, paired by seed: paired-t interval; p of the sign-flip permutation test; TOST: "
+    "equivalence within {margin:g} points. Holm: corrected for all comparisons of this table; least p: what n allows.",
+    "paper": "Top-1 in percent of the best epoch on the test images, which is what the paper reports (Liu et al. 2019, "
+    "arXiv:1810.05270v1). It favours arms that are tested more often, so nothing else here rests on it.",
+    "cost": "Means over seeds. MACs are those of convolutions and linear layers for one image; training FLOPs are "
+    "6 x MACs x images; ancestors are the trainings an arm starts from.",
+}
+_P_COLUMNS = ("p", "p (Holm)", "least p (Holm)", "TOST p (Holm)")
+_DIFFERENCE_COLUMNS = ("arm", "against", "n", "difference", "95 % interval", *_P_COLUMNS)
+_PAPER_COLUMNS = ("arm", "best epoch on test", "paper", "difference")
+_COST_COLUMNS = ("arm", "epochs", "parameters", "MACs", "training FLOPs", "with ancestors")
+
+
 def report_grids(report: Report) -> list[Grid]:
     """Return all tables of a report in their order; those without rows are left out."""
     grids = []
     for number, table in enumerate(report.tables, 1):
-        grids += [_accuracy_grid(number, table), _difference_grid(number, table, report.margin)]
-        grids += [_paper_grid(number, table), _cost_grid(number, table)]
-    # Some tables have nothing to compare, or no row of the paper.
-    return [grid for grid in grids if grid.rows]
+        arms = tuple(network_label(arm).title for arm in table.arms)
+        for kind, prefix, columns, find_rows in (
+            ("accuracy", "", (*arms, "MACs kept, %", "parameters, %"), _accuracy_rows),
+            ("differences", "Differences: ", _DIFFERENCE_COLUMNS, _difference_rows),
+            ("paper", "Beside the paper: ", _PAPER_COLUMNS, _paper_rows),
+            ("cost", "Cost: ", _COST_COLUMNS, _cost_rows),
+        ):
+            rows = tuple((Cell(row.network), Cell(row.pruned_by), *cells) for row, cells in find_rows(table))
+            # Some tables have nothing to compare, or no row of the paper.
+            if rows:
+                columns = ("network", "pruned by", *columns)
+                caption = _CAPTIONS[kind].format(margin=report.margin)
+                notes = tuple(_notes_about_rows(table)) if kind == "accuracy" else ()
+                grids.append(Grid(f"{kind}-{number}", f"{prefix}{table.title}", columns, rows, caption, notes))
+    return grids
 
 
-def _accuracy_grid(number: int, table: ResultTable) -> Grid:
-    """Return the table as the paper has it: a row for each network and target, a column for each arm."""
-    titles = (network_label(arm).title for arm in table.arms)
-    rows = []
+def _accuracy_rows(table: ResultTable) -> _Rows:
+    """Yield the rows as the paper has them: one for each network and target, with a cell for each arm."""
     for row in table.rows:
         top1 = {result.arm: result.top1 for result in row.arms}
-        arms = [_cell(top1.get(arm), ".2f", bold=arm in row.best) for arm in table.arms]
-        rows.append((*_row_names(row), *arms, _cell(row.macs_kept, ".1f"), _cell(row.params_kept, ".1f")))
-    caption = (
-        "Top-1 in percent after the last epoch: mean ± standard deviation (n seeds). Bold: the best arm of the pruned "
-        "network, by its mean alone."
-    )
-    columns = ("network", "pruned by", *titles, "MACs kept, %", "parameters, %")
-    notes = tuple(_notes_about_rows(table))
-    return Grid(f"accuracy-{number}", table.title, columns, tuple(rows), caption, notes)
+        arms = (_cell(top1.get(arm), ".2f", bold=arm in row.best) for arm in table.arms)
+        yield row, [*arms, _cell(row.macs_kept, ".1f"), _cell(row.params_kept, ".1f")]
 
 
-def _difference_grid(number: int, table: ResultTable, margin: float) -> Grid:
-    columns = (
-        *("network", "pruned by", "arm", "against", "n", "difference", "95 % interval"),
-        *("p", "p (Holm)", "least p (Holm)", "TOST p (Holm)"),
-    )
-    rows = tuple((*_row_names(row), *_comparison_cells(each)) for row in table.rows for each in row.comparisons)
-    caption = (
-        f"Points of top-1, paired by seed: paired-t interval; p of the sign-flip permutation test; TOST: equivalence "
-        f"within {margin:g} points. Holm: corrected for all comparisons of this table; least p: what n allows."
-    )
-    return Grid(f"differences-{number}", f"Differences: {table.title}", columns, rows, caption)
+def _difference_rows(table: ResultTable) -> _Rows:
+    return ((row, _comparison_cells(comparison)) for row in table.rows for comparison in row.comparisons)
 
 
-def _cost_grid(number: int, table: ResultTable) -> Grid:
-    columns = ("network", "pruned by", "arm", "epochs", "parameters", "MACs", "training FLOPs", "with ancestors")
-    rows = []
+def _cost_rows(table: ResultTable) -> _Rows:
     for row in table.rows:
         for result in row.arms:
             # Pruning itself trains nothing, and means over no seed are not known.
             if result.arm != PRUNED and result.top1 is not None:
                 numbers = (_cell(result.epochs, ",.4g"), _cell(result.params, ",.0f"), _cell(result.macs, ",.0f"))
                 flops = (_cell(result.train_flops, ".3g"), _cell(result.flops_total, ".3g"))
-                rows.append((*_row_names(row), Cell(network_label(result.arm).title), *numbers, *flops))
-    caption = (
-        "Means over seeds. MACs are those of convolutions and linear layers for one image; training FLOPs are 6 x MACs "
-        "x images; ancestors are the trainings an arm starts from."
-    )
-    return Grid(f"cost-{number}", f"Cost: {table.title}", columns, tuple(rows), caption)
+                yield row, [Cell(network_label(result.arm).title), *numbers, *flops]
 
 
-def _paper_grid(number: int, table: ResultTable) -> Grid:
-    """Return a table's accuracies beside the paper's; without rows where the paper has none of them."""
-    columns = ("network", "pruned by", "arm", "best epoch on test", "paper", "difference")
-    rows = []
+def _paper_rows(table: ResultTable) -> _Rows:
+    """Yield a table's accuracies beside the paper's, where it has them."""
     for row in table.rows:
         for arm, theirs in row.paper.top1.items() if row.paper else ():
             result = row.arm(arm)
-            ours = result and (result.top1 if arm == PRUNED else result.top1_best)
-            if ours:
+            if ours := result and (result.top1 if arm == PRUNED else result.top1_best):
                 numbers = (_cell(ours, ".2f"), _cell(theirs, ".2f"), _cell(ours.mean - theirs.mean, "+.2f"))
-                rows.append((*_row_names(row), Cell(network_label(arm).title), *numbers))
-    caption = (
-        "Top-1 in percent of the best epoch on the test images, which is what the paper reports (Liu et al. 2019, "
-        "arXiv:1810.05270v1). It favours arms that are tested more often, so nothing else here rests on it."
-    )
-    return Grid(f"paper-{number}", f"Beside the paper: {table.title}", columns, tuple(rows), caption)
+                yield row, [Cell(network_label(arm).title), *numbers]
 
 
 def _notes_about_rows(table: ResultTable) -> Iterator[str]:
@@ -128,10 +127,6 @@ def _notes_about_rows(table: ResultTable) -> Iterator[str]:
             about.setdefault(note, []).append(row.title)
     for note, titles in about.items():
         yield f"{'all rows' if 1 < len(titles) == len(table.rows) else '; '.join(titles)}: {note}."
-
-
-def _row_names(row: ResultRow) -> tuple[Cell, Cell]:
-    return Cell(row.network), Cell(row.pruned_by)
 
 
 def _cell(value: SeedStatistics | float | None, form: str, *, bold: bool = False) -> Cell:
@@ -150,16 +145,13 @@ def _comparison_cells(comparison: ArmComparison) -> Iterator[Cell]:
     yield from (Cell(network_label(arm).title) for arm in (comparison.first, comparison.second))
     yield _cell(difference.n if difference else 0, "d")
     yield _cell(difference.mean if difference else None, "+.2f")
-    yield _interval_cell(difference)
+    if difference is None:
+        yield Cell("")
+    elif difference.interval is None:
+        # The empty parts keep the two columns of the interval in a CSV file.
+        yield Cell("none", {" low": None, " high": None})
+    else:
+        low, high = difference.interval
+        yield Cell(f"[{low:+.2f}, {high:+.2f}]", {" low": low, " high": high})
     ps = (tested.p if tested else None, comparison.p_holm, comparison.p_holm_floor, comparison.p_equivalent_holm)
     yield from (_cell(p, ".2g") for p in ps)
-
-
-def _interval_cell(difference: Difference | None) -> Cell:
-    if difference is None:
-        return Cell("")
-    if difference.interval is None:
-        # The empty parts keep the two columns of the interval in a CSV file.
-        return Cell("none", {" low": None, " high": None})
-    low, high = difference.interval
-    return Cell(f"[{low:+.2f}, {high:+.2f}]", {" low": low, " high": high})

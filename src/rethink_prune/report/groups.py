@@ -1,14 +1,17 @@
 """Which runs belong together: one group is one row of a table, its runs differ in nothing but the seed."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from rethink_prune.errors import UserError
-from rethink_prune.report.records import RunRecord, StudyRecord, TrainedRecord
-from rethink_prune.report.settings import differing_settings, name_runs, recorded_settings
+from rethink_prune.report.records import RunRecord, StudyRecord, TrainedRecord, printable, value_text
+from rethink_prune.text import dotted_items
+
+# Runs named in a message; more are counted.
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -92,20 +95,18 @@ def _natural_order(names: Sequence[str]) -> tuple[tuple[int, float, str], ...]:
 def _merge_seeds(runs: Sequence[RunRecord], *, mix: bool) -> tuple[list[RunRecord], list[str]]:
     """Return one run for each seed (and for the settings that differ, where they are mixed), and notes."""
     notes = []
-    differing = differing_settings(runs)
-    if differing:
+    if differing := differing_settings(runs):
+        settings = "; ".join(differing.values())
         if not mix:
             rows = " ".join(f"--by {name}" for name in differing)
-            raise UserError(
-                f"these runs do not belong in one row: they differ in {'; '.join(differing.values())}. Name only those "
-                f"that belong together, make rows of their own with {rows}, or mix them with --mix"
-            )
-        notes.append(f"mixes runs that differ in {'; '.join(differing.values())}")
+            advice = f"Name only those that belong together, make rows of their own with {rows}, or mix them with --mix"
+            raise UserError(f"these runs do not belong in one row: they differ in {settings}. {advice}")
+        notes.append(f"mixes runs that differ in {settings}")
     same: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
-        settings = recorded_settings(run)
+        recorded = recorded_settings(run)
         # Mixed runs of one seed with different settings stay apart, and make pairs of their own.
-        same[run.study.seed, *(settings.get(name, "") for name in differing)].append(run)
+        same[run.study.seed, *(recorded.get(name, "") for name in differing)].append(run)
     merged = []
     for (seed, *_), found in sorted(same.items()):
         merged.append(reduce(_merge_two, found))
@@ -123,9 +124,9 @@ def _merge_two(first: RunRecord, second: RunRecord) -> RunRecord:
         if other is None or not other.finished:
             entries[name] = entry
         elif entry.finished and not _same_training(other, entry):
+            results = f"{_result_text(other)} in {first.name} and {_result_text(entry)} in {second.name}"
             raise UserError(
-                f"seed {first.study.seed} has two results: {name} is {_result_text(other)} in {first.name} and "
-                f"{_result_text(entry)} in {second.name}; name only one of these runs"
+                f"seed {first.study.seed} has two results: {name} is {results}; name only one of these runs"
             )
     arms = tuple(dict.fromkeys((*first.study.arms, *second.study.arms)))
     study = first.study.model_copy(update={"arms": arms})
@@ -152,9 +153,54 @@ def _circumstances(runs: Sequence[RunRecord]) -> Iterator[str]:
         values = {run.study.device if name == "device" else run.study.versions.get(name, "") for run in runs} - {""}
         if len(values) > 1:
             yield f"runs were made with different {name}: {', '.join(sorted(values))}"
-    unrecorded = sum(run.study.settings is None for run in runs)
-    if unrecorded:
-        yield (
-            f"{unrecorded} runs are of an older version that recorded the names of recipe and budget, not their "
-            "settings: that these are equal could not be checked"
-        )
+    if unrecorded := sum(run.study.settings is None for run in runs):
+        gap = "the names of recipe and budget, not their settings: that these are equal could not be checked"
+        yield f"{unrecorded} runs are of an older version that recorded {gap}"
+
+
+def recorded_settings(run: RunRecord) -> dict[str, str]:
+    """Return what a run's results depend on beside the seed, by dotted names, as far as it was recorded."""
+    study = run.study
+    settings = {printable(name): value_text(value) for name, value in dotted_items(study.settings or {})}
+    # These are recorded beside the settings, as they turned out: `precision` may be asked for as `auto`.
+    for name in ("precision", "train_images", "test_images"):
+        settings[name] = value_text(getattr(study, name))
+    for arm, entry in run.trained.items():
+        if entry.processes:
+            settings[f"processes.{arm}"] = value_text(list(entry.processes))
+        if study.settings is None and arm in ("large", "finetune"):
+            # An older version wrote names only; lengths tell at least some recipes apart.
+            settings[f"epochs.{arm}"] = value_text(entry.epochs)
+    return settings
+
+
+def differing_settings(runs: Iterable[RunRecord]) -> dict[str, str]:
+    """Return the settings that differ, each with its values and runs in words.
+
+    A setting that a run did not record agrees with any value.
+    """
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for name, value in recorded_settings(run).items():
+            found[name][value].append(run.name)
+    return {
+        name: f"{name} ({', '.join(f'{_shortened(value)} in {name_runs(names)}' for value, names in values.items())})"
+        for name, values in found.items()
+        if len(values) > 1
+    }
+
+
+def name_runs(names: Sequence[str]) -> str:
+    """Return names of runs in words; from the fourth on they are counted.
+
+    Examples
+    --------
+    >>> name_runs(["a", "b"]), name_runs(["a", "b", "c", "d"])
+    ('a, b', 'a, b, c and 1 more')
+    """
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= 24 else f"{value[:20]}..."

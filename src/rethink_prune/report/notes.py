@@ -1,13 +1,58 @@
-"""What a reader has to know of a row: missing seeds, shared networks, and how it differs from the paper's."""
+"""What a reader has to know of a row: missing seeds, shared networks, and the paper's accuracies (``paper.yaml``)."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from rethink_prune.report.comparisons import planned_networks
 from rethink_prune.report.networks import network_label
-from rethink_prune.report.paper import PaperRow
 from rethink_prune.report.records import RunRecord
+from rethink_prune.report.statistics import SeedStatistics
 from rethink_prune.study.arms import ARMS
+
+# By experiment.
+_TABLES: Mapping[str | None, Any] = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One row of the paper's tables.
+
+    Attributes
+    ----------
+    epochs
+        Of the unpruned network and of Scratch-E.
+    note
+        How the accuracies differ from what is compared with them.
+    top1
+        By arm; of the best epoch on the test images.
+    """
+
+    table: int
+    epochs: int
+    note: str | None
+    top1: Mapping[str, SeedStatistics]
+
+
+def paper_row(experiment: str | None, target: Mapping[str, Any]) -> PaperRow | None:
+    """Return what the paper has for an experiment at a target; None if it has nothing.
+
+    Examples
+    --------
+    >>> row = paper_row("l1_vgg16_cifar10", {"variant": "A"})
+    >>> row.table, row.epochs, row.top1["scratch_b"]
+    (1, 160, SeedStatistics(n=5, mean=93.78, sd=0.15))
+    """
+    table = _TABLES.get(experiment, {"rows": []})
+    for row in table["rows"]:
+        if row["target"] == target:
+            top1 = {arm: SeedStatistics(table["runs"], *value) for arm, value in row.items() if arm != "target"}
+            return PaperRow(table["table"], table["epochs"], table.get("note"), top1)
+    return None
 
 
 def row_notes(runs: Sequence[RunRecord], paper: PaperRow | None) -> Iterator[str]:

@@ -13,9 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from rethink_prune.report.arm_results import ArmOverSeeds, SeedCurve
 from rethink_prune.report.networks import PRUNED, network_label
-from rethink_prune.report.results import KeptWidth, Report, ResultRow, ResultTable
+from rethink_prune.report.results import ArmOverSeeds, KeptWidth, Report, ResultRow, ResultTable, SeedCurve
 
 _STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
 

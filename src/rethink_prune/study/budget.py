@@ -57,12 +57,7 @@ def training_for(phase: Phase, epochs: int, base_epochs: int) -> Training:
 
 
 def scratch_b_epochs(
-    base_epochs: int,
-    macs_large: int,
-    macs_pruned: int,
-    *,
-    cap: float | None = None,
-    finetune_epochs: int = 0,
+    base_epochs: int, macs_large: int, macs_pruned: int, *, cap: float | None = None, finetune_epochs: int = 0
 ) -> int:
     """Return the epochs in which the pruned network uses the computation of `base_epochs` of the large one.
 
@@ -132,18 +127,13 @@ class Budget:
             Of the pruned network.
         """
         phase: Phase = self.recipe.finetune if length == "finetune" else self.recipe
-        training = training_for(phase, phase.epochs, phase.epochs)
+        epochs = base = phase.epochs
         if length == "scratch_b":
             if pruned is None:
                 return None
-            epochs = scratch_b_epochs(
-                self.base_epochs,
-                self.macs_reference,
-                pruned.macs,
-                cap=self.rule.cap,
-                finetune_epochs=self.finetune_epochs,
-            )
-            training = training_for(phase, epochs, self.base_epochs)
+            base, added = self.base_epochs, self.finetune_epochs
+            epochs = scratch_b_epochs(base, self.macs_reference, pruned.macs, cap=self.rule.cap, finetune_epochs=added)
+        training = training_for(phase, epochs, base)
         shared = {"optimizer", "momentum", "nesterov", "weight_decay", "decay_norms", "label_smoothing"}
         return OptimizerSpec(
             **self.recipe.model_dump(include=shared),

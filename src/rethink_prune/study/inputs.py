@@ -5,16 +5,8 @@ from functools import cached_property
 from pathlib import Path
 
 from rethink_prune.config import DatasetConfig, RecipeConfig
-from rethink_prune.data import (
-    DatasetInfo,
-    EvalBatches,
-    ImageDataset,
-    TrainBatches,
-    describe_dataset,
-    eval_batches,
-    load_dataset,
-    train_batches,
-)
+from rethink_prune.data.batches import EvalBatches, TrainBatches, eval_batches, train_batches
+from rethink_prune.data.dataset import DatasetInfo, ImageDataset, describe_dataset, load_dataset
 from rethink_prune.training.distributed import Processes
 from rethink_prune.training.runtime import Runtime
 
@@ -63,27 +55,18 @@ class Inputs:
     @cached_property
     def train_batches(self) -> TrainBatches:
         """The training images, augmented as the recipe says."""
+        size, augment, device = self.recipe.batch_size, self.recipe.augment, self.runtime.device
         return train_batches(
-            self.dataset,
-            self.options,
-            batch_size=self.recipe.batch_size,
-            augment=self.recipe.augment,
-            device=self.runtime.device,
-            seed=self.seed,
+            self.dataset, self.options, batch_size=size, augment=augment, device=device, seed=self.seed
         )
 
     @cached_property
     def evaluations(self) -> dict[str, EvalBatches]:
         """The images that networks are judged by: test, and validation if some are held out."""
         splits = {"test": self.dataset.test, "validation": self.dataset.validation}
+        size, device, workers = self.recipe.eval_batch_size, self.runtime.device, self.options.workers
         return {
-            name: eval_batches(
-                self.dataset,
-                images,
-                batch_size=self.recipe.eval_batch_size,
-                device=self.runtime.device,
-                workers=self.options.workers,
-            )
+            name: eval_batches(self.dataset, images, batch_size=size, device=device, workers=workers)
             for name, images in splits.items()
             if images is not None
         }

@@ -9,19 +9,19 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rethink_prune.config import StudyConfig
-from rethink_prune.data import DatasetInfo
 from rethink_prune.errors import UserError
 from rethink_prune.models import model_factory
-from rethink_prune.pruning import PRUNERS, Pruner
+from rethink_prune.pruning import PRUNERS, Pruner, Target
+from rethink_prune.study.inputs import Inputs
+from rethink_prune.study.networks import Networks
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.pretrained import Checkpoint
 from rethink_prune.surgery.architecture import Architecture
-from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.schedule import OptimizerSpec
 
 # Options that came after the first stages were stored.
@@ -52,14 +52,11 @@ class KeyParts:
 
 def key_parts(
     config: StudyConfig,
-    info: DatasetInfo,
-    *,
-    fingerprint: str,
-    precision: str,
+    inputs: Inputs,
+    networks: Networks,
     init: str | None,
-    model_options: Mapping[str, Any],
     pruner: Pruner,
-    hooks: TrainingHooks | None,
+    target: Target,
     given: Checkpoint | None,
 ) -> KeyParts:
     """Return what the keys of a study's stages are made of.
@@ -67,28 +64,25 @@ def key_parts(
     Parameters
     ----------
     config : StudyConfig
-    info : DatasetInfo
-        Has the sizes of images and output.
-    fingerprint : str
-        Of the images.
-    precision : {"fp32", "bf16"}
-        In which is computed.
+    inputs : Inputs
+        Has the images, which are read for their fingerprint, and the precision in which is computed.
+    networks : Networks
+        Has the options that networks are built with.
     init : str, optional
         Name of the network's initialiser.
-    model_options : mapping
-        What ``build_model`` is told beside the sizes.
     pruner : Pruner
-    hooks : TrainingHooks, optional
-        The pruner's part in its own training, if it has one.
+    target : Target
+        What is to go: the pruner's own training, if it has one, depends on it.
     given : Checkpoint, optional
         Weights of the unpruned network that the user brought.
     """
     name, dataset, batch_size = config.model.name, config.dataset, config.recipe.batch_size
+    info, fingerprint, precision = inputs.info, inputs.dataset.fingerprint, inputs.runtime.precision
     augment = {"pad": dataset.pad, "flip": dataset.flip} if config.recipe.augment else None
     data = {"fingerprint": fingerprint, "augment": augment}
     network = {
         "name": name,
-        "options": dict(model_options),
+        "options": dict(networks.build_options),
         "init": init,
         "num_classes": info.num_classes,
         "in_channels": info.channels,
@@ -97,6 +91,7 @@ def key_parts(
         "source": source_digest(model_factory(name)) if ":" in name else None,
     }
     source = None if config.pruner.name in PRUNERS else source_digest(type(pruner))
+    hooks = pruner.sparse(target) if pruner.trains_sparse else None
     training = {
         "batch_size": batch_size,
         "precision": precision,
@@ -184,11 +179,8 @@ def optimizer_key(spec: OptimizerSpec) -> dict[str, Any]:
     >>> sorted(set(optimizer_key(spec)) & {"lr", "warmup", "label_smoothing"})
     ['lr', 'warmup']
     """
-    return {
-        option.name: getattr(spec, option.name)
-        for option in fields(spec)
-        if not (option.name in _LATER_OPTIONS and getattr(spec, option.name) == option.default)
-    }
+    unused = {name for name in _LATER_OPTIONS if getattr(spec, name) == getattr(OptimizerSpec, name)}
+    return {name: value for name, value in asdict(spec).items() if name not in unused}
 
 
 def architecture_key(architecture: Architecture) -> dict[str, Any]:

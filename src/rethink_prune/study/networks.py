@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from rethink_prune.config import ModelConfig
 from rethink_prune.cost import count_cost, on_meta
 from rethink_prune.data import DatasetInfo
-from rethink_prune.errors import UserError
+from rethink_prune.errors import UserError, first_line
 from rethink_prune.models import asked_options, build_model
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
 from rethink_prune.seeds import derive_seed, seeded
-from rethink_prune.surgery.architecture import Architecture
+from rethink_prune.surgery.architecture import Architecture, draw_masked
 from rethink_prune.surgery.cut import reshape
-from rethink_prune.surgery.masks import draw_masked
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,7 @@ class Networks:
             raise UserError(f"model.init={options.init}: no such initialiser; one of {', '.join(INITIALISERS)}")
         with seeded(seed):
             network = build_model(
-                options.name,
-                num_classes=self.info.num_classes,
-                in_channels=self.info.channels,
-                **self.build_options,
+                options.name, num_classes=self.info.num_classes, in_channels=self.info.channels, **self.build_options
             )
         init = self.init_of(network)
         if init is not None:
@@ -144,9 +140,8 @@ def _check_output(model: nn.Module, info: DatasetInfo, name: str) -> None:
             output = model.eval()(torch.zeros(1, info.channels, info.image_size, info.image_size))
     except Exception as error:  # a user's forward may raise anything
         size = f"{info.channels} x {info.image_size} x {info.image_size}"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{where}: fails on images of {size} (dataset.channels, dataset.image_size): {reason}"
+            f"{where}: fails on images of {size} (dataset.channels, dataset.image_size): {first_line(error)}"
         ) from error
     if not (isinstance(output, Tensor) and output.shape == (1, info.num_classes)):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

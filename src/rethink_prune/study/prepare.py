@@ -64,17 +64,7 @@ class PreparedStudy:
     @cached_property
     def parts(self) -> KeyParts:
         """What the keys of the stages are made of; reads the images, whose fingerprint they hold."""
-        return key_parts(
-            self.config,
-            self.inputs.info,
-            fingerprint=self.inputs.dataset.fingerprint,
-            precision=self.runtime.precision,
-            init=self.init,
-            model_options=self.networks.build_options,
-            pruner=self.pruner,
-            hooks=self.pruner.sparse(self.target) if self.pruner.trains_sparse else None,
-            given=self.given,
-        )
+        return key_parts(self.config, self.inputs, self.networks, self.init, self.pruner, self.target, self.given)
 
 
 def check_config(tree: Mapping[str, Any]) -> StudyConfig:
@@ -113,9 +103,8 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
     target = pruner.target(model, torch.zeros(1, *inputs.image_shape), config.model.name)
     if needs_pruning(target, config.arms):
         pruner.check_images(target, inputs.info.train_images)
-    given = None
-    if config.large.checkpoint is not None:
-        given = read_checkpoint(config.large.checkpoint, model, config.model.name)
+    source = config.large.checkpoint
+    given = None if source is None else read_checkpoint(source, model, config.model.name)
     reference = config.budget.reference_model
     budget = Budget(
         recipe=config.recipe,

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rethink_prune.errors import UserError
+from rethink_prune.errors import UserError, first_line
 from rethink_prune.files import file_digest
 from rethink_prune.store.stage import MODEL_FILE, Stage
 
@@ -104,8 +104,7 @@ def _file_state(path: Path, source: str) -> dict[str, Tensor]:
             "save the network's state_dict() instead"
         ) from None
     except Exception as error:  # torch.load fails in as many ways as files can be damaged
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"large.checkpoint={source}: cannot be read ({reason})") from None
+        raise UserError(f"large.checkpoint={source}: cannot be read ({first_line(error)})") from None
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

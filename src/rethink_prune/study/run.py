@@ -2,27 +2,32 @@
 
 Read :func:`run_study` top to bottom: large -> (sparse) -> prune -> arms -> summary. `plan.py` lists the stages,
 `keys.py` says what each one's result depends on, `work.py` does them, and `stages.py` runs one: it comes from the store
-if its key is there, and is computed otherwise.
+if its key is there, and is computed otherwise. Where several processes train together, the others run
+:func:`join_study`.
 """
 
 import logging
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rethink_prune.config import StudyConfig
+from rethink_prune.errors import UserError
 from rethink_prune.files import write_json
 from rethink_prune.store.stage import Done
-from rethink_prune.study.join import call_others
-from rethink_prune.study.keys import add_keys
+from rethink_prune.study.keys import add_keys, shared_by_processes
 from rethink_prune.study.plan import plan_arms, plan_content
-from rethink_prune.study.prepare import prepare_study
+from rethink_prune.study.prepare import check_config, prepare_study
 from rethink_prune.study.stages import Runner
 from rethink_prune.study.summary import Summary
 from rethink_prune.study.tables import plan_text
-from rethink_prune.study.work import pruned_network
+from rethink_prune.study.work import Order, pruned_network, train_stage
+from rethink_prune.surgery.cut import reshape
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.runtime import describe_device
+from rethink_prune.training.train import Diverged
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +77,7 @@ def run_study(
         print(plan_text(plan))
         return plan
 
-    call_others(config, processes)
+    _call_others(config, processes)
     study.store.prepare()
     auto = " (auto)" if config.precision == "auto" else ""
     log.info("%s, precision %s%s", describe_device(study.runtime.device), study.runtime.precision, auto)
@@ -109,3 +114,36 @@ def run_study(
         summary.add_arm(spec.title, runner.run(spec, done.get(spec.parent or "")))
     summary.finish()
     return summary.content
+
+
+def join_study(interrupts: Interrupts, processes: Processes) -> None:
+    """Take part in every training of the study that the first process runs, if it runs one.
+
+    Raises
+    ------
+    UserError
+        If this machine cannot, or if it has other images than the first process's.
+    """
+    orders = processes.orders()
+    plain: Mapping[str, Any] | None = next(orders, None)
+    if plain is None:
+        return
+    study = prepare_study(check_config(plain), processes)
+    order: Order
+    for order in orders:
+        for name, value in shared_by_processes(study.runtime.device.type, study.parts).items():
+            if value != order.shared[name]:
+                raise UserError(f"{name}: {value} here, {order.shared[name]} in the first process; all have to agree")
+        assert order.spec.architecture is not None
+        model = reshape(study.networks.large(), order.spec.architecture)
+        # All processes see the same non-finite loss; the first one records it.
+        with suppress(Diverged):
+            train_stage(study, order.spec, model, interrupts)
+
+
+def _call_others(config: StudyConfig, processes: Processes) -> None:
+    """Tell the other processes which study to join."""
+    # As plain values: the classes of options may be in a module that the others have not imported yet.
+    plain = config.model_dump(mode="json", serialize_as_any=True)
+    # The others need no weights: these come with the start of a training.
+    processes.order({**plain, "large": {**plain["large"], "checkpoint": None}})

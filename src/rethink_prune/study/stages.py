@@ -21,8 +21,8 @@ from rethink_prune.text import duration
 from rethink_prune.tracking.tensorboard import ArmEvents
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.memory import peak_memory, reset_peak_memory
 from rethink_prune.training.progress import Row
+from rethink_prune.training.runtime import peak_memory, reset_peak_memory
 from rethink_prune.training.train import Diverged
 
 log = logging.getLogger(__name__)
@@ -80,11 +80,10 @@ class Runner:
         started = parent.started if parent else None
         done_before = parent.flops_total if parent else 0
         with self._events(spec, done_before) as events:
-            stored = stage.result(started)
-            if stored is not None:
-                log.info("%s: %.2f %% top-1, from %s", spec.title, stored["top1"], stage.name)
-            result: dict[str, Any] | Failed | None = stored
-            if result is None:
+            result: dict[str, Any] | Failed | None = stage.result(started)
+            if isinstance(result, dict):
+                log.info("%s: %.2f %% top-1, from %s", spec.title, result["top1"], stage.name)
+            else:
                 with stage.hold():
                     # Another process may have finished it while this one waited for the lock.
                     result = stage.result(started) or self._do(spec, stage, parent, events)
@@ -99,10 +98,11 @@ class Runner:
         self, spec: StageSpec, stage: Stage, parent: Done | None, events: ArmEvents | None
     ) -> dict[str, Any] | Failed:
         """Do the work of a stage that is held, and keep what it makes."""
-        stage.begin(
-            {**self._describe_network(), "key": dict(spec.key or {}), "title": spec.title},
-            parent.started if parent else None,
-        )
+        # What `config.yaml` says, also for those who take the network along.
+        network, dataset = self._study.parts.training["network"], self._study.inputs.dataset
+        images = {"mean": list(dataset.mean), "std": list(dataset.std)}
+        config = {"network": network, "images": images, "key": dict(spec.key or {}), "title": spec.title}
+        stage.begin(config, parent.started if parent else None)
 
         def on_epoch(rows: list[Row]) -> None:
             write_metrics(stage.folder, rows)
@@ -150,12 +150,6 @@ class Runner:
         per_epoch = rows[-1]["seconds"] / len(rows)
         rest = f"about {duration(seconds)} more" + (", and what follows pruning" if None in left else "")
         log.info("%s: epoch %d took %.1f s; the study will take %s", spec.title, len(rows), per_epoch, rest)
-
-    def _describe_network(self) -> dict[str, Any]:
-        """Return what a stage's ``config.yaml`` says about its network, for those who take it along."""
-        dataset = self._study.inputs.dataset
-        images = {"mean": list(dataset.mean), "std": list(dataset.std)}
-        return {"network": self._study.parts.training["network"], "images": images}
 
     def _what_is_missing(self, spec: StageSpec) -> str:
         """Return why a stage cannot run: a training that failed before it."""

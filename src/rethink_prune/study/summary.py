@@ -21,6 +21,8 @@ from rethink_prune.study.work import PrunedNetwork
 from rethink_prune.tracking.tensorboard import write_study
 from rethink_prune.training.runtime import describe_device
 
+_PACKAGES = ("rethink-prune", "torch", "torchvision", "numpy", "hydra-core")
+
 
 class Summary:
     """The summary of a run, rewritten after every stage.
@@ -141,7 +143,7 @@ def describe_study(study: PreparedStudy, experiment: str | None) -> dict[str, An
         "precision": study.runtime.precision,
         "arms": list(config.arms),
         "settings": settings(config, study.parts),
-        "versions": _package_versions(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "commit": _commit(),
         "warnings": _warnings(study),
     }
@@ -154,11 +156,6 @@ def _warnings(study: PreparedStudy) -> list[str]:
         f"{study.config.model.name} belongs to no known family: scratch arms draw weights with "
         "reset_parameters; name an initialiser with model.init if that is not how it is trained"
     ]
-
-
-def _package_versions() -> dict[str, str]:
-    names = ("rethink-prune", "torch", "torchvision", "numpy", "hydra-core")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def _commit() -> str | None:

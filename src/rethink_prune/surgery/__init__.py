@@ -1,6 +1,6 @@
 """What may be removed from a network, and removing it.
 
 ``channels.py`` finds the channels that can go: it traces the network (``graph.py``), pushes channel ids through it
-(``follow.py``, ``channel_ids.py``, ``rules/``) and plans a cut (``plan.py``). ``cut.py`` cuts, ``branches.py`` removes
-residual branches, and ``architecture.py`` describes the result as data. ``masks.py`` is for single weights.
+(``follow.py``, ``channel_ids.py``, ``function_rules.py``) and plans a cut. ``cut.py`` cuts, ``branches.py`` removes
+residual branches, and ``architecture.py`` describes the result as data, with masks of single weights.
 """

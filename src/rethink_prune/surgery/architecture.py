@@ -1,8 +1,19 @@
-"""The architecture: what is left of a network, as data. JSON and tensors on disk, never a pickle."""
+"""The architecture: what is left of a network, as data, and what its masks and selections do to a network.
+
+On disk it is JSON and tensors, never a pickle.
+
+A mask holds single weights that are gone, in tensors that keep their shape. ``torch.nn.utils.prune`` is not used: it
+renames the keys of the state dict, and a network that has it cannot be copied.
+
+A selection lets a layer read some channels of a stream that stays whole for its other readers. It is a hook on the
+layer, not a module of its own: class and weight names of the layer stay, and a subclass of batch norm keeps the
+activation it may have. It selects by ``index_select`` from a buffer, which ``torch.compile`` follows.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +33,9 @@ INPUT_WIDTHS = ("in_channels", "in_features")
 _ATTRIBUTES = (*OUTPUT_WIDTHS, *INPUT_WIDTHS, "groups", "padding")
 # The fields that hold tensors.
 _TENSOR_FIELDS = ("selections", "masks")
+_SUFFIX = ".selected"
+
+Masks = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -121,3 +135,113 @@ class Architecture:
         unknown += [name for name in self.masks if name not in dict(model.named_parameters())]
         if unknown:
             raise UserError(f"{network}: has no {unknown[0]}, which the architecture changes")
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Masks) -> None:
+    """Set masked weights to zero, in place.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> apply_masks(layer, {"weight": torch.tensor([[False, True]])})
+    >>> layer.weight == 0
+    tensor([[ True, False]])
+    """
+    for name, mask in masks.items():
+        parameter = model.get_parameter(name)
+        parameter.masked_fill_(~mask.to(parameter.device), 0.0)
+
+
+@torch.no_grad()
+def draw_masked(model: nn.Module, masks: Masks) -> None:
+    """Draw the masked convolutions anew at a density-scaled fan-out, and set their masked weights to zero.
+
+    N(0, sqrt(2 / n)) with ``n`` = remaining weights / C_in, as Liu et al. (2019) do for networks of any family: with
+    nothing masked, ``n`` is the fan-out ``k k C_out``. Other masked parameters keep the values they have where they
+    remain.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Freshly initialised; changed in place. Draws from torch's global generator, in the order of the names.
+    masks : mapping of str to torch.Tensor
+        Each with at least one True.
+
+    Examples
+    --------
+    >>> layer = nn.Conv2d(1, 1, 2, bias=False)
+    >>> draw_masked(layer, {"weight": torch.tensor([[[[True, False], [True, True]]]])})
+    >>> layer.weight != 0
+    tensor([[[[ True, False],
+              [ True,  True]]]])
+    """
+    # Sorted, because masks that were stored come back in another order, and each draw moves the generator on.
+    for name in sorted(masks):
+        parameter = model.get_parameter(name)
+        if parameter.ndim > 2:
+            fan_out = int(masks[name].sum()) / parameter.shape[1]
+            nn.init.normal_(parameter, 0.0, math.sqrt(2.0 / fan_out))
+    apply_masks(model, masks)
+
+
+def select_inputs(module: nn.Module, indexes: torch.Tensor) -> None:
+    """Make a module read only some channels of its input.
+
+    The indexes become the buffer ``selected``, which is no part of the state dict: they belong to the architecture.
+
+    Parameters
+    ----------
+    module : nn.Module
+        A batch norm, convolution or linear layer for that many channels. Changed in place.
+    indexes : torch.Tensor
+        The channels (dimension 1) to read, in the order to read them: int64, shape ``(selected,)``.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 1)
+    >>> select_inputs(layer, torch.tensor([4, 0]))
+    >>> layer(torch.zeros(1, 5)).shape
+    torch.Size([1, 1])
+    """
+    # Pruned a second time, the module has the hook already.
+    if not selects(module):
+        module.register_forward_pre_hook(_read_selected)
+    module.register_buffer("selected", indexes.to(torch.int64), persistent=False)
+
+
+def selects(module: nn.Module) -> bool:
+    """Tell whether `select_inputs` was applied to a module.
+
+    Examples
+    --------
+    >>> selects(nn.Linear(2, 1))
+    False
+    """
+    return isinstance(getattr(module, "selected", None), torch.Tensor)
+
+
+def _read_selected(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (args[0].index_select(1, module.get_buffer("selected")), *args[1:])
+
+
+def selection_of(module: str) -> str:
+    """Return the name of what a module selects from its input: that of the buffer with the indexes.
+
+    Examples
+    --------
+    >>> selection_of("layer1.0.bn1")
+    'layer1.0.bn1.selected'
+    """
+    return module + _SUFFIX
+
+
+def selecting_module(name: str) -> str | None:
+    """Return the module that a selection belongs to; None for the name of a layer.
+
+    Examples
+    --------
+    >>> selecting_module("layer1.0.bn1.selected")
+    'layer1.0.bn1'
+    """
+    return name.removesuffix(_SUFFIX) if name.endswith(_SUFFIX) else None

@@ -1,6 +1,6 @@
 """Channel ids: what stands for the same channel, what goes together, and what must stay.
 
-Every convolution and linear layer gives its output channels fresh ids, and `rules` pushes them through the
+Every convolution and linear layer gives its output channels fresh ids, and `follow` pushes them through the
 graph. `ChannelIds` keeps what is learnt on the way. "A channel can go" means: the network without it computes
 exactly what it computes with the channel's weights, and its batch norms' scale and shift, set to zero.
 """
@@ -169,7 +169,7 @@ class ChannelIds:
         How many ids there are: 0, 1, ... ``count - 1``.
     outputs, inputs : dict of str to ndarray
         Ids of the output and input channels of each convolution and linear layer, by module name in order of
-        execution. What a module selects from a stream is an output of its own, named by `selections.selection_of`.
+        execution. What a module selects from a stream is an output of its own, named by `architecture.selection_of`.
     features : dict of str to ndarray
         Ids of the channels that a module normalises or scales one by one.
     united : list of pairs of ndarray

@@ -1,16 +1,16 @@
 """Which channels of a network can be pruned, and which only together: the analysis all pruners rely on.
 
-`analyse` traces the network, pushes channel ids through it (see `follow` and `rules`) and sorts them:
+`analyse` traces the network, pushes channel ids through it (see `follow` and `function_rules`) and sorts them:
 channels that have to go together are a *unit*, the units of a layer (or of layers that share units) a
 *group*. Pruners score units; `Channels.plan` turns the units to drop into the positions each module keeps,
 for `cut` to take.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.surgery.channel_ids import ChannelIds, Ids
+from rethink_prune.surgery.architecture import selecting_module, selects
+from rethink_prune.surgery.channel_ids import ChannelIds, FollowedNode, Ids
 from rethink_prune.surgery.follow import follow_channels, tie_shared_parameters
 from rethink_prune.surgery.graph import have_same_calls, trace
-from rethink_prune.surgery.plan import CutPlan, Positions, plan_cut
-from rethink_prune.surgery.selections import selecting_module, selects
 
 Kind = Literal["conv", "linear", "selection"]
+Positions = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,37 @@ class ChannelGroup:
         return len(self.units)
 
 
+@dataclass(frozen=True)
+class CutPlan:
+    """What to keep of each module; modules that stay as they are do not appear.
+
+    Attributes
+    ----------
+    input_shape : tuple of int
+        The shape the network was analysed with.
+    operations : mapping of str to (str, tuple of int)
+        What each node of the evaluation graph calls, and the shape it must have after surgery.
+    outputs : mapping of str to tuple of int
+        Kept output positions of convolutions and linear layers, kept channels of batch norms.
+    inputs : mapping of str to tuple of int
+        Kept input positions of convolutions without groups and of linear layers (features, after a flatten).
+    selections : mapping of str to tuple of int
+        The channels that a batch norm or convolution reads of a stream that stays whole.
+    attributes : mapping of str to mapping of str to value
+        The attributes to set: ``out_channels``, ``in_channels``, ``groups``, ``num_features``, ...
+    edits : mapping of str to mapping
+        New numbers for constants in the graph that count channels, by node name; see `cut`.
+    """
+
+    input_shape: tuple[int, ...]
+    operations: dict[str, tuple[str, tuple[int, ...]]] = field(repr=False)
+    outputs: dict[str, Positions] = field(default_factory=dict)
+    inputs: dict[str, Positions] = field(default_factory=dict)
+    selections: dict[str, Positions] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
+    edits: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
 class Channels:
     """The channels of a network: see `analyse`, which makes it.
 
@@ -84,7 +115,7 @@ class Channels:
         # From ids to units: ids that go together get the same number. The rules only collect pairs; SciPy finds the
         # connected components of all of them at once.
         self._unit_of = _components(ids.count, [*ids.united, *ids.tied])
-        self._outputs = {name: self._unit_of[values] for name, values in ids.outputs.items()}
+        outputs = {name: self._unit_of[values] for name, values in ids.outputs.items()}
         self._coupled = {unit for values in ids.coupled for unit in self._unit_of[values].tolist()}
         # Of several reasons the first one is reported.
         reasons: dict[int, str] = {}
@@ -93,7 +124,7 @@ class Channels:
         self._free = np.ones(ids.count, dtype=bool)
         self._free[list(reasons)] = False
         self.frozen: Mapping[str, str] = {
-            name: reasons[units[0].item()] for name, units in self._outputs.items() if not self._free[units].any()
+            name: reasons[units[0].item()] for name, units in outputs.items() if not self._free[units].any()
         }
         self.warnings = tuple(dict.fromkeys(ids.warnings))
 
@@ -127,9 +158,9 @@ class Channels:
         >>> channels.consumers("0")
         ('2',)
         """
-        if layer not in self._outputs:
+        if layer not in self._ids.outputs:
             raise UserError(f"{layer}: is no convolution, linear layer or selection of this network")
-        order = list(self._outputs)
+        order = list(self._ids.outputs)
         later = [name for name in order[order.index(layer) + 1 :] if name in self._ids.inputs]
         # Without `tied`: a depthwise convolution's output goes with its input, but it is another value.
         values = _components(self._ids.count, self._ids.united)
@@ -188,7 +219,7 @@ class Channels:
             if len(chosen) == group.size:
                 raise UserError(f"{name}: would lose all of its {group.size} channels; keep at least 1")
             keep[[units[index] for index in chosen]] = False
-        return plan_cut(keep[self._unit_of], self._ids)
+        return _plan_cut(keep[self._unit_of], self._ids)
 
     @cached_property
     def _inputs_of(self) -> dict[int, dict[str, Positions]]:
@@ -298,6 +329,77 @@ def analyse(model: nn.Module, example: torch.Tensor, *, selecting: Literal["norm
         if selects(module) and not module.get_buffer("selected").is_meta:
             ids.selected[name] = module.get_buffer("selected").tolist()
     return Channels(ids)
+
+
+def _plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds) -> CutPlan:
+    """Return what each module keeps.
+
+    Parameters
+    ----------
+    keep : ndarray of bool
+        For each id, whether its channel is kept.
+    ids : ChannelIds
+        From the analysis of the network.
+
+    Raises
+    ------
+    UserError
+        If a module would be left without channels.
+    """
+    operations = {name: (node.call, _shape_after(node, keep)) for name, node in ids.nodes.items()}
+    plan = CutPlan(ids.input_shape, operations)
+    for name, kept in _find_cut(ids.outputs, keep):
+        module = selecting_module(name)
+        if module is None:
+            plan.outputs[name] = kept
+            layer = ids.modules[name]
+            plan.attributes[name]["out_features" if isinstance(layer, nn.Linear) else "out_channels"] = len(kept)
+        else:
+            # Positions count what the module selects so far; the architecture counts the channels of the stream.
+            before = ids.selected.get(module)
+            plan.selections[module] = kept if before is None else tuple(before[position] for position in kept)
+    for name, kept in _find_cut(ids.inputs, keep):
+        layer = ids.modules[name]
+        plan.attributes[name]["in_features" if isinstance(layer, nn.Linear) else "in_channels"] = len(kept)
+        groups = getattr(layer, "groups", 1)
+        if groups == 1:
+            plan.inputs[name] = kept
+        else:  # whole groups go, which are rows of the weight; its columns are those of one group
+            plan.attributes[name]["groups"] = groups * len(kept) // len(ids.inputs[name])
+    # A batch norm's channels, or the slopes of a PReLU with one for each channel.
+    for name, kept in _find_cut(ids.features, keep):
+        plan.outputs[name] = kept
+        norm = isinstance(ids.modules[name], _BatchNorm)
+        plan.attributes[name]["num_features" if norm else "num_parameters"] = len(kept)
+    for name, (position, added) in ids.paddings.items():
+        full: Any = ids.modules[name].padding
+        counts = [int(keep[side].sum()) for side in added]
+        if counts != list(full[position : position + 2]):
+            plan.attributes[name]["padding"] = [*full[:position], *counts, *full[position + 2 :]]
+    for constant in ids.constants:
+        counts = [int(keep[piece].sum()) for piece in constant.pieces]
+        # An operation such as x[:, 4:] or chunk arrives at other counts by itself.
+        if counts != list(constant.unedited(int(keep[constant.stream].sum()))):
+            plan.edits[constant.node] = {"kind": constant.kind, "position": constant.position, "counts": counts}
+    return plan
+
+
+def _shape_after(node: FollowedNode, keep: npt.NDArray[np.bool_]) -> tuple[int, ...]:
+    if node.stream is None:
+        return node.shape
+    dim = len(node.shape) + node.stream.axis
+    return (*node.shape[:dim], int(keep[node.stream.ids].sum()), *node.shape[dim + 1 :])
+
+
+def _find_cut(table: Mapping[str, Ids], keep: npt.NDArray[np.bool_]) -> Iterator[tuple[str, Positions]]:
+    """Yield the modules of a table that lose channels, with the positions they keep."""
+    for name, values in table.items():
+        kept = np.flatnonzero(keep[values])
+        if not len(kept):
+            # Torch runs a convolution without inputs, and returns its bias.
+            raise UserError(f"{name}: would be left without channels")
+        if len(kept) < len(values):
+            yield name, tuple(kept.tolist())
 
 
 def _components(count: int, edges: list[tuple[Ids, Ids]]) -> npt.NDArray[np.int64]:

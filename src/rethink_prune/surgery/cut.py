@@ -14,12 +14,10 @@ from torch import fx, nn
 
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.surgery.architecture import INPUT_WIDTHS, OUTPUT_WIDTHS, Architecture
+from rethink_prune.surgery.architecture import INPUT_WIDTHS, OUTPUT_WIDTHS, Architecture, select_inputs
 from rethink_prune.surgery.branches import remove_branches
-from rethink_prune.surgery.channels import Channels
+from rethink_prune.surgery.channels import CutPlan
 from rethink_prune.surgery.graph import describe_call, infer_values, run_graph, trace
-from rethink_prune.surgery.plan import CutPlan
-from rethink_prune.surgery.selections import select_inputs
 
 _Kept = Mapping[str, Iterable[int]]
 
@@ -109,51 +107,6 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
         shapes = on_meta(reshaped).eval()
         reshaped = run_graph(reshaped, _edit_graph(shapes, architecture.edits), shapes)
     return remove_branches(reshaped, architecture.removed) if architecture.removed else reshaped
-
-
-def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]) -> nn.Module:
-    """Return a copy of `model` at full width in which the dropped channels are zero wherever they appear.
-
-    In evaluation mode it computes what the pruned network computes: the definition of pruning a channel, and
-    the reference that tests compare surgery with.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Stays as it is.
-    channels : Channels
-        The analysis of `model`.
-    drop : mapping of str to iterable of int
-        Group name to indexes into its units.
-
-    Examples
-    --------
-    >>> from rethink_prune.surgery.channels import analyse
-    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    >>> masked = mask(model, analyse(model, torch.zeros(1, 2)), {"0": [0, 2]})
-    >>> masked[0].weight.any(dim=1)
-    tensor([False,  True, False])
-    """
-    masked = copy.deepcopy(model)
-    plan = channels.plan(drop)
-    with torch.no_grad():
-        for name, kept in plan.outputs.items():
-            module = masked.get_submodule(name)
-            # Scale and shift of a batch norm, both: with the shift left, a masked channel would be a constant.
-            tensors = [t for t in (module.weight, getattr(module, "bias", None)) if isinstance(t, torch.Tensor)]
-            # A norm without scale and shift gives zero for a zero channel only if its mean is zero.
-            tensors = tensors or [t for t in (module.running_mean,) if isinstance(t, torch.Tensor)]
-            for tensor in tensors:
-                tensor[_dropped_positions(kept, len(tensor))] = 0
-        for name in plan.selections.keys() & plan.inputs.keys():
-            # Others read the whole stream; this layer's weights for what it does not select are zero.
-            weight = masked.get_parameter(f"{name}.weight")
-            weight[:, _dropped_positions(plan.inputs[name], weight.shape[1])] = 0
-    return masked
-
-
-def _dropped_positions(kept: Iterable[int], size: int) -> list[int]:
-    return sorted(set(range(size)) - set(kept))
 
 
 def _cut(model: nn.Module, outputs: _Kept, inputs: _Kept, architecture: Architecture) -> nn.Module:

@@ -1,15 +1,41 @@
-"""Pushing channel ids through a traced network: every node's rule, in the order of execution."""
+"""Pushing channel ids through a traced network: every node's rule, in the order of execution.
 
+The rules of modules that the trace does not look into are here; those of functions in ``function_rules.py``.
+"""
+
+import copy
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from rethink_prune.surgery.channel_ids import Call, ChannelIds, ChannelStream, Flow, FollowedNode, NoRule
+from rethink_prune.surgery import function_rules
+from rethink_prune.surgery.architecture import selection_of, selects
+from rethink_prune.surgery.channel_ids import Call, ChannelIds, ChannelStream, Flow, FollowedNode, Ids, NoRule
 from rethink_prune.surgery.graph import called_module, describe_call, infer_values, operation_name
-from rethink_prune.surgery.rules.functions import function_rule
-from rethink_prune.surgery.rules.modules import follow_module
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH_NORM_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+_NOT_ELEMENTWISE = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU, nn.MultiheadAttention)
+_RULES: dict[tuple[type[nn.Module], ...], function_rules.Rule] = {
+    (nn.GroupNorm, nn.LayerNorm, _InstanceNorm): function_rules.follow_normalisation,
+    (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.PReLU): function_rules.follow_unchanged,
+    (nn.Flatten,): function_rules.follow_reshape,
+}
+# By the file of torch.nn.modules that defines the class.
+_FAMILY_RULES: dict[str, function_rules.Rule] = {
+    "activation": function_rules.follow_elementwise,
+    "padding": function_rules.follow_padding,
+    "pooling": function_rules.follow_pooling,
+    "upsampling": function_rules.follow_resampling,
+}
 
 
 def follow_channels(
@@ -41,7 +67,7 @@ def follow_channels(
         flow: Flow = None
         try:
             if module is not None:
-                flow = follow_module(ids, call, selecting)
+                flow = _follow_module(ids, call, selecting)
             elif node.op == "get_attr":
                 ids.read_directly.add(str(node.target))
             elif node.op == "output":
@@ -49,7 +75,7 @@ def follow_channels(
                 for stream in call.channel_flows():
                     ids.freeze(stream.ids, "network output")
             elif call.channel_flows():
-                flow = function_rule(node)(ids, call)
+                flow = function_rules.function_rule(node)(ids, call)
             # A rule may not know every form of its operation; the shapes tell.
             if isinstance(flow, ChannelStream) and len(flow.ids) != call.result.shape[flow.axis]:
                 flow = None
@@ -85,3 +111,158 @@ def tie_shared_parameters(ids: ChannelIds) -> None:
                 # A bias that is shared does not tie what the layers read.
                 elif not stays_whole and first in table and (table is not ids.inputs or first_key == "weight"):
                     ids.tied.append((table[first], table[name]))
+
+
+def _follow_module(ids: ChannelIds, call: Call, selecting: str | None) -> Flow:
+    """Apply the rule of a call's module, which may read a selection of its input; see `channels.analyse`."""
+    module: Any = call.module
+    if call.channel_flows() and (selects(module) or _may_select(call.node, ids.modules, selecting)):
+        call = _read_selection(ids, call, module)
+    # Exact classes, and no further parameters: a subclass or a parametrization may compute something else.
+    if type(module) in _LAYERS and {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
+        return _follow_layer(ids, call, module)
+    if isinstance(module, _BatchNorm):
+        return _follow_batch_norm(ids, call, module)
+    if not call.channel_flows():
+        return None
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return _pass_by_channel(ids, call, module.num_parameters)
+    rule = next((rule for kinds, rule in _RULES.items() if isinstance(module, kinds)), None)
+    rule = rule or _FAMILY_RULES.get(type(module).__module__.removeprefix("torch.nn.modules."))
+    if rule is None or isinstance(module, _NOT_ELEMENTWISE) or "Unpool" in call.name:
+        raise NoRule(f"unknown module {call.name}")
+    return rule(ids, call)
+
+
+def _follow_layer(ids: ChannelIds, call: Call, layer: Any) -> ChannelStream:
+    """Give a convolution or linear layer fresh outputs; unite the inputs and outputs of each group."""
+    name, shape, groups = call.label, layer.weight.shape, getattr(layer, "groups", 1)
+    axis = 1 - len(shape)
+    # A grouped convolution's weight has the inputs of one group only.
+    inputs = _input_ids(ids, call, axis, groups * shape[1])
+    if groups == 1 and call.channel_flows():  # with groups, the layer's own zero weights hide its input
+        ids.need_zero(call.stream, call)
+    if name in ids.outputs:  # the layer runs a second time, with the same weights
+        ids.tied.append((ids.inputs[name], inputs))
+    else:
+        outputs = ids.fresh(shape[0])
+        ids.inputs[name], ids.outputs[name] = inputs, outputs
+        if groups > 1:
+            # Torch has no convolution with groups of different sizes, so a group goes as a whole.
+            members = np.hstack([inputs.reshape(groups, -1), outputs.reshape(groups, -1)])
+            ids.tied.append((np.broadcast_to(members[:, :1], members.shape).ravel(), members.ravel()))
+    return ChannelStream(ids.outputs[name], axis)
+
+
+def _input_ids(ids: ChannelIds, call: Call, axis: int, count: int) -> Ids:
+    """Return the ids along `axis` of a module's input; fresh, frozen ones if no stream runs there."""
+    stream = call.flow(0, "input")
+    if isinstance(stream, ChannelStream):
+        if stream.axis == axis:
+            return stream.ids
+        ids.freeze(stream.ids, f"{call.label}: runs along another dimension")
+    return ids.fresh_frozen(count, f"{call.label}: reads channels that stay whole")
+
+
+def _read_selection(ids: ChannelIds, call: Call, module: Any) -> Call:
+    """Leave a stream whole for its other readers, and let this one read channels with ids of their own."""
+    stream = call.stream
+    ids.freeze(stream.ids, f"{call.label}: reads a selection of it")
+    name = selection_of(call.label)
+    if name not in ids.outputs:
+        ids.outputs[name] = ids.fresh(len(module.selected) if selects(module) else len(stream.ids))
+    return replace(call, flow_args=(ChannelStream(ids.outputs[name], stream.axis), *call.flow_args[1:]))
+
+
+def _pass_by_channel(ids: ChannelIds, call: Call, count: int) -> ChannelStream | None:
+    """Let a stream pass a module that has parameters for each channel."""
+    axis = 1 - call.result.ndim
+    inputs = _input_ids(ids, call, axis, count)
+    ids.tied.append((ids.features.setdefault(call.label, inputs), inputs))
+    return call.stream if call.channel_flows() and call.stream.axis == axis else None
+
+
+def _follow_batch_norm(ids: ChannelIds, call: Call, norm: _BatchNorm) -> Flow:
+    stream = _pass_by_channel(ids, call, norm.num_features)
+    if stream is None:
+        return None
+    # A batch norm makes its shift of a zero channel, so a masked channel has scale and shift zero: it is zero then,
+    # whatever reaches it. Without scale and shift, only zeros give zero.
+    zero = stream.zero or norm.affine
+    if type(norm) not in _BATCH_NORMS:
+        if {name for name, _ in [*norm.named_parameters(), *norm.named_buffers()]} - _BATCH_NORM_TENSORS:
+            raise NoRule(f"{call.name} has tensors of its own")
+        zero = zero and _masked_norm_gives_zero(norm, call.result.ndim)
+    return replace(stream, zero=zero)
+
+
+def _masked_norm_gives_zero(norm: _BatchNorm, ndim: int) -> bool:
+    """Try whether a subclass of batch norm, which may end in an activation, gives zero when masked."""
+    tensors = [*norm.parameters(), *norm.buffers()]
+    # deepcopy takes from its second argument what is copied already: here zeros instead of meta tensors.
+    masked = copy.deepcopy(norm, {id(t): torch.zeros(t.shape, dtype=t.dtype) for t in tensors})
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
+    return not masked(torch.ones(1, norm.num_features, *[1] * (ndim - 2), dtype=dtype)).any().item()
+
+
+def _may_select(node: fx.Node, modules: Mapping[str, nn.Module], kind: str | None) -> bool:
+    """Tell whether a module should select from what it reads: others read it too, or several layers write it.
+
+    Parameters
+    ----------
+    node : fx.Node
+        The call of a module.
+    modules : mapping of str to nn.Module
+        All modules of the network.
+    kind : {"norm", "conv"}, optional
+        Which modules may select at all: batch norms, or convolutions that start a residual branch.
+
+    Examples
+    --------
+    >>> class Dense(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.stem, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    ...     def forward(self, x):
+    ...         x = self.stem(x)
+    ...         return torch.cat([x, self.norm(x)], 1)
+    >>> model = Dense()
+    >>> [node.name for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"
+    ...  and _may_select(node, dict(model.named_modules()), "norm")]
+    ['norm']
+    """
+    module = modules[str(node.target)]
+    if kind == "norm":
+        return isinstance(module, _BatchNorm) and _is_shared(node, modules)
+    if kind == "conv" and isinstance(module, nn.Conv2d) and module.groups == 1:
+        return _is_shared(node, modules) and not _is_projection(node, modules)
+    return False
+
+
+def _is_shared(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a node's input is anything but the output of one layer for this reader alone."""
+    (source, *_) = node.all_input_nodes
+    while source.op != "placeholder":
+        if len(_channel_readers(source)) > 1 or len(source.all_input_nodes) != 1:
+            return True
+        if source.op == "call_module" and isinstance(modules[str(source.target)], (nn.Conv2d, nn.Linear)):
+            return False
+        (source,) = source.all_input_nodes
+    return False
+
+
+def _is_projection(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a convolution's output meets an addition before any other layer: a shortcut has to see all."""
+    while len(_channel_readers(node)) == 1:
+        (node,) = _channel_readers(node)
+        if len(node.all_input_nodes) > 1:
+            return node.op != "call_module" and operation_name(node) == "add"
+        if node.op == "call_module" and isinstance(modules[str(node.target)], (nn.Conv2d, nn.Linear)):
+            return False
+    return False
+
+
+def _channel_readers(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that read a value, not counting those that only ask for its shape."""
+    shape = ("size", "getattr", "dim")
+    return [user for user in node.users if user.op == "call_module" or operation_name(user) not in shape]

@@ -1,6 +1,7 @@
 """A network as a graph of operations: tracing it, the shape of every value, what a node calls, running it again."""
 
 import inspect
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -183,6 +184,21 @@ def called_module(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module 
     [None, ReLU(), None]
     """
     return modules[str(node.target)] if node.op == "call_module" else None
+
+
+def module_calls(graph: fx.Graph) -> Mapping[str, list[fx.Node]]:
+    """Return the nodes that call each module, by its name.
+
+    Examples
+    --------
+    >>> {name: len(nodes) for name, nodes in module_calls(trace(nn.Sequential(nn.ReLU(), nn.ReLU()))).items()}
+    {'0': 1, '1': 1}
+    """
+    calls: defaultdict[str, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls[str(node.target)].append(node)
+    return calls
 
 
 def overwrites_operand(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

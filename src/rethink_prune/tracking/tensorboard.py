@@ -1,16 +1,18 @@
-"""TensorBoard event files: one run per arm, with tags that overlay the arms of a study in one chart.
+"""TensorBoard event files: one run per arm, with tags that overlay the arms of a study, or of many, in one chart.
 
 ``top1/test`` and the like count epochs; ``top1_by_gflops/test`` counts the training GFLOPs spent so far, ancestors
 included, so fine-tuning starts where the large network's training ended.
 """
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from rethink_prune.text import dotted_items
+from rethink_prune.text import dotted_items, markdown
 
 # What the "Custom scalars" tab shows: every arm of a study in one chart, by epoch and by computation.
 _LAYOUT = {
@@ -20,6 +22,11 @@ _LAYOUT = {
         "training loss by epoch": ["Multiline", ["^loss/train$"]],
     }
 }
+_LONGEST_NAME = 60  # of a folder; in bytes it may be four times as long
+
+# Under names of their own: "Custom scalars" draws runs that have all three tags or none of them.
+_BAND_TAGS = {kind: f"seeds/top1_test_{kind}" for kind in ("mean", "least", "greatest")}
+_BAND = {"Seeds: mean, least and greatest": {"top-1 by epoch": ["Margin", list(_BAND_TAGS.values())]}}
 
 
 class ArmEvents:
@@ -97,3 +104,44 @@ def write_study(folder: Path, hparams: Mapping[str, Any], metrics: Mapping[str, 
         for name, value in metrics.items():
             writer.add_scalar(name, value)
         writer.add_text("summary", table)
+
+
+def write_seed_curves(groups: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], folder: Path) -> None:
+    """Write the mean, the least and the greatest top-1 over seeds, per arm and epoch.
+
+    Every arm of every group becomes a run ``<group>/<arm>``. Its mean has the tag that single runs have
+    (``top1/test``), so both show in one chart; the "Custom scalars" tab shows it in a band from least to greatest. An
+    epoch counts if all seeds have reached it. The Text tab says how many seeds there are and where they ended.
+
+    Parameters
+    ----------
+    groups
+        By the group's label and the arm's name: of each seed the top-1 in percent after each epoch.
+    folder
+        What is in it is replaced.
+    """
+    # Importing it loads torch.
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for number, (label, arms) in enumerate(groups.items()):
+        group = _folder_name(label)
+        # Labels can differ in what a folder's name cannot hold.
+        group_folder = folder / (f"{group} ({number})" if (folder / group).exists() else group)
+        ends = []
+        for arm, seeds in arms.items():
+            # Without `strict`, zip ends with the shortest seed.
+            epochs = [(fmean(values), min(values), max(values)) for values in zip(*seeds, strict=False)]
+            with SummaryWriter(str(group_folder / _folder_name(arm))) as writer:
+                writer.add_custom_scalars(_BAND)
+                for epoch, band in enumerate(epochs, 1):
+                    for tag, value in zip(("top1/test", *_BAND_TAGS.values()), (band[0], *band), strict=True):
+                        writer.add_scalar(tag, value, epoch)
+            if epochs:
+                ends.append([arm, str(len(seeds)), str(len(epochs)), *(f"{value:.2f}" for value in epochs[-1])])
+        with SummaryWriter(str(group_folder)) as writer:
+            writer.add_text("summary", markdown(["arm", "seeds", "epoch", "mean top-1 %", "least", "greatest"], ends))
+
+
+def _folder_name(label: str) -> str:
+    return re.sub(r"[^\w.,=+ -]+", "_", label)[:_LONGEST_NAME].strip(". ") or "_"

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from rethink_prune.surgery.masks import Masks, apply_masks
+from rethink_prune.surgery.architecture import Masks, apply_masks
 
 
 class TrainingHooks:

@@ -1,10 +1,12 @@
-"""How a study computes on this machine: the device, the precision, and what makes it fast."""
+"""How a study computes on this machine: the device, the precision, what makes it fast, and the memory it takes."""
 
 import logging
 import os
 import platform
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,7 +30,7 @@ class Runtime:
     precision : {"fp32", "bf16"}
     accelerate : {"auto", "compile", "off"}
         ``auto`` takes the channels-last memory format and, on CUDA, a fused optimiser and recorded steps
-        (:mod:`rethink_prune.training.accelerate`); ``compile`` takes ``torch.compile`` as well.
+        (:mod:`rethink_prune.training.step`); ``compile`` takes ``torch.compile`` as well.
     checkpoint_seconds : float
         At least this long between two checkpoints.
     show_progress : bool
@@ -147,7 +149,13 @@ def prepare_device(device: torch.device, *, deterministic: bool) -> None:
     >>> prepare_device(torch.device("cpu"), deterministic=False)
     """
     if device.type == "cuda" and deterministic:
-        _make_cublas_deterministic()
+        # cuBLAS reads the variable once, when CUDA starts: setting it later changes nothing.
+        value = os.environ.get(_CUBLAS)
+        if value is None and not torch.cuda.is_initialized():
+            value = os.environ[_CUBLAS] = _DETERMINISTIC_CUBLAS[0]
+        if value not in _DETERMINISTIC_CUBLAS:
+            found = f"{_CUBLAS} is {value}" if value else f"CUDA has started without {_CUBLAS}"
+            raise UserError(f"deterministic=true: {found}; start again with {_CUBLAS}={_DETERMINISTIC_CUBLAS[0]} set")
         log.info("deterministic=true: CUDA takes slower kernels; scripts/benchmark.py train measures what that costs")
     # So that what names no device, such as cuBLAS's work space, is on this one as well.
     if device.index is not None and device.type == "cuda":
@@ -158,11 +166,38 @@ def prepare_device(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def _make_cublas_deterministic() -> None:
-    # cuBLAS reads the variable once, when CUDA starts: setting it later changes nothing.
-    value = os.environ.get(_CUBLAS)
-    if value is None and not torch.cuda.is_initialized():
-        value = os.environ[_CUBLAS] = _DETERMINISTIC_CUBLAS[0]
-    if value not in _DETERMINISTIC_CUBLAS:
-        found = f"{_CUBLAS} is {value}" if value else f"CUDA has started without {_CUBLAS}"
-        raise UserError(f"deterministic=true: {found}; start again with {_CUBLAS}={_DETERMINISTIC_CUBLAS[0]} set")
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far, on CUDA; the peak of a process, which is that of a CPU, cannot be reset.
+
+    Examples
+    --------
+    >>> reset_peak_memory(torch.device("cpu"))
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the greatest number of bytes that were in use; None where the system does not say.
+
+    On CUDA, what tensors took of the device since `reset_peak_memory`. On a CPU, what the whole process, Python and its
+    libraries included, had resident at any time since it was started.
+
+    Examples
+    --------
+    >>> peak_memory(torch.device("cpu")) > 1_000_000
+    True
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss, which on Linux can be the peak of the process that started this one.
+        found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(found[0]) * 1024 if found else None
+    if sys.platform == "darwin":
+        # Imported here because Windows has no such module.
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None

@@ -8,7 +8,6 @@ from torch import nn
 
 from rethink_prune.data.batches import EvalBatches, TrainBatches
 from rethink_prune.seeds import derive_seed
-from rethink_prune.training.accelerate import build_step
 from rethink_prune.training.checkpoint import Checkpoints, Parts, TrainingSaver
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.evaluate import Evaluation, evaluate, loss_and_correct
@@ -17,6 +16,7 @@ from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress, Row, progress_bar
 from rethink_prune.training.runtime import Runtime
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
+from rethink_prune.training.step import build_step
 
 
 class Diverged(Exception):

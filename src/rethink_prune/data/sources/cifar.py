@@ -16,8 +16,7 @@ import torch
 from filelock import FileLock
 
 from rethink_prune.config import DatasetConfig
-from rethink_prune.data.images import ImageArray
-from rethink_prune.data.source import Contents, DataSource
+from rethink_prune.data.source import Contents, DataSource, ImageArray
 from rethink_prune.errors import UserError
 
 RANK = 20

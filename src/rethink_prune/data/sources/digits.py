@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from rethink_prune.config import DatasetConfig
-from rethink_prune.data.images import ImageArray
-from rethink_prune.data.source import Contents, DataSource
+from rethink_prune.data.source import Contents, DataSource, ImageArray
 
 RANK = 10
 _TEST_EVERY = 5
@@ -31,13 +30,9 @@ def digits_source(options: DatasetConfig) -> DataSource:
     16
     """
     size = options.image_size or 16
-    return DataSource(
-        image_size=size,
-        channels=options.channels,
-        train_counts=tuple(count - count // _TEST_EVERY for count in _COUNTS),
-        test_counts=tuple(count // _TEST_EVERY for count in _COUNTS),
-        load=partial(_load_digits, size, options.channels),
-    )
+    train = tuple(count - count // _TEST_EVERY for count in _COUNTS)
+    test = tuple(count // _TEST_EVERY for count in _COUNTS)
+    return DataSource(size, options.channels, train, test, load=partial(_load_digits, size, options.channels))
 
 
 def _load_digits(size: int, channels: int) -> Contents:

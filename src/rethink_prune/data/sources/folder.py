@@ -6,9 +6,8 @@ Images are decoded once; :mod:`rethink_prune.data.decode_cache` keeps the result
 from PIL import Image
 
 from rethink_prune.config import DatasetConfig
-from rethink_prune.data.images import ImageFiles
 from rethink_prune.data.listing import EXPECTED_FOLDERS, list_image_folder
-from rethink_prune.data.source import Contents, DataSource
+from rethink_prune.data.source import Contents, DataSource, ImageFiles
 from rethink_prune.errors import UserError
 
 RANK = 40

@@ -12,15 +12,13 @@ fingerprint covers.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from rethink_prune.config import DatasetConfig
-from rethink_prune.data.images import ImageArray
-from rethink_prune.data.source import Contents, DataSource
+from rethink_prune.data.source import Contents, DataSource, ImageArray
 from rethink_prune.errors import UserError
 from rethink_prune.imports import import_object
 
@@ -53,7 +51,7 @@ def own_source(options: DatasetConfig) -> DataSource:
 
 
 def _call_factory(options: DatasetConfig, where: str) -> object:
-    factory = cast(Callable[..., object], import_object(options.name, "dataset.name"))
+    factory = import_object(options.name, "dataset.name")
     try:
         # Asked apart from the call: a TypeError of the call can come from inside the factory as well.
         inspect.signature(factory).bind(root=options.root, **options.args)
