@@ -1,12 +1,12 @@
 import hashlib
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from rethink_prune.errors import UserError
-from rethink_prune.imports import import_object
-from rethink_prune.study.keys import source_digest
+from rethink_prune.imports import import_object, source_digest
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +69,62 @@ def test_digest_is_that_of_the_file(here: Path) -> None:
 def test_digest_needs_a_file() -> None:
     with pytest.raises(UserError, match="builtins: was not loaded from a file"):
         source_digest(len)
+
+
+FACTORIES = {
+    "plain": "from deep.nets import Net\nbuild = Net\n",
+    "partial": "from functools import partial\nfrom deep.nets import Net\nbuild = partial(Net, 3)\n",
+    "decorated": "from deep.nets import wrapped\nbuild = wrapped\n",
+    "method": "from deep.nets import Net\nbuild = Net.make\n",
+    "instance": "from deep.nets import Maker\nbuild = Maker()\n",
+    "lambda": "import deep.nets as n\nbuild = lambda num_classes: n.Net(num_classes)\n",
+    "inside": "def build(num_classes):\n    from deep import nets\n    return nets.Net(num_classes)\n",
+}
+NETS = """
+import functools
+from .parts import WIDTH
+
+def decorate(function):
+    @functools.wraps(function)
+    def inner(*args, **kwargs):
+        return function(*args, **kwargs)
+    return inner
+
+class Net:
+    def __init__(self, num_classes): self.width = WIDTH
+    @classmethod
+    def make(cls, num_classes): return cls(num_classes)
+
+class Maker:
+    def __call__(self, num_classes): return Net(num_classes)
+
+@decorate
+def wrapped(num_classes): return Net(num_classes)
+"""
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_digest_covers_all_of_the_users_own_code(kind: str, here: Path) -> None:
+    """Its value in a new process changes with every file that the factory comes from, and with no other."""
+    (here / "deep").mkdir()
+    files = {"deep/__init__.py": "", "deep/nets.py": NETS, "deep/parts.py": "WIDTH = 8\n", "top.py": FACTORIES[kind]}
+    for name, text in files.items():
+        (here / name).write_text(text)
+    (here / "apart.py").write_text("")
+
+    def digest() -> str:
+        script = (
+            "from rethink_prune.imports import import_object, source_digest\n"
+            "print(source_digest(import_object('top:build', 'model.name'), 'top:build'))"
+        )
+        command = [sys.executable, "-B", "-c", script]
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout
+
+    before = digest()
+    (here / "apart.py").write_text("x = 1\n")
+    assert digest() == before
+    for name, text in files.items():
+        (here / name).write_text(text + "# changed\n")
+        assert digest() != before, name
+        (here / name).write_text(text)
+    assert digest() == before

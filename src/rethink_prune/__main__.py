@@ -20,6 +20,8 @@ from rethink_prune.training.interrupts import Interrupts
 def run(tree: DictConfig) -> None:
     """Run the study that a composed configuration describes."""
     job = HydraConfig.get()
+    # With hydra.job.chdir=true a job starts in its own folder, but paths are relative to where the command was started.
+    os.chdir(job.runtime.cwd)
     with sweeps.record_outcome(job), sweeps.wait_for_requeue(), Interrupts(sweeps.stop_signals()) as interrupts:
         # Imported here: Hydra's --help and its errors need no torch.
         from rethink_prune.study.prepare import check_config

@@ -9,7 +9,6 @@ Conventions:
 - A masked weight is a zero in a tensor of full size: it takes the time and the memory of any other number.
 """
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from rethink_prune.errors import UserError
+from rethink_prune.copying import copy_network, derived
 
 TRAIN_FLOPS_PER_MAC = 6
 _WARM_UP_PASSES = 3
@@ -135,13 +134,10 @@ def on_meta(model: nn.Module) -> nn.Module:
     >>> on_meta(nn.Linear(2, 1)).weight.device
     device(type='meta')
     """
-    # deepcopy takes from its second argument what is copied already: no values are copied, shared tensors stay shared.
-    try:
-        meta: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
-        meta |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
-        return copy.deepcopy(model, meta)
-    except Exception as error:
-        raise UserError(f"{type(model).__name__}: cannot be copied: {error}") from error
+    # Of what is in the memo no values are copied, and shared tensors stay shared.
+    meta: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in [*model.buffers(), *derived(model)]}
+    meta |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return copy_network(model, meta)
 
 
 @torch.inference_mode()

@@ -1,8 +1,15 @@
-"""Import what a user names on the command line, as ``path.to.module:attribute``."""
+"""Import what a user names on the command line, as ``path.to.module:attribute``, and tell when its code changes."""
 
+import ast
+import functools
+import hashlib
 import importlib
+import importlib.util
+import json
 import sys
-from collections.abc import Callable
+import sysconfig
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +71,111 @@ def import_object(path: str, what: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{what}={path}: is a {type(found).__name__}, not something that can be called")
     return found
+
+
+def source_digest(obj: object, path: str = "") -> str:
+    """Return the SHA-256 of a user's own code that an object comes from, in hexadecimal: its part in a key.
+
+    The code is the module that the user named, those that define the object, and all modules that these import,
+    directly or not, at their top or in functions, as long as they belong neither to Python nor to an installed package.
+    What a program imports by a name that it computes, and files that it reads, are not seen.
+
+    Parameters
+    ----------
+    obj : object
+        A function, a class, an instance of a class, or one of these behind ``functools.partial`` or decorators.
+    path : str
+        The import path that the user gave, ``module:attribute``.
+
+    Raises
+    ------
+    UserError
+        `obj` was not defined in a file.
+
+    Examples
+    --------
+    >>> source_digest(json.dumps) == hashlib.sha256(Path(json.__file__).read_bytes()).hexdigest()
+    True
+    """
+    defining = _defining_modules(obj)
+    files = {name: file for name in defining if (file := _module_file(name)) is not None}
+    if not files:
+        raise UserError(f"{defining[0]}: was not loaded from a file, so its results cannot be told apart from others'")
+    named = path.partition(":")[0]
+    if (file := _module_file(named)) is not None and _is_first_party(file):
+        files[named] = file
+    waiting = [(name, file) for name, file in files.items() if _is_first_party(file)]
+    while waiting:
+        for name, file in _imported_files(*waiting.pop()):
+            if name not in files and _is_first_party(file):
+                files[name] = file
+                waiting.append((name, file))
+    contents = {file.resolve(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()}
+    if len(contents) == 1:
+        return next(iter(contents.values()))
+    listed = sorted((name, contents[file.resolve()]) for name, file in files.items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def _defining_modules(obj: object) -> list[str]:
+    """Return the modules that define an object and what it wraps."""
+    found = []
+    waiting, seen = [obj], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        name = getattr(part, "__module__", None) or type(part).__module__
+        if isinstance(part, functools.partial):
+            waiting += [part.func, *filter(callable, (*part.args, *part.keywords.values()))]
+            continue
+        found.append(name)
+        waiting += [part.__wrapped__] if hasattr(part, "__wrapped__") else []
+        if isinstance(part, types.MethodType):
+            waiting.append(part.__self__)
+    return found
+
+
+def _imported_files(name: str, file: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the modules that a module's file imports, and the packages that it lies in."""
+    if file.suffix != ".py":
+        return
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    wanted = [package]
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            wanted += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            try:
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            except ImportError:
+                continue
+            wanted += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    for module in wanted:
+        parts = module.split(".")
+        for count in range(1, len(parts) + 1):
+            part = ".".join(parts[:count])
+            if (found := _module_file(part)) is not None:
+                yield part, found
+
+
+def _module_file(name: str) -> Path | None:
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None and name:
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError, AttributeError):  # its package is none, or cannot be imported
+            return None
+        file = spec.origin if spec and spec.has_location else None
+    return Path(file) if file else None
+
+
+def _is_first_party(file: Path) -> bool:
+    """Tell whether a file belongs neither to Python, nor to an installed package, nor to this one."""
+    paths = sysconfig.get_paths()
+    foreign = [Path(paths[kind]).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
+    foreign.append(Path(__file__).resolve().parent)
+    resolved = file.resolve()
+    installed = {"site-packages", "dist-packages"}.intersection(resolved.parts)
+    return resolved.is_file() and not installed and not any(resolved.is_relative_to(folder) for folder in foreign)

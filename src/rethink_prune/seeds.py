@@ -5,9 +5,11 @@ resumed run needs no saved generator state.
 """
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -46,9 +48,26 @@ def derive_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *indices))
 
 
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of torch (on the CPU), NumPy and Python, which code of users may draw from.
+
+    Examples
+    --------
+    >>> seed_generators(0)
+    >>> first = torch.rand(1).item(), np.random.rand(), random.random()
+    >>> seed_generators(0)
+    >>> (torch.rand(1).item(), np.random.rand(), random.random()) == first
+    True
+    """
+    # Not torch.manual_seed, which would seed every device of the machine.
+    torch.random.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run the body with torch's global CPU generator at `seed`, and restore the generator afterwards.
+    """Run the body with the generators of `seed_generators` at `seed`, and restore them afterwards.
 
     Examples
     --------
@@ -58,7 +77,11 @@ def seeded(seed: int) -> Iterator[None]:
     ...     print(torch.equal(torch.rand(2), first))
     True
     """
-    # torch.manual_seed would seed the CUDA generators, too, which are not restored.
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        yield
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            seed_generators(seed)
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

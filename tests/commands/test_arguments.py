@@ -156,3 +156,15 @@ main()
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr == "another process is gone\n"
+
+
+def test_paths_are_relative_to_where_the_command_was_started_also_with_chdir(tmp_path: Path) -> None:
+    (tmp_path / "my_net.py").write_text(
+        "from rethink_prune.models.resnet import ResNet\nNet = lambda num_classes: ResNet(8)\n"
+    )
+    arguments = [*SMALL, "model.name=my_net:Net", "arms=[finetune]", "hydra.job.chdir=true"]
+    result = command("-m", *arguments, "pruner.ratio=0.3,0.5", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("store/stages/large-*"))) == 1
+    assert len(list(tmp_path.glob("sweep/*/summary.json"))) == 2
+    assert len(list(tmp_path.rglob("stages"))) == 1

@@ -383,8 +383,8 @@ def test_every_spelling_of_flatten(pruned_equals_masked: Compare, flatten: Calla
 )
 def test_slices_move_with_the_channels(pruned_equals_masked: Compare, read: Callable[[Any], Any]) -> None:
     net = Net(lambda m, x: m.out(read(y := m.a(x))) + m.all(y), a=conv(3, 8), out=conv(3, 5), all=conv(8, 5))
-    channels, pruned = pruned_equals_masked(net, IMAGE, drop={"a": [0, 3, 7]})
-    assert sizes_of(channels, "inner") == {"a": 8}
+    channels, pruned = pruned_equals_masked(net, IMAGE, drop={"a": [0], "a#2": [1], "a#3": [2]})
+    assert sizes_of(channels, "inner") == {"a": 2, "a#2": 3, "a#3": 3}, "before, inside and behind the slice"
     assert torch.equal(pruned.get_parameter("out.weight"), net.get_parameter("out.weight")[:, [0, 2]])
     assert sorted(pruned.state_dict()) == sorted(net.state_dict())
 
@@ -392,7 +392,7 @@ def test_slices_move_with_the_channels(pruned_equals_masked: Compare, read: Call
 def test_slice_that_loses_all_channels_is_refused() -> None:
     net = Net(lambda m, x: m.out(m.a(x)[:, :2]), a=conv(3, 8), out=conv(2, 5))
     channels = analyse(net, torch.randn(IMAGE))
-    with pytest.raises(UserError, match="out: would be left without channels"):
+    with pytest.raises(UserError, match="a: would lose all of its 2 channels"):
         channels.plan({"a": [0, 1]})
 
 
@@ -403,7 +403,7 @@ def test_uneven_halves_of_a_chunk(pruned_equals_masked: Compare, split: Callable
         return m.left(halves[0]) + m.right(halves[1])
 
     net = Net(forward, a=conv(3, 8), left=conv(4, 5), right=conv(4, 5))
-    _, pruned = pruned_equals_masked(net, IMAGE, drop={"a": [0, 1, 6]})
+    _, pruned = pruned_equals_masked(net, IMAGE, drop={"a": [0, 1], "a#2": [2]})
     assert pruned.get_parameter("left.weight").shape == (5, 2, 3, 3)
     assert pruned.get_parameter("right.weight").shape == (5, 3, 3, 3)
 
@@ -414,7 +414,7 @@ def test_even_halves_of_a_chunk_need_no_edit(pruned_equals_masked: Compare) -> N
         return m.left(halves[0]) + m.right(halves[1])
 
     net = Net(forward, a=conv(3, 8), left=conv(4, 5), right=conv(4, 5))
-    _, pruned = pruned_equals_masked(net, IMAGE, drop={"a": [0, 6]})
+    _, pruned = pruned_equals_masked(net, IMAGE, drop={"a": [0], "a#2": [2]})
     assert type(pruned) is Net
 
 
@@ -437,13 +437,14 @@ def test_zero_padding_adds_channels_tied_to_what_they_meet(pruned_equals_masked:
         pad=pad,
         out=conv(8, 5),
     )
-    channels, pruned = pruned_equals_masked(net, IMAGE, drop={"a": [1, 2], "wide": [0, 3]})
+    channels, pruned = pruned_equals_masked(net, IMAGE, drop={"a": [1, 2], "wide#2": [2]})
     assert channels.groups("inner") == ()
     found = {group.name: group.units for group in channels.groups("all")}
     assert found["a"] == tuple({"a": (i,), "wide": (i + 1,)} for i in range(4))
-    assert found["wide"] == tuple({"wide": (i,)} for i in (0, 5, 6, 7))
+    assert found["wide"] == ({"wide": (0,)},)
+    assert found["wide#2"] == tuple({"wide": (i,)} for i in (5, 6, 7))
     assert (type(pruned) is Net) == module  # a module's padding is an attribute; a function's is in the graph
-    assert pruned.get_parameter("out.weight").shape == (5, 4, 3, 3)
+    assert pruned.get_parameter("out.weight").shape == (5, 5, 3, 3)
 
 
 def test_linear_layers_along_the_last_dimension(pruned_equals_masked: Compare) -> None:

@@ -10,8 +10,9 @@ from torch import nn
 
 from rethink_prune.errors import UserError, first_line
 from rethink_prune.files import write_atomically
-from rethink_prune.finished.load import Factory, load_model, read_config
-from rethink_prune.store.stage import MODEL_FILE, Stage
+from rethink_prune.finished.load import Factory, image_shape, load_model, read_config
+from rethink_prune.state import full_state, sample_logits
+from rethink_prune.store.stage import MODEL_FILE, SAMPLE_FILE, Stage
 from rethink_prune.store.weights import save_weights
 from rethink_prune.surgery.architecture import Architecture, apply_masks
 
@@ -46,10 +47,12 @@ def export_stage(stage: Stage, folder: Path, factory: Factory | None = None) -> 
     _make_export_folder(folder, stage.name)
     config_text = yaml.safe_dump({"stage": stage.name, **read_config(stage)}, sort_keys=False)
     write_atomically(folder / "config.yaml", config_text.encode())
-    save_weights(folder / MODEL_FILE, model.state_dict())
+    save_weights(folder / MODEL_FILE, full_state(model))
     architecture.save(folder)
+    sample = sample_logits(model, image_shape(stage))
+    save_weights(folder / SAMPLE_FILE, {"logits": sample})
     # Last, as in a study: a folder with a finished status is complete.
-    Stage(folder).finish(result, files=(MODEL_FILE, "architecture.json"))
+    Stage(folder).finish(result, files=(MODEL_FILE, SAMPLE_FILE, "architecture.json"))
 
 
 def _make_export_folder(folder: Path, name: str) -> None:

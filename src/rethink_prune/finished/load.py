@@ -7,6 +7,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from torch import nn
 from rethink_prune.errors import UserError
 from rethink_prune.files import SUMMARY_FILE
 from rethink_prune.models import build_model
-from rethink_prune.store.stage import Stage
-from rethink_prune.store.weights import load_stage_weights
+from rethink_prune.seeds import derive_seed, seeded
+from rethink_prune.state import load_full_state, sample_logits
+from rethink_prune.store.stage import SAMPLE_FILE, Stage
+from rethink_prune.store.weights import load_stage_weights, load_weights
 from rethink_prune.study.arms import ARMS
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.cut import reshape
 
 Factory = Callable[..., nn.Module]
+# Greatest difference of a logit, relative to the greatest.
+_SAMPLE_TOLERANCE = 0.02
 _NETWORK_KEYS = {"name": str, "options": dict, "num_classes": int, "in_channels": int, "image_size": int}
 
 
@@ -63,10 +68,26 @@ def load_model(folder: str | Path, factory: Factory | None = None) -> nn.Module:
     stage.finished()
     model = reshape(build_unpruned(stage, factory), Architecture.load(stage.folder))
     try:
-        model.load_state_dict(load_stage_weights(stage))
+        load_full_state(model, load_stage_weights(stage))
     except RuntimeError as error:
         raise UserError(f"{folder}: holds other weights than {type(model).__name__} has: {_one_line(error)}") from None
-    return model.eval()
+    _check_sample(model.eval(), stage)
+    return model
+
+
+def _check_sample(model: nn.Module, stage: Stage) -> None:
+    """Raise `UserError` unless a network computes what it did when its stage was made."""
+    if not (stage.folder / SAMPLE_FILE).is_file():  # made by an earlier version
+        return
+    expected = load_weights(stage.folder / SAMPLE_FILE)["logits"]
+    found = sample_logits(model, image_shape(stage))
+    # Wide enough for other devices and kernels; what a network lacks shows in the first digit.
+    limit = _SAMPLE_TOLERANCE * float(expected.abs().max())
+    if bool(expected.isfinite().all()) and not bool(((found - expected).abs() <= limit).all()):
+        raise UserError(
+            f"{stage.folder}: {type(model).__name__} gives other logits than when the stage was made: it computes with "
+            "something that is no parameter and no buffer, such as numbers drawn in the constructor; make it a buffer"
+        )
 
 
 def build_unpruned(stage: Stage, factory: Factory | None = None) -> nn.Module:
@@ -78,17 +99,25 @@ def build_unpruned(stage: Stage, factory: Factory | None = None) -> nn.Module:
         if ":" in name:
             how = "load_model(folder, factory=...), or --factory path.to.module:factory on the command line"
             raise UserError(f"{stage.folder}: holds {name}, a network of your own; say what builds it: {how}")
-        return build_model(name, **sizes, **options)
+        with _same_draws(stage):
+            return build_model(name, **sizes, **options)
     try:
         if "in_channels" not in inspect.signature(factory).parameters:
             del sizes["in_channels"]
-        model = factory(**sizes, **options)
+        with _same_draws(stage):
+            model = factory(**sizes, **options)
     except Exception as error:
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise UserError(f"{stage.folder}: the factory failed with {reason}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{stage.folder}: the factory gave a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _same_draws(stage: Stage) -> AbstractContextManager[None]:
+    """Return the context in which a constructor draws what it drew in the study."""
+    seed = read_config(stage).get("seed")
+    return seeded(derive_seed(seed, "large-init")) if isinstance(seed, int) else nullcontext()
 
 
 def read_config(stage: Stage) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from functools import partial
 
 from torch import nn
 
+from rethink_prune.errors import UserError
+from rethink_prune.imports import import_object
+
 Layer = nn.Conv2d | nn.Linear
 Std = Callable[[Layer], float]
 
@@ -109,6 +112,27 @@ INITIALISERS: Mapping[str, Callable[[nn.Module], None]] = {
     # Each module as its own constructor does.
     "reset_parameters": draw_weights,
 }
+
+
+def initialiser(name: str) -> Callable[[nn.Module], object]:
+    """Return what draws the weights: an entry of `INITIALISERS`, or a user's own ``path.to.module:function``.
+
+    Raises
+    ------
+    UserError
+        If there is no such initialiser.
+
+    Examples
+    --------
+    >>> initialiser("torch.nn.init:zeros_").__name__
+    'zeros_'
+    """
+    if name in INITIALISERS:
+        return INITIALISERS[name]
+    if ":" in name:
+        return import_object(name, "model.init")
+    known = ", ".join(INITIALISERS)
+    raise UserError(f"model.init={name}: no such initialiser; one of {known}, or your own as path.to.module:function")
 
 
 def family_initialiser(model: nn.Module) -> str | None:

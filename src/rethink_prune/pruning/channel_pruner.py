@@ -89,10 +89,10 @@ class ChannelTarget(Target):
             )
         self.widths = self._widths_from_options() if options.decides_widths else None
         # Where scores decide, the largest ratio shows what skip and the limits leave to remove.
-        narrowest = self.widths or self._widths_for_ratio(1 - 1e-6)
-        self._check_removal(narrowest)
+        self._narrowest = self.widths or self._widths_for_ratio(1 - 1e-6)
+        self._check_removal(self._narrowest)
         if self._wanted is not None:
-            self._wanted.check_reach(self._cost_at(narrowest))
+            self._wanted.check_reach(self._cost_at(self._narrowest))
 
     @property
     def known(self) -> bool:
@@ -144,6 +144,10 @@ class ChannelTarget(Target):
         pruned, architecture = self._drop(model, choice.drop)
         widths = {name: size - len(choice.drop.get(name, ())) for name, size in self._sizes.items()}
         return PruneResult(pruned, architecture, self.report(widths, choice.warnings))
+
+    def rehearsal(self) -> Architecture:
+        """Return an architecture as any scores would leave it: where they decide the widths, the narrowest."""
+        return self._cut_last(self._narrowest)[1]
 
     def report(self, widths: Mapping[str, int] | None = None, warnings: tuple[str, ...] = ()) -> PruneReport:
         """Return what goes, if it is known or told as `widths`, and what cannot go."""

@@ -114,6 +114,10 @@ class Target(ABC):
     def report(self) -> PruneReport:
         """Return what goes if it is known, and what cannot go."""
 
+    def rehearsal(self) -> Architecture:
+        """Return an architecture as this target leaves it, to try; by default the empty one unless `known`."""
+        return self.architecture() if self.known else Architecture()
+
     @cached_property
     def known_architecture(self) -> Architecture:
         """What `architecture` returns, made once: planning a large network takes a noticeable part of a second."""

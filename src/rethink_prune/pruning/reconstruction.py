@@ -4,7 +4,6 @@ They prune a copy of the network in place, and sample a later layer through the 
 run anew for every layer and only up to it: memory depends on the batch, not on how many images there are.
 """
 
-import copy
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.config import ChannelOptions, Count
+from rethink_prune.copying import copy_network
 from rethink_prune.pruning.channel_pruner import ChannelTarget, Channelwise, Choice
 from rethink_prune.pruning.pruner import Batches, PruneResult
 from rethink_prune.pruning.samples import FirstImages, Layer
@@ -80,7 +80,7 @@ class WorkingCopy(fx.Interpreter):
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        network = copy.deepcopy(model).to(device)
+        network = copy_network(model).to(device)
         if all(parameter.ndim < 5 for parameter in network.parameters()):
             network.to(memory_format=torch.channels_last)  # up to twice as fast on a CPU
         super().__init__(network, graph=trace(network))
@@ -181,7 +181,7 @@ class WorkingCopy(fx.Interpreter):
 
     def rewritten(self, model: nn.Module) -> nn.Module:
         """Return a copy of `model`, which this was made of, with the weights that were rewritten."""
-        result = copy.deepcopy(model)
+        result = copy_network(model)
         with torch.no_grad():
             for layer in sorted(self._rewritten):
                 result.get_parameter(f"{layer}.weight").copy_(self.layer(layer).weight)

@@ -22,6 +22,8 @@ from rethink_prune.store.ownership import OwnedFolder
 log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
+# Logits by which whoever loads the network sees that it computes what it did.
+SAMPLE_FILE = "sample.safetensors"
 
 
 @dataclass(frozen=True)

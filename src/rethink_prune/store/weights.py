@@ -29,5 +29,10 @@ def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def load_stage_weights(stage: Stage) -> dict[str, Tensor]:
-    """Return the state dict of a finished stage, on the CPU."""
-    return safetensors.torch.load_file(stage.model_file)
+    """Return the weights of a finished stage, on the CPU."""
+    return load_weights(stage.model_file)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Return what `save_weights` wrote, on the CPU."""
+    return safetensors.torch.load_file(path)

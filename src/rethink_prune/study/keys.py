@@ -7,15 +7,14 @@ earlier versions stay valid.
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rethink_prune.config import StudyConfig
-from rethink_prune.errors import UserError
+from rethink_prune.imports import source_digest
 from rethink_prune.models import model_factory
+from rethink_prune.models.initialisers import initialiser
 from rethink_prune.pruning import PRUNERS, Pruner, Target
 from rethink_prune.study.inputs import Inputs
 from rethink_prune.study.networks import Networks
@@ -87,10 +86,12 @@ def key_parts(
         "num_classes": info.num_classes,
         "in_channels": info.channels,
         "image_size": info.image_size,
-        # A user's own code counts by its file.
-        "source": source_digest(model_factory(name)) if ":" in name else None,
+        # A user's own code counts by its files.
+        "source": source_digest(model_factory(name), name) if ":" in name else None,
     }
-    source = None if config.pruner.name in PRUNERS else source_digest(type(pruner))
+    if ":" in (init or ""):
+        network["init_source"] = source_digest(initialiser(str(init)), str(init))
+    source = None if config.pruner.name in PRUNERS else source_digest(type(pruner), config.pruner.name)
     hooks = pruner.sparse(target) if pruner.trains_sparse else None
     training = {
         "batch_size": batch_size,
@@ -224,30 +225,3 @@ def shared_by_processes(device_type: str, parts: KeyParts) -> dict[str, str]:
         "the network's source": str(parts.training["network"]["source"]),
         "the pruner's source": str(parts.pruner["source"]),
     }
-
-
-def source_digest(obj: object) -> str:
-    """Return the SHA-256 of the file that defines `obj`, in hexadecimal: a user's code in a key.
-
-    Files that this one imports are not covered.
-
-    Parameters
-    ----------
-    obj : object
-        A function, a class, or an instance of a class.
-
-    Raises
-    ------
-    UserError
-        `obj` was not defined in a file.
-
-    Examples
-    --------
-    >>> source_digest(json.dumps) == hashlib.sha256(Path(json.__file__).read_bytes()).hexdigest()
-    True
-    """
-    name = getattr(obj, "__module__", None) or type(obj).__module__
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None:
-        raise UserError(f"{name}: was not loaded from a file, so its results cannot be told apart from others'")
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

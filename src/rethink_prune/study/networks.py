@@ -13,10 +13,19 @@ from rethink_prune.cost import count_cost, on_meta
 from rethink_prune.data import DatasetInfo
 from rethink_prune.errors import UserError, first_line
 from rethink_prune.models import asked_options, build_model
-from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
+from rethink_prune.models.initialisers import INITIALISERS, family_initialiser, initialiser
 from rethink_prune.seeds import derive_seed, seeded
+from rethink_prune.state import full_state, load_full_state
+from rethink_prune.study.plan import UNPRUNED
+from rethink_prune.study.trial import check_output, check_state, try_training
 from rethink_prune.surgery.architecture import Architecture, draw_masked
 from rethink_prune.surgery.cut import reshape
+from rethink_prune.training.runtime import Runtime
+
+_OWN_INITIALISER = (
+    "give that module a reset_parameters() that draws it, or name a function that draws every weight of a network "
+    "anew: model.init=path.to.module:function"
+)
 
 
 @dataclass(frozen=True)
@@ -44,24 +53,45 @@ class Networks:
         """Return the name of the initialiser: as configured, or the family's; None where there is neither."""
         return self.options.init or family_initialiser(unpruned)
 
-    def check(self, unpruned: nn.Module, *, draws_anew: bool) -> None:
+    def check(self, unpruned: nn.Module, runtime: Runtime, *, draws_anew: bool) -> Runtime:
         """Check the unpruned network before anything is trained.
 
         Parameters
         ----------
         unpruned : torch.nn.Module
             From `large`; in evaluation mode afterwards.
+        runtime : Runtime
+            How the study means to train.
         draws_anew : bool
             Whether some arm draws the weights of a pruned network anew.
+
+        Returns
+        -------
+        Runtime
+            With a memory format that the network takes.
 
         Raises
         ------
         UserError
-            If the network takes no such images, gives no logits, or cannot be drawn anew.
+            If the network takes no such images, gives no logits, cannot be trained, draws what no seed decides, or
+            cannot be drawn anew.
         """
+        where = f"model.name={self.options.name}"
         if draws_anew and self.init_of(unpruned) is None:
-            _check_redrawn(unpruned, self.options.name)
-        _check_output(unpruned, self.info, self.options.name)
+            _check_redrawn(unpruned, where)
+        check_output(unpruned, self.info, where)
+        # Ours are tested.
+        if not self.is_own:
+            return runtime
+        check_state(unpruned, self.large(), where)
+        if draws_anew:
+            self.scratch(UNPRUNED)
+        return try_training(unpruned, self.info, runtime, where)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether network or initialiser are a user's own."""
+        return ":" in self.options.name or ":" in (self.options.init or "")
 
     def large(self) -> nn.Module:
         """Build the unpruned network with the weights that the stage ``large`` starts from.
@@ -71,37 +101,64 @@ class Networks:
         UserError
             If it cannot be built, or ``model.init`` cannot draw its weights.
         """
-        options, seed = self.options, derive_seed(self.seed, "large-init")
-        if options.init not in (None, *INITIALISERS):
-            raise UserError(f"model.init={options.init}: no such initialiser; one of {', '.join(INITIALISERS)}")
+        return self._build("large-init")
+
+    def scratch(self, architecture: Architecture) -> nn.Module:
+        """Build a pruned network with every weight drawn anew, in its own widths.
+
+        Raises
+        ------
+        UserError
+            If a tensor that is drawn at random kept the values of the unpruned network.
+        """
+        unpruned = self.large()
+        network = reshape(unpruned, architecture)
+        before = {name: tensor.clone() for name, tensor in full_state(network).items()}
+        # Another stream than that of large: sharing it would be half a lottery ticket.
+        with seeded(derive_seed(self.seed, "scratch-init")):
+            self._draw(network, self.init_of(unpruned) or "reset_parameters")
+            draw_masked(network, architecture.masks)
+        kept = [name for name, tensor in full_state(network).items() if torch.equal(tensor, before[name])]
+        # Of these, what another seed gives other values was drawn; all else is a constant by design.
+        other = full_state(reshape(self._build("other-init"), architecture)) if kept else {}
+        shared = [name for name in kept if not torch.equal(before[name], other[name])]
+        if shared:
+            more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+            raise UserError(
+                f"model.name={self.options.name}: scratch arms cannot draw {shared[0]}{more} anew: it would keep the "
+                f"values of the unpruned network; {_OWN_INITIALISER}"
+            )
+        return network
+
+    def _build(self, purpose: str) -> nn.Module:
+        """Build the unpruned network with weights that a purpose of the seed decides."""
+        options, seed = self.options, derive_seed(self.seed, purpose)
+        initialiser(options.init or "reset_parameters")
         with seeded(seed):
             network = build_model(
                 options.name, num_classes=self.info.num_classes, in_channels=self.info.channels, **self.build_options
             )
         init = self.init_of(network)
         if init is not None:
-            try:
-                # From the start of the stream again: what the constructor draws does not count.
-                with seeded(seed):
-                    INITIALISERS[init](network)
-            except ValueError as error:
-                raise UserError(f"model.init={init}: {error}; give it one, or leave model.init out") from None
+            # From the start of the stream again: what the constructor draws does not count.
+            with seeded(seed):
+                self._draw(network, init)
         return network
 
-    def scratch(self, architecture: Architecture) -> nn.Module:
-        """Build a pruned network with every weight drawn anew, in its own widths."""
-        unpruned = self.large()
-        network = reshape(unpruned, architecture)
-        # Another stream than that of large: sharing it would be half a lottery ticket.
-        with seeded(derive_seed(self.seed, "scratch-init")):
-            INITIALISERS[self.init_of(unpruned) or "reset_parameters"](network)
-            draw_masked(network, architecture.masks)
-        return network
+    def _draw(self, network: nn.Module, init: str) -> None:
+        try:
+            initialiser(init)(network)
+        except ValueError as error:
+            raise UserError(f"model.init={init}: {error}; give it one, or leave model.init out") from None
+        except Exception as error:  # a user's initialiser may raise anything
+            if init in INITIALISERS:
+                raise
+            raise UserError(f"model.init={init}: failed with {type(error).__name__}: {first_line(error)}") from error
 
     def load(self, architecture: Architecture, weights: Mapping[str, Tensor]) -> nn.Module:
         """Build a network with these weights."""
         network = reshape(self.large(), architecture)
-        network.load_state_dict(weights)
+        load_full_state(network, weights)
         return network
 
 
@@ -121,28 +178,9 @@ def reference_macs(name: str, info: DatasetInfo) -> int:
     return count_cost(reference, (info.channels, info.image_size, info.image_size)).macs
 
 
-def _check_redrawn(model: nn.Module, name: str) -> None:
+def _check_redrawn(model: nn.Module, where: str) -> None:
     """Raise `UserError` if some module of a network of no known family cannot draw its weights anew."""
     try:
         INITIALISERS["reset_parameters"](on_meta(model))
     except ValueError as error:
-        raise UserError(
-            f"model.name={name}: scratch arms cannot draw its weights anew: {error}; "
-            f"give that module a reset_parameters(), or name an initialiser with model.init"
-        ) from None
-
-
-def _check_output(model: nn.Module, info: DatasetInfo, name: str) -> None:
-    """Raise `UserError` unless a network takes one image and gives its logits."""
-    where = f"model.name={name}"
-    try:
-        with torch.no_grad():
-            output = model.eval()(torch.zeros(1, info.channels, info.image_size, info.image_size))
-    except Exception as error:  # a user's forward may raise anything
-        size = f"{info.channels} x {info.image_size} x {info.image_size}"
-        raise UserError(
-            f"{where}: fails on images of {size} (dataset.channels, dataset.image_size): {first_line(error)}"
-        ) from error
-    if not (isinstance(output, Tensor) and output.shape == (1, info.num_classes)):
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UserError(f"{where}: must give logits of 1 x {info.num_classes} for one image; gave {shape}")
+        raise UserError(f"{where}: scratch arms cannot draw its weights anew: {error}; {_OWN_INITIALISER}") from None

@@ -20,6 +20,8 @@ from rethink_prune.study.keys import KeyParts, key_parts
 from rethink_prune.study.networks import Networks, reference_macs
 from rethink_prune.study.plan import StageSpec, needs_pruning, plan_study
 from rethink_prune.study.pretrained import Checkpoint, read_checkpoint
+from rethink_prune.study.trial import try_training
+from rethink_prune.surgery.cut import reshape
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision
 
@@ -99,8 +101,11 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
     pruner = find_pruner(config.pruner.name)(config.pruner)
     networks = Networks(config.model, inputs.info, config.seed)
     model = networks.large()
-    networks.check(model, draws_anew=draws_anew(config.arms))
+    runtime = networks.check(model, runtime, draws_anew=draws_anew(config.arms))
     target = pruner.target(model, torch.zeros(1, *inputs.image_shape), config.model.name)
+    if networks.is_own:
+        pruned = reshape(model, target.rehearsal())
+        try_training(pruned, inputs.info, runtime, f"model.name={config.model.name}: pruned")
     if needs_pruning(target, config.arms):
         pruner.check_images(target, inputs.info.train_images)
     source = config.large.checkpoint

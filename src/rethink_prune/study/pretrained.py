@@ -4,9 +4,11 @@ Nothing here executes code from a file: safetensors, and torch files with ``weig
 """
 
 import hashlib
+import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,11 @@ from rethink_prune.errors import UserError, first_line
 from rethink_prune.files import file_digest
 from rethink_prune.store.stage import MODEL_FILE, Stage
 
+log = logging.getLogger(__name__)
+
 TORCHVISION = "torchvision:"
+# Under which names training scripts keep the state dict of a network; the average of the weights (EMA) comes last.
+_STATES = ("state_dict", "model", "module", "state_dict_ema", "model_ema")
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ def read_checkpoint(source: str, model: nn.Module, network: str) -> Checkpoint:
     ----------
     source : str
         A stage folder; a safetensors file; a torch file with a state dict, or with a dict that holds one as
-        ``state_dict`` or ``model``; or ``torchvision:NAME``, the weights of that name for a torchvision network.
+        ``state_dict``, ``model``, ``module``, ``state_dict_ema`` or ``model_ema``; or ``torchvision:NAME``, the weights
+        of that name for a torchvision network. Names may have a prefix, such as ``module.`` or ``model.``.
     model : torch.nn.Module
         The unpruned network.
     network : str
@@ -76,10 +83,15 @@ def read_checkpoint(source: str, model: nn.Module, network: str) -> Checkpoint:
         if not path.is_file():
             raise UserError(f"large.checkpoint={source}: no such file or folder")
         state, digest = _file_state(path, source), file_digest(path)
-    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
     expected = model.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is not in {network}" for name in state if name not in expected]
+    state = _match_names(state, expected, source)
+    # As torch's own strict load_state_dict: files from before batch norms counted batches are complete.
+    optional = {name for name in expected if name.endswith("num_batches_tracked")}
+    state = {name: expected[name] for name in optional if name not in state} | state
+    missing = [f"{name} is missing" for name in expected if name not in state]
+    unknown = [f"{name} is not in {network}" for name in state if name not in expected]
+    # In turn, so that names with an unexpected prefix stand beside those they may be meant for.
+    problems = [problem for pair in zip_longest(missing, unknown) for problem in pair if problem]
     problems += [
         f"{name} is {tuple(state[name].shape)} and should be {tuple(tensor.shape)}"
         for name, tensor in expected.items()
@@ -105,12 +117,35 @@ def _file_state(path: Path, source: str) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # torch.load fails in as many ways as files can be damaged
         raise UserError(f"large.checkpoint={source}: cannot be read ({first_line(error)})") from None
-    for key in ("state_dict", "model"):
+    for key in _STATES:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not (isinstance(content, Mapping) and all(map(_is_dense, content.values()))):
-        raise UserError(f"large.checkpoint={source}: holds no state dict, nor one as 'state_dict' or 'model'")
+        raise UserError(f"large.checkpoint={source}: holds no state dict, nor one as {_named(_STATES)}")
     return dict(content)
+
+
+def _match_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return a state dict under a network's names, without what wrappers of the network put before these."""
+    # Of torch.compile, and of the average of weights.
+    state = {str(name).replace("_orig_mod.", ""): tensor for name, tensor in state.items() if name != "n_averaged"}
+    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
+    if not needed or set(needed) <= state.keys():
+        return state
+    candidates = {name.removesuffix(needed[0]) for name in state if name.endswith(f".{needed[0]}")}
+    prefixes = sorted(p for p in candidates if all(f"{p}{name}" in state for name in needed))
+    if len(prefixes) > 1:
+        raise UserError(f"large.checkpoint={source}: holds several networks of these names: {', '.join(prefixes)}")
+    if not prefixes:
+        return state
+    (prefix,) = prefixes
+    if others := [name for name in state if not name.startswith(prefix)]:
+        log.warning("large.checkpoint=%s: takes what is in %s; leaves out %s", source, prefix[:-1], ", ".join(others))
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _named(names: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
 
 
 def _is_dense(value: object) -> bool:

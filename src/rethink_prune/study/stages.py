@@ -11,7 +11,7 @@ from typing import Any
 
 from rethink_prune.errors import Interrupted
 from rethink_prune.store.metrics import read_metrics, write_metrics
-from rethink_prune.store.stage import MODEL_FILE, Done, Failed, Stage
+from rethink_prune.store.stage import MODEL_FILE, SAMPLE_FILE, Done, Failed, Stage
 from rethink_prune.store.weights import save_weights
 from rethink_prune.study.keys import stage_name
 from rethink_prune.study.plan import StageSpec
@@ -102,6 +102,7 @@ class Runner:
         network, dataset = self._study.parts.training["network"], self._study.inputs.dataset
         images = {"mean": list(dataset.mean), "std": list(dataset.std)}
         config = {"network": network, "images": images, "key": dict(spec.key or {}), "title": spec.title}
+        config["seed"] = self._study.config.seed
         stage.begin(config, parent.started if parent else None)
 
         def on_epoch(rows: list[Row]) -> None:
@@ -116,6 +117,7 @@ class Runner:
         try:
             product = do_stage(self._study, self._interrupts, spec, parent, StageAccess(checkpoints, on_epoch))
             save_weights(stage.model_file, product.weights)
+            save_weights(stage.folder / SAMPLE_FILE, {"logits": product.sample})
             product.architecture.save(stage.folder)
         except Diverged as failure:
             stage.fail(str(failure), epoch=failure.epoch)
@@ -125,7 +127,7 @@ class Runner:
             stage.stop()
             raise
         result = {**product.result, "peak_memory_bytes": peak_memory(device)}
-        stage.finish(result, files=(MODEL_FILE, "architecture.json"))
+        stage.finish(result, files=(MODEL_FILE, SAMPLE_FILE, "architecture.json"))
         # Only now: a kill before this line goes on from the last checkpoint.
         checkpoints.clear()
         log.info("%s: %.2f %% top-1 in %.1f s", spec.title, result["top1"], result["seconds"])

@@ -6,16 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rethink_prune.cost import Cost, count_cost
 from rethink_prune.data import Epoch
-from rethink_prune.seeds import derive_generator
+from rethink_prune.errors import UserError
+from rethink_prune.pruning import PRUNERS, PruneResult
+from rethink_prune.seeds import derive_generator, derive_seed, seeded
+from rethink_prune.state import full_state, sample_logits
 from rethink_prune.store.stage import Done
 from rethink_prune.store.weights import load_stage_weights
 from rethink_prune.study.keys import shared_by_processes
 from rethink_prune.study.plan import UNPRUNED, StageSpec
 from rethink_prune.study.prepare import PreparedStudy
+from rethink_prune.study.trial import UNSEEDED
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.evaluate import evaluate
@@ -37,11 +42,14 @@ class Product:
         Of the network it fits.
     result : dict
         What is recorded; plain values.
+    sample : Tensor
+        What `sample_logits` gives for it.
     """
 
     weights: Mapping[str, Tensor]
     architecture: Architecture
     result: dict[str, Any]
+    sample: Tensor
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ def do_stage(
     # The other processes build the same shapes; the weights reach them as the training starts.
     study.processes.order(Order(spec, shared_by_processes(study.runtime.device.type, study.parts)))
     progress = train_stage(study, spec, model, interrupts, checkpoints=access.checkpoints, on_epoch=access.on_epoch)
-    return Product(model.state_dict(), spec.architecture, _training_result(progress.rows, spec.cost, progress.seconds))
+    result = _training_result(progress.rows, spec.cost, progress.seconds)
+    return Product(full_state(model), spec.architecture, result, sample_logits(model, study.inputs.image_shape))
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,8 @@ def train_stage(
     hooks = study.pruner.sparse(study.target) if spec.kind == "sparse" else HeldMasks(spec.architecture.masks)
     if study.config.sync_batchnorm:
         study.processes.share_norms(model, study.runtime.device)
-    hooks.prepare(model)
+    with seeded(derive_seed(study.config.seed, "prepare")):
+        hooks.prepare(model)
     progress = train(
         model,
         study.inputs.train_batches,
@@ -152,22 +162,21 @@ def take_given(study: PreparedStudy) -> Product:
         "processes": given.result.get("processes", []),
         "seconds": time.monotonic() - start,
     }
-    return Product(given.state, UNPRUNED, result)
+    return Product(given.state, UNPRUNED, result, sample_logits(model, study.inputs.image_shape))
 
 
 def prune_network(study: PreparedStudy, weights: Mapping[str, Tensor]) -> Product:
     """Prune a trained network, and evaluate what is left before any retraining."""
     start = time.monotonic()
     model = study.networks.load(UNPRUNED, weights)
-    pruned = study.pruner.prune(
-        model.eval(),
-        study.target,
-        # The images of the first epoch, in its order.
-        data=Epoch(study.inputs.train_batches, 0),
-        generator=derive_generator(study.config.seed, "prune"),
-    )
+    pruned = _prune(study, model)
+    # Ours draw from the generator they are given; a user's own is asked twice, which costs little beside training.
+    if study.config.pruner.name not in PRUNERS:
+        first, second = full_state(pruned.model), full_state(_prune(study, model).model)
+        if first.keys() != second.keys() or not all(torch.equal(second[name], first[name]) for name in first):
+            raise UserError(f"pruner.name={study.config.pruner.name}: {UNSEEDED}")
     # Taken before the evaluation moves the network to the device: these tensors stay on the CPU.
-    state = pruned.model.state_dict()
+    state = full_state(pruned.model)
     result = {
         **_evaluation_result(study, pruned.model),
         **asdict(count_cost(pruned.model, study.inputs.image_shape, masks=pruned.architecture.masks)),
@@ -176,7 +185,19 @@ def prune_network(study: PreparedStudy, weights: Mapping[str, Tensor]) -> Produc
         "epochs": 0,
         "seconds": time.monotonic() - start,
     }
-    return Product(state, pruned.architecture, result)
+    return Product(state, pruned.architecture, result, sample_logits(pruned.model, study.inputs.image_shape))
+
+
+def _prune(study: PreparedStudy, model: nn.Module) -> PruneResult:
+    seed = study.config.seed
+    with seeded(derive_seed(seed, "prune")):
+        return study.pruner.prune(
+            model.eval(),
+            study.target,
+            # The images of the first epoch, in its order.
+            data=Epoch(study.inputs.train_batches, 0),
+            generator=derive_generator(seed, "prune"),
+        )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ _FORMAT = "rethink-prune architecture 2"
 OUTPUT_WIDTHS = ("out_channels", "out_features", "num_features", "num_parameters")
 INPUT_WIDTHS = ("in_channels", "in_features")
 _ATTRIBUTES = (*OUTPUT_WIDTHS, *INPUT_WIDTHS, "groups", "padding")
+# The buffer with the channels that a module selects.
+SELECTED = "selected"
 # The fields that hold tensors.
 _TENSOR_FIELDS = ("selections", "masks")
 _SUFFIX = ".selected"
@@ -206,8 +208,8 @@ def select_inputs(module: nn.Module, indexes: torch.Tensor) -> None:
     """
     # Pruned a second time, the module has the hook already.
     if not selects(module):
-        module.register_forward_pre_hook(_read_selected)
-    module.register_buffer("selected", indexes.to(torch.int64), persistent=False)
+        module.register_forward_pre_hook(read_selected)
+    module.register_buffer(SELECTED, indexes.to(torch.int64), persistent=False)
 
 
 def selects(module: nn.Module) -> bool:
@@ -218,11 +220,12 @@ def selects(module: nn.Module) -> bool:
     >>> selects(nn.Linear(2, 1))
     False
     """
-    return isinstance(getattr(module, "selected", None), torch.Tensor)
+    return read_selected in module._forward_pre_hooks.values()
 
 
-def _read_selected(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (args[0].index_select(1, module.get_buffer("selected")), *args[1:])
+def read_selected(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Replace a module's input by what it selects; the hook that `select_inputs` registers."""
+    return (args[0].index_select(1, module.get_buffer(SELECTED)), *args[1:])
 
 
 def selection_of(module: str) -> str:

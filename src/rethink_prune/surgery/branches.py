@@ -1,6 +1,5 @@
 """Removing residual branches: what a branch was added to remains."""
 
-import copy
 import operator
 from collections.abc import Mapping, Sequence, Set
 
@@ -9,12 +8,13 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from rethink_prune.copying import copy_network
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.surgery.graph import have_same_calls, operation_name, overwrites_operand, run_graph, trace
 
 
-def remove_branches(model: nn.Module, ends: Sequence[str]) -> fx.GraphModule:
+def remove_branches(model: nn.Module, ends: Sequence[str]) -> nn.Module:
     """Return a copy of a residual network without some branches.
 
     Parameters
@@ -26,7 +26,7 @@ def remove_branches(model: nn.Module, ends: Sequence[str]) -> fx.GraphModule:
 
     Returns
     -------
-    fx.GraphModule
+    torch.nn.Module
         Without the modules and parameters that only these branches used; the state-dict keys of the others stay.
 
     Raises
@@ -47,7 +47,7 @@ def remove_branches(model: nn.Module, ends: Sequence[str]) -> fx.GraphModule:
     >>> list(remove_branches(Residual(), ["branch"]).state_dict())
     ['stem.weight', 'stem.bias']
     """
-    model = copy.deepcopy(model)
+    model = copy_network(model)
     network, shapes = type(model).__name__, on_meta(model)
     # The result runs one graph in both modes.
     graph = trace(shapes, training=True)

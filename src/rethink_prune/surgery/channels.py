@@ -6,7 +6,7 @@ channels that have to go together are a *unit*, the units of a layer (or of laye
 for `cut` to take.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,11 +35,14 @@ Positions = tuple[int, ...]
 class ChannelGroup:
     """Channels to choose among: any of its units may go as long as one remains.
 
+    Its units are alike: each has as many channels as any other in every layer and operation that it reaches. So shapes
+    and cost of the pruned network depend on how many units of each group go, not on which.
+
     Attributes
     ----------
     name : str
         Name of the first layer in order of execution, followed by ``#2``, ``#3``, ... for further groups that
-        start with the same layer.
+        start with the same layer, such as the second half of an output that is split in two.
     kind : {"conv", "linear", "selection"}
         What the first layer is.
     layers : tuple of str
@@ -227,14 +230,15 @@ class Channels:
         """Each group by name, with the numbers of its units and whether they are coupled."""
         norm_ids = {n: v for n, v in self._ids.features.items() if isinstance(self._ids.modules[n], _BatchNorm)}
         layers_of, norms_of = self._places(self._ids.outputs), self._places(norm_ids)
-        # Units of the same layers are alike; where a layer has several kinds, each is a group, so that no
-        # choice within groups empties a layer. (The streams of a ResNet with padded shortcuts: 16, 16 more
-        # and 32 more channels.)
-        members: defaultdict[tuple[bool, tuple[str, ...]], list[int]] = defaultdict(list)
+        # Where a layer has units of several kinds, each kind is a group, so that no choice within groups empties a
+        # layer or decides a shape. (The streams of a ResNet with padded shortcuts: 16, 16 more and 32 more channels;
+        # the halves of an output that is split between two branches.)
+        reached = self._reached()
+        members: defaultdict[tuple[bool, tuple[str, ...], frozenset[tuple[int, int]]], list[int]] = defaultdict(list)
         for unit, places in layers_of.items():
-            members[unit in self._coupled, tuple(places)].append(unit)
+            members[unit in self._coupled, tuple(places), frozenset(reached[unit].items())].append(unit)
         found: dict[str, tuple[ChannelGroup, list[int], bool]] = {}
-        for (coupled, layers), units in members.items():
+        for (coupled, layers, _), units in members.items():
             same = sum(group.layers[0] == layers[0] for group, _, _ in found.values())
             name = f"{layers[0]}#{same + 1}" if same else layers[0]
             linear = isinstance(self._ids.modules.get(layers[0]), nn.Linear)
@@ -244,6 +248,21 @@ class Channels:
             group = ChannelGroup(name, kind, layers, tuple(layers_of[unit] for unit in units), norms)
             found[name] = group, units, coupled
         return found
+
+    def _reached(self) -> defaultdict[int, Counter[int]]:
+        """Return for each unit which lists of channels it is in, and how often."""
+        ids = self._ids
+        lists = [
+            *(values for table in (ids.outputs, ids.inputs, ids.features) for values in table.values()),
+            *(side for _, sides in ids.paddings.values() for side in sides),
+            *(piece for constant in ids.constants for piece in (constant.stream, *constant.pieces)),
+            *(node.stream.ids for node in ids.nodes.values() if node.stream is not None),
+        ]
+        reached: defaultdict[int, Counter[int]] = defaultdict(Counter)
+        for index, values in enumerate(lists):
+            for unit, count in zip(*np.unique(self._unit_of[values], return_counts=True), strict=True):
+                reached[int(unit)][index] = int(count)
+        return reached
 
     def _places(self, table: Mapping[str, Ids]) -> dict[int, dict[str, Positions]]:
         """Return for each unit that can go the modules it appears in, and where."""

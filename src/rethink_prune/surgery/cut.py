@@ -5,13 +5,13 @@ built network the same shapes, so that ``load_state_dict`` fits: there is no pic
 with a list of widths.
 """
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from rethink_prune.copying import copy_network
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.surgery.architecture import INPUT_WIDTHS, OUTPUT_WIDTHS, Architecture, select_inputs
@@ -36,7 +36,8 @@ def apply(model: nn.Module, plan: CutPlan) -> tuple[nn.Module, Architecture]:
     -------
     pruned : nn.Module
         Keeps class, state-dict keys, mode, dtypes, devices and ``requires_grad``. Where a constant in the
-        forward pass had to change (``x[:, :8]``), it is an ``fx.GraphModule`` with the same modules inside.
+        forward pass had to change (``x[:, :8]``), its class is derived
+        from the network's.
         Its parameters are new: build the optimiser afterwards.
     architecture : Architecture
 
@@ -111,7 +112,7 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
 
 def _cut(model: nn.Module, outputs: _Kept, inputs: _Kept, architecture: Architecture) -> nn.Module:
     """Return a copy of `model` with these rows and columns of its tensors, attributes and selections."""
-    # deepcopy takes from `memo` what is already copied. With the cut tensors there, the full ones are never
+    # The copy takes from `memo` what is already copied. With the cut tensors there, the full ones are never
     # copied, and a tensor with two owners stays one tensor.
     memo: dict[int, Any] = {}
     for name in outputs.keys() | inputs.keys():
@@ -131,7 +132,7 @@ def _cut(model: nn.Module, outputs: _Kept, inputs: _Kept, architecture: Architec
             if isinstance(tensor, nn.Parameter):
                 cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = cut
-    result = copy.deepcopy(model, memo)
+    result = copy_network(model, memo)
     for name, values in architecture.modules.items():
         for attribute, value in values.items():
             # JSON has lists for tuples; torch wants a tuple for a padding.

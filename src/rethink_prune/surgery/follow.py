@@ -15,8 +15,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from rethink_prune.copying import uncopyable_attributes
 from rethink_prune.surgery import function_rules
-from rethink_prune.surgery.architecture import selection_of, selects
+from rethink_prune.surgery.architecture import read_selected, selection_of, selects
 from rethink_prune.surgery.channel_ids import Call, ChannelIds, ChannelStream, Flow, FollowedNode, Ids, NoRule
 from rethink_prune.surgery.graph import called_module, describe_call, infer_values, operation_name
 
@@ -80,8 +81,11 @@ def follow_channels(
             if isinstance(flow, ChannelStream) and len(flow.ids) != call.result.shape[flow.axis]:
                 flow = None
                 raise NoRule
-        except NoRule as reason:
-            ids.freeze_operands(call, str(reason) or f"unknown form of {call.name}")
+        except NoRule as refusal:
+            reason = str(refusal) or f"unknown form of {call.name}"
+            ids.freeze_operands(call, reason)
+            if isinstance(module, _LAYERS) and call.label not in ids.outputs:  # listed among those that stay whole
+                ids.outputs[call.label] = ids.fresh_frozen(module.weight.shape[0], reason)
         flows[node] = flow
         if isinstance(call.result, torch.Tensor):
             followed = flow if isinstance(flow, ChannelStream) else None
@@ -116,6 +120,8 @@ def tie_shared_parameters(ids: ChannelIds) -> None:
 def _follow_module(ids: ChannelIds, call: Call, selecting: str | None) -> Flow:
     """Apply the rule of a call's module, which may read a selection of its input; see `channels.analyse`."""
     module: Any = call.module
+    if reason := _hidden_behaviour(module):
+        raise NoRule(reason)
     if call.channel_flows() and (selects(module) or _may_select(call.node, ids.modules, selecting)):
         call = _read_selection(ids, call, module)
     # Exact classes, and no further parameters: a subclass or a parametrization may compute something else.
@@ -132,6 +138,18 @@ def _follow_module(ids: ChannelIds, call: Call, selecting: str | None) -> Flow:
     if rule is None or isinstance(module, _NOT_ELEMENTWISE) or "Unpool" in call.name:
         raise NoRule(f"unknown module {call.name}")
     return rule(ids, call)
+
+
+def _hidden_behaviour(module: nn.Module) -> str:
+    """Return why a module may compute something else than its class does; empty if it does not."""
+    before = [hook for hook in module._forward_pre_hooks.values() if hook is not read_selected]
+    if before or module._forward_hooks:
+        return "has a forward hook"
+    if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
+        return "its forward was replaced"
+    if shared := uncopyable_attributes(module):
+        return f"holds {shared[0]}, which cannot be copied"
+    return ""
 
 
 def _follow_layer(ids: ChannelIds, call: Call, layer: Any) -> ChannelStream:

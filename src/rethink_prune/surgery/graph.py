@@ -2,7 +2,8 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,12 +48,14 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
     >>> [node.name for node in trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).nodes]
     ['input_1', '_0', '_1', 'output']
     """
+    if "forward" in vars(model):
+        raise UserError(f"{type(model).__name__}: its forward was replaced on the instance, which torch.fx ignores")
     model.train(training)
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     try:
         # A forward pass that draws random numbers draws them while it is traced, too.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _autograd_functions_as_calls():
             graph = _Tracer().trace(model, concrete_args=defaults or None)
     except Exception as error:  # a user's forward may raise anything when it is given proxies
         name, reason = type(model).__name__, first_line(error)
@@ -63,6 +66,25 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
             node.args = (node.kwargs["input"],)
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
     return graph
+
+
+@contextmanager
+def _autograd_functions_as_calls() -> Iterator[None]:
+    """Let a trace have one call for an autograd function: its backward pass is not that of what its forward runs."""
+    plain: Any = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        function = plain.__get__(None, cls)
+        proxies = [argument for argument in (*args, *kwargs.values()) if isinstance(argument, fx.Proxy)]
+        if not proxies:
+            return function(*args, **kwargs)
+        return proxies[0].tracer.create_proxy("call_function", function, args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = plain
 
 
 class _ShapeInterpreter(fx.Interpreter):
@@ -220,13 +242,15 @@ def overwrites_operand(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return name.endswith("_") or name in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace"))
 
 
-def run_graph(model: nn.Module, graph: fx.Graph, traced: nn.Module) -> fx.GraphModule:
-    """Return a graph module around the modules of `model`, which must not be used any more.
+def run_graph(model: nn.Module, graph: fx.Graph, traced: nn.Module) -> nn.Module:
+    """Return `model` with `graph` as its forward pass: of a class derived from its own, which keeps all else.
+
+    Its own ``train()``, hooks, attributes, extra state and further methods stay, and so does ``isinstance``.
 
     Parameters
     ----------
     model : nn.Module
-        The network with its weights.
+        The network with its weights; changed in place.
     graph : fx.Graph
         A changed trace of `traced`.
     traced : nn.Module
@@ -235,17 +259,15 @@ def run_graph(model: nn.Module, graph: fx.Graph, traced: nn.Module) -> fx.GraphM
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(2, 1))
-    >>> type(run_graph(model, trace(model), model)).__name__, list(model.state_dict())
-    ('Sequential', ['0.weight', '0.bias'])
+    >>> result = run_graph(model, trace(model), model)
+    >>> isinstance(result, nn.Sequential), list(result.state_dict())
+    (True, ['0.weight', '0.bias'])
     """
     for node in graph.nodes:
         if node.op == "get_attr" and hasattr(traced, node.target) and not hasattr(model, node.target):
             # A tensor that the forward pass creates; the tracer put it into the module it traced.
             model.register_buffer(node.target, getattr(traced, node.target), persistent=False)
-    result = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    # It holds what its graph uses, in plain containers. With the network's own tables instead, the keys of
-    # the state dict, their order and unused parts (auxiliary heads) remain.
-    for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-        setattr(result, table, getattr(model, table))
-    result.training = model.training
-    return result
+    # The graph's code reaches modules and tensors through the network it is a method of.
+    code, own = type(fx.GraphModule(model, graph)), type(model)
+    model.__class__ = type(own.__name__, (own,), {"forward": code.forward, "__module__": own.__module__})
+    return model

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from rethink_prune.files import write_atomically
+from rethink_prune.state import full_state, load_full_state
 from rethink_prune.training.distributed import Processes
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress
@@ -117,7 +118,11 @@ class TrainingSaver:
         if state is None:
             return Progress()
         for name, part in self.parts.items():
-            part.load_state_dict(state.pop(name))
+            saved = state.pop(name)
+            if isinstance(part, nn.Module):
+                load_full_state(part, saved)
+            else:
+                part.load_state_dict(saved)
         progress = Progress(**state)
         if not self.processes.is_first:
             # The saved totals are sums over all processes: they count once, in the first one.
@@ -145,7 +150,10 @@ class TrainingSaver:
         # Every process takes part in the sum; the first one writes.
         totals = self.processes.sum(progress.totals)
         if self.checkpoints is not None:
-            parts = {name: part.state_dict() for name, part in self.parts.items()}
+            parts = {
+                name: full_state(part) if isinstance(part, nn.Module) else part.state_dict()
+                for name, part in self.parts.items()
+            }
             # Earlier versions wrote the same names: their checkpoints can be read, and they can read these.
             state = {**vars(replace(progress, totals=totals)), **parts}
             self.checkpoints.save(state, epoch=progress.epoch, step=progress.step)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rethink_prune.data.batches import EvalBatches
+from rethink_prune.outputs import main_output
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.runtime import Runtime
 
@@ -56,7 +57,7 @@ def evaluate(model: nn.Module, batches: EvalBatches, *, runtime: Runtime, proces
     classes = 0
     for images, labels in batches.part(processes.shard):
         with runtime.autocast():
-            logits = model(images)
+            logits = main_output(model(runtime.take(images)))
         classes = logits.shape[1]
         totals[:2] += loss_and_correct(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
         best = logits.topk(min(5, classes), dim=1).indices

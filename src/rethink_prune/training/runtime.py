@@ -31,6 +31,8 @@ class Runtime:
     accelerate : {"auto", "compile", "off"}
         ``auto`` takes the channels-last memory format and, on CUDA, a fused optimiser and recorded steps
         (:mod:`rethink_prune.training.step`); ``compile`` takes ``torch.compile`` as well.
+    contiguous : bool
+        Take the contiguous memory format whatever `accelerate` says, for a network that runs on no other.
     checkpoint_seconds : float
         At least this long between two checkpoints.
     show_progress : bool
@@ -50,6 +52,7 @@ class Runtime:
     device: torch.device
     precision: str
     accelerate: str = "auto"
+    contiguous: bool = False
     checkpoint_seconds: float = 60.0
     show_progress: bool = False
 
@@ -58,11 +61,19 @@ class Runtime:
         """Whether a CUDA device runs the fused optimiser and recorded steps."""
         return self.accelerate != "off" and self.device.type == "cuda"
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How images and weights lie in memory."""
+        # The fastest convolutions of cuDNN and oneDNN read images in the channels-last format.
+        return torch.contiguous_format if self.contiguous or self.accelerate == "off" else torch.channels_last
+
     def place(self, model: nn.Module) -> nn.Module:
         """Move `model` to the device, in the memory format in which its convolutions are fastest."""
-        # The fastest convolutions of cuDNN and oneDNN read images in the channels-last format.
-        memory_format = torch.contiguous_format if self.accelerate == "off" else torch.channels_last
-        return model.to(self.device).to(memory_format=memory_format)
+        return model.to(self.device).to(memory_format=self.memory_format)
+
+    def take(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images in the memory format of the network."""
+        return images.contiguous(memory_format=self.memory_format)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which the forward pass runs; weights and their updates stay in float32."""

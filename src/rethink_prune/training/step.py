@@ -16,11 +16,11 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 
 from rethink_prune.errors import UserError, first_line
+from rethink_prune.outputs import main_output, output_loss
 from rethink_prune.training.distributed import is_connection_error
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.runtime import Runtime
@@ -116,9 +116,8 @@ class PlainStep:
         with _translate_refused_operations():
             # Forward alone: the backward pass takes the types that the forward pass has chosen.
             with self.runtime.autocast():
-                logits = self.forward(images)
-            # In float32 also where the logits are bfloat16, whose 8 bits are too few for a softmax.
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+                output = self.forward(images)
+            loss = output_loss(output, labels, label_smoothing=self.label_smoothing)
             (loss * weight).backward()
             lr = self.optimizer.param_groups[0]["lr"]
             self.hooks.before_step(self.model, lr)
@@ -126,7 +125,7 @@ class PlainStep:
             self.hooks.after_step(self.model, lr)
             # At the end, not before the next forward pass: no gradient takes memory while the network is evaluated.
             self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), logits.detach()
+        return loss.detach(), main_output(output).detach()
 
 
 @contextmanager

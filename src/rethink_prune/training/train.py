@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rethink_prune.data.batches import EvalBatches, TrainBatches
-from rethink_prune.seeds import derive_seed
+from rethink_prune.seeds import derive_seed, seed_generators
 from rethink_prune.training.checkpoint import Checkpoints, Parts, TrainingSaver
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.evaluate import Evaluation, evaluate, loss_and_correct
@@ -128,7 +128,7 @@ def train(
                 # The parts of a batch may differ in size: weighted, their mean gradient is that of the whole batch.
                 weight = shard.weight(len(labels), size)
                 # Forward, loss, backward, optimizer.step() and optimizer.zero_grad(): see PlainStep in step.py.
-                loss, logits = step(images, labels, weight)
+                loss, logits = step(runtime.take(images), labels, weight)
                 progress.totals += loss_and_correct(loss * len(labels), logits, labels) / shard.copies(size)
                 progress.step += 1
                 drawn.update(size)
@@ -164,8 +164,7 @@ def _seed_noise(seed: int, progress: Progress, rank: int, device: torch.device) 
     # needs other draws; the first one draws what a process alone does.
     others = (rank,) if rank else ()
     noise = derive_seed(seed, "noise", progress.epoch, progress.step, *others)
-    # Not torch.manual_seed, which would seed every device of the machine at every step.
-    torch.random.default_generator.manual_seed(noise)
+    seed_generators(noise)
     if device.type == "cuda":
         torch.cuda.manual_seed(noise)
 

@@ -21,6 +21,7 @@ from rethink_prune.config import DatasetConfig
 from rethink_prune.data.source import Contents, DataSource, ImageArray
 from rethink_prune.errors import UserError
 from rethink_prune.imports import import_object
+from rethink_prune.seeds import seeded
 
 
 def own_source(options: DatasetConfig) -> DataSource:
@@ -58,7 +59,9 @@ def _call_factory(options: DatasetConfig, where: str) -> object:
     except TypeError as error:
         raise UserError(f"dataset.args={options.args}: {options.name} is called with these and root: {error}") from None
     try:
-        return factory(root=options.root, **options.args)
+        # What it draws from global generators is the same for every study, whatever that study's seed is.
+        with seeded(0):
+            return factory(root=options.root, **options.args)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{where}: failed with {reason} (HYDRA_FULL_ERROR=1 shows where)") from error

@@ -1,0 +1,61 @@
+"""What networks return: logits alone, or logits among other things, such as those of auxiliary heads."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+# The names of the logits in outputs with names.
+_MAIN = ("logits", "out")
+# torchvision's networks with auxiliary heads: by the class of their output in training mode, its fields with the
+# weights of their losses: 0.3 in GoogLeNet (arXiv:1409.4842), 0.4 in torchvision's recipe of Inception v3.
+_AUXILIARY = {
+    "GoogLeNetOutputs": {"aux_logits2": 0.3, "aux_logits1": 0.3},
+    "InceptionOutputs": {"aux_logits": 0.4},
+}
+
+
+def main_output(output: Any) -> Any:
+    """Return the logits among what a network returns: the field ``logits`` or ``out``, or else the first value.
+
+    Examples
+    --------
+    >>> import torch
+    >>> main_output({"aux": torch.zeros(1), "out": torch.ones(1)})
+    tensor([1.])
+    >>> main_output((torch.ones(1), torch.zeros(1)))
+    tensor([1.])
+    """
+    if isinstance(output, Tensor):
+        return output
+    for name in _MAIN:
+        if isinstance(output, Mapping) and name in output:
+            return output[name]
+        if hasattr(output, name):
+            return getattr(output, name)
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    return values[0] if isinstance(values, list | tuple) and values else output
+
+
+def output_loss(output: Any, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy of the logits, and of torchvision's auxiliary heads with their weights."""
+    weights = {None: 1.0, **_auxiliary_weights(output)}
+    heads = {name: main_output(output) if name is None else getattr(output, name) for name in weights}
+    # In float32 also where the logits are bfloat16, whose 8 bits are too few for a softmax.
+    losses = [
+        weights[name] * F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        for name, logits in heads.items()
+        if logits is not None
+    ]
+    return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0])
+
+
+def unused_outputs(output: Any) -> bool:
+    """Tell whether a network returns more than is trained on."""
+    return not isinstance(output, Tensor) and not _auxiliary_weights(output)
+
+
+def _auxiliary_weights(output: Any) -> dict[Any, float]:
+    kind = type(output)
+    return dict(_AUXILIARY.get(kind.__name__, {})) if kind.__module__.startswith("torchvision.models.") else {}
