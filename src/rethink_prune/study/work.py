@@ -169,10 +169,10 @@ def prune_network(study: PreparedStudy, weights: Mapping[str, Tensor]) -> Produc
     """Prune a trained network, and evaluate what is left before any retraining."""
     start = time.monotonic()
     model = study.networks.load(UNPRUNED, weights)
-    pruned = _prune(study, model)
+    pruned = _ask_pruner(study, model)
     # Ours draw from the generator they are given; a user's own is asked twice, which costs little beside training.
     if study.config.pruner.name not in PRUNERS:
-        first, second = full_state(pruned.model), full_state(_prune(study, model).model)
+        first, second = full_state(pruned.model), full_state(_ask_pruner(study, model).model)
         if first.keys() != second.keys() or not all(torch.equal(second[name], first[name]) for name in first):
             raise UserError(f"pruner.name={study.config.pruner.name}: {UNSEEDED}")
     # Taken before the evaluation moves the network to the device: these tensors stay on the CPU.
@@ -188,7 +188,7 @@ def prune_network(study: PreparedStudy, weights: Mapping[str, Tensor]) -> Produc
     return Product(state, pruned.architecture, result, sample_logits(pruned.model, study.inputs.image_shape))
 
 
-def _prune(study: PreparedStudy, model: nn.Module) -> PruneResult:
+def _ask_pruner(study: PreparedStudy, model: nn.Module) -> PruneResult:
     seed = study.config.seed
     with seeded(derive_seed(seed, "prune")):
         return study.pruner.prune(
