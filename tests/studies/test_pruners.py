@@ -13,6 +13,7 @@ from harness import configure
 from rethink_prune import count_cost, load_model
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS
+from rethink_prune.store.metrics import read_metrics
 from rethink_prune.study.run import run_study
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.interrupts import Interrupts
@@ -147,3 +148,12 @@ def test_what_does_not_fit_is_said_before_any_training(
     with pytest.raises(UserError, match=message):
         small_study(*overrides)
     assert not list(tmp_path.glob("store/stages/*"))
+
+
+def test_soft_filters_grow_again_and_the_summary_says_how_many(small_study: Callable[..., dict[str, Any]]) -> None:
+    run = small_study("pruner=soft_filter", "arms=[finetune]", "recipe.epochs=4", "dataset.train_limit=400")
+    rows = read_metrics(Path(run["sparse"]["stage"]))
+    shares = [row["regrown"] for row in rows if "regrown" in row]
+    assert [int(row["epoch"]) for row in rows if "regrown" in row] == [2, 3, 4]
+    assert max(shares) > 5
+    assert run["sparse"]["regrown"] == pytest.approx(sum(shares) / 3)

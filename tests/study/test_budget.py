@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from harness import configure
+from harness import configure, plan_of
 from rethink_prune.config import BudgetConfig, Phase, RecipeConfig
 from rethink_prune.cost import Cost
+from rethink_prune.errors import UserError
 from rethink_prune.study.budget import Budget, scratch_b_epochs, training_for
 from rethink_prune.study.run import run_study
 from rethink_prune.training.interrupts import Interrupts
@@ -100,3 +101,13 @@ def test_budget_rules_reach_the_arms() -> None:
     lengths = [stricter.optimizer("scratch_b", half), *map(other_base.optimizer, ("scratch_b", "large"), (half, half))]
     assert [length.epochs for length in lengths if length] == [320 + 40, 400, 160]
     assert stricter.optimizer("scratch_b", None) is None, "follows from a pruned network that is not known"
+
+
+@pytest.mark.parametrize(("milestones", "fails"), [("[3,8]", True), ("[0.3,0.8]", True), ("[4,8]", False)])
+def test_a_warm_up_that_swallows_the_peak_is_refused(milestones: str, fails: bool) -> None:
+    arguments = ["recipe.epochs=10", "recipe.warmup=3", f"recipe.milestones={milestones}", "arms=[scratch_e]"]
+    if not fails:
+        assert plan_of(configure(*arguments))
+        return
+    with pytest.raises(UserError, match=r"recipe\.warmup=3: the learning rate would fall after epoch 3 of 10"):
+        plan_of(configure(*arguments))

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from rethink_prune.config import BudgetConfig, Phase, RecipeConfig
 from rethink_prune.cost import Cost
+from rethink_prune.errors import UserError
 from rethink_prune.study.arms import Length
 from rethink_prune.training.schedule import OptimizerSpec
 
@@ -125,6 +126,11 @@ class Budget:
         length : {"large", "finetune", "scratch_b"}
         pruned : Cost, optional
             Of the pruned network.
+
+        Raises
+        ------
+        UserError
+            If the learning rate would fall before the warm-up is over.
         """
         phase: Phase = self.recipe.finetune if length == "finetune" else self.recipe
         epochs = base = phase.epochs
@@ -134,6 +140,15 @@ class Budget:
             base, added = self.base_epochs, self.finetune_epochs
             epochs = scratch_b_epochs(base, self.macs_reference, pruned.macs, cap=self.rule.cap, finetune_epochs=added)
         training = training_for(phase, epochs, base)
+        # An arm can be shorter than the warm-up of its phase.
+        warmup = min(phase.warmup, training.epochs - 1)
+        if warmup and training.milestones and training.milestones[0] <= warmup:
+            where = "recipe.finetune" if length == "finetune" else "recipe"
+            raise UserError(
+                f"{where}.warmup={warmup}: the learning rate would fall after epoch {training.milestones[0]} of "
+                f"{training.epochs}, before it has reached {where}.lr={phase.lr:g}; warm up for fewer epochs, or set "
+                f"later {where}.milestones"
+            )
         shared = {"optimizer", "momentum", "nesterov", "weight_decay", "decay_norms", "label_smoothing"}
         return OptimizerSpec(
             **self.recipe.model_dump(include=shared),
@@ -141,8 +156,7 @@ class Budget:
             lr=phase.lr,
             # Steps are written as milestones by now.
             schedule="multistep" if phase.schedule == "step" else phase.schedule,
-            # An arm can be shorter than the warm-up of its phase.
-            warmup=min(phase.warmup, training.epochs - 1),
+            warmup=warmup,
         )
 
     def train_flops(self, cost: Cost | None, phase: OptimizerSpec | None) -> int | None:

@@ -29,6 +29,9 @@ from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress, Row
 from rethink_prune.training.train import train
 
+# Of rows, beside losses and accuracies.
+_COLUMNS = ("epoch", "lr", "images", "processes", "seconds")
+
 
 @dataclass(frozen=True)
 class Product:
@@ -243,6 +246,10 @@ def _training_result(rows: Sequence[Row], cost: Cost, seconds: float) -> dict[st
         "train_flops": cost.train_flops(sum(int(row["images"]) for row in rows)),
         "seconds": seconds,
     }
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name not in _COLUMNS and not name.endswith(("_loss", "_top1", "_top5")):  # what hooks noticed
+            values = [row[name] for row in rows if name in row]
+            result[name] = sum(values) / len(values)
     if "validation_top1" in last:
         selected = max(rows, key=lambda row: row["validation_top1"])
         result["top1_selected"] = selected["test_top1"]

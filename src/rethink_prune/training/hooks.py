@@ -53,8 +53,12 @@ class TrainingHooks:
     def after_step(self, model: nn.Module, lr: float) -> None:
         """Act after the optimiser's step; the gradients are still there."""
 
-    def after_epoch(self, model: nn.Module) -> None:
-        """Act after an epoch's last step, before the network is evaluated; weights change in place."""
+    def after_epoch(self, model: nn.Module) -> Mapping[str, float] | None:
+        """Act after an epoch's last step, before the network is evaluated; weights change in place.
+
+        What is returned gets columns of ``metrics.csv`` of these names; the means over epochs stand in the summary.
+        """
+        return None
 
     def finish(self, model: nn.Module) -> None:
         """Undo in place what `prepare` did, so that the network has its own state-dict keys again."""

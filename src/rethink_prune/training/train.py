@@ -135,7 +135,7 @@ def train(
                 # The end of an epoch is no place to stop: its row is not written yet.
                 if progress.step < batches.steps_per_epoch and progress.step % processes.steps_together == 0:
                     saver.pause(progress, title, spec.epochs)
-            hooks.after_epoch(model)
+            noticed = hooks.after_epoch(model) or {}
             # Running statistics of batch norms differ between processes; the first one's are evaluated and saved.
             processes.share_state(model)
             loss_sum, correct = processes.sum(progress.totals).tolist()
@@ -148,7 +148,7 @@ def train(
                 evaluation = evaluate(model, batches_of_set, runtime=runtime, processes=processes)
                 _check_finite(name, evaluation, progress, lr)
                 row |= evaluation.columns(name)
-            row |= {"processes": processes.world, "seconds": saver.seconds()}
+            row |= {**noticed, "processes": processes.world, "seconds": saver.seconds()}
             scheduler.step()
             progress.complete_epoch(row)
             on_epoch(progress.rows)
