@@ -208,10 +208,24 @@ PerLayerRatio = float | list[float] | dict[str, float]
 Widths = list[int] | dict[str, int]
 
 
+# Options of pruners that came after the first stages were stored.
+_LATER = {"recalibrate", "min_share", "distribution"}
+
+
 class PrunerOptions(Frozen):
-    """What every pruner takes: its name. A pruner adds its own options in a subclass beside its code."""
+    """What every pruner takes. A pruner adds its own options in a subclass beside its code.
+
+    With `recalibrate`, fine-tuning starts with batch norms whose statistics were estimated anew in the pruned network.
+    """
 
     name: str
+    recalibrate: bool = False
+
+    def key(self) -> dict[str, Any]:
+        """Return the options as plain values; those that came later only where they differ from their default."""
+        fields = type(self).model_fields
+        unused = {name for name in _LATER & fields.keys() if getattr(self, name) == fields[name].default}
+        return self.model_dump(mode="json", exclude=unused)
 
     @property
     def target_option(self) -> str:

@@ -106,7 +106,7 @@ class ZeroFilters(TrainingHooks):
     @property
     def key(self) -> Mapping[str, Any]:
         """All options: what is removed in the end is what is zeroed all along. Earlier versions zeroed once more."""
-        return {**self._options.model_dump(mode="json"), "zeroes": "after epochs"}
+        return {**self._options.key(), "zeroes": "after epochs"}
 
     def prepare(self, model: nn.Module) -> None:
         """Give each layer the buffer ``zeroed``."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rethink_prune.report.comparisons import ArmComparison
-from rethink_prune.report.networks import PRUNED, network_label
+from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label
 from rethink_prune.report.results import Report, ResultRow, ResultTable
 from rethink_prune.report.statistics import SeedStatistics
 
@@ -58,12 +58,13 @@ _CAPTIONS = {
     "paper": "Top-1 in percent of the best epoch on the test images, which is what the paper reports (Liu et al. 2019, "
     "arXiv:1810.05270v1). It favours arms that are tested more often, so nothing else here rests on it.",
     "cost": "Means over seeds. MACs are those of convolutions and linear layers for one image; training FLOPs are "
-    "6 x MACs x images; ancestors are the trainings an arm starts from.",
+    "6 x MACs x images; ancestors are the trainings an arm starts from; the search, those that its network's widths "
+    "followed from.",
 }
 _P_COLUMNS = ("p", "p (Holm)", "least p (Holm)", "TOST p (Holm)")
 _DIFFERENCE_COLUMNS = ("arm", "against", "n", "difference", "95 % interval", *_P_COLUMNS)
 _PAPER_COLUMNS = ("arm", "best epoch on test", "paper", "difference")
-_COST_COLUMNS = ("arm", "epochs", "parameters", "MACs", "training FLOPs", "with ancestors")
+_COST_COLUMNS = ("arm", "epochs", "parameters", "MACs", "training FLOPs", "with ancestors", "with search")
 
 
 def report_grids(report: Report) -> list[Grid]:
@@ -103,10 +104,10 @@ def _cost_rows(table: ResultTable) -> _Rows:
     for row in table.rows:
         for result in row.arms:
             # Pruning itself trains nothing, and means over no seed are not known.
-            if result.arm != PRUNED and result.top1 is not None:
+            if result.arm not in (PRUNED, RECALIBRATED) and result.top1 is not None:
                 numbers = (_cell(result.epochs, ",.4g"), _cell(result.params, ",.0f"), _cell(result.macs, ",.0f"))
-                flops = (_cell(result.train_flops, ".3g"), _cell(result.flops_total, ".3g"))
-                yield row, [Cell(network_label(result.arm).title), *numbers, *flops]
+                flops = (result.train_flops, result.flops_total, result.flops_with_search)
+                yield row, [Cell(network_label(result.arm).title), *numbers, *(_cell(f, ".3g") for f in flops)]
 
 
 def _paper_rows(table: ResultTable) -> _Rows:

@@ -8,6 +8,7 @@ from rethink_prune.study.arms import ARMS, Arm, Style
 # The first columns of a table; the other arms come after those of the paper.
 PAPER_ARMS = ("large", "finetune", "scratch_e", "scratch_b")
 PRUNED = "pruned"
+RECALIBRATED = "pruned_recalibrated"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ _NOT_ARMS = {
     "large": NetworkLabel("unpruned", "the unpruned network", Style("#000000", (0, (1, 1)), "s")),
     "sparse": NetworkLabel("sparse", "sparse", Style("#009E73", (0, (3, 1, 1, 1)), "P")),
     PRUNED: NetworkLabel("pruned, not retrained", "pruned, not retrained", _UNKNOWN_STYLE),
+    RECALIBRATED: NetworkLabel(
+        "pruned, statistics re-estimated", "pruned, statistics re-estimated", Style("#999999", (0, (1, 3)), "d")
+    ),
 }
 
 
@@ -60,6 +64,6 @@ def in_column_order(networks: Iterable[str]) -> list[str]:
     >>> in_column_order({"pruned", "large_longer", "scratch_b", "unknown", "finetune", "large"})
     ['large', 'finetune', 'scratch_b', 'unknown', 'large_longer', 'pruned']
     """
-    order = [*PAPER_ARMS, *(arm for arm in ARMS if arm not in PAPER_ARMS), "sparse", PRUNED]
+    order = [*PAPER_ARMS, *(arm for arm in ARMS if arm not in PAPER_ARMS), "sparse", PRUNED, RECALIBRATED]
     after_paper = len(PAPER_ARMS) - 0.5
     return sorted(networks, key=lambda name: (order.index(name) if name in order else after_paper, name))

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from rethink_prune.report.networks import PRUNED, network_label
+from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label
 from rethink_prune.report.results import ArmOverSeeds, KeptWidth, Report, ResultRow, ResultTable, SeedCurve
 
 _STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
@@ -103,7 +103,9 @@ def _targets_figure(rows: Sequence[ResultRow]) -> Figure:
     figure = Figure(figsize=(5.5, 3.8), layout="constrained")
     axes = figure.subplots()
     # Accuracies right after pruning are so low that they would flatten all the others.
-    for arm in dict.fromkeys(result.arm for row in rows for result in row.arms if result.arm != PRUNED):
+    for arm in dict.fromkeys(
+        result.arm for row in rows for result in row.arms if result.arm not in (PRUNED, RECALIBRATED)
+    ):
         points = [(place, result.top1) for place, row in zip(places, rows, strict=True) if (result := row.arm(arm))]
         known = sorted((x, top1.mean, top1.sd or 0) for x, top1 in points if x is not None and top1 is not None)
         if known:

@@ -52,8 +52,8 @@ class TrainedRecord(SummaryPart):
         Why it failed.
     top1, top1_best
         Percent on the test images: after the last epoch, and of the best epoch.
-    train_flops, train_flops_total
-        Its own, and with its ancestors'.
+    train_flops, train_flops_total, train_flops_with_search
+        Its own, with its ancestors', and with the trainings that found the pruned network's widths.
     stage
         Name of its stage.
     processes
@@ -71,6 +71,7 @@ class TrainedRecord(SummaryPart):
     macs: int | None = None
     train_flops: float | None = None
     train_flops_total: float | None = None
+    train_flops_with_search: float | None = None
     stage: Text | None = None
     # Summaries from before there were several processes do not have it.
     processes: tuple[int, ...] = (1,)
@@ -80,6 +81,11 @@ class TrainedRecord(SummaryPart):
     def finished(self) -> bool:
         """Whether it has an accuracy to compare."""
         return self.status == "done" and self.top1 is not None
+
+    @property
+    def flops_with_search(self) -> float | None:
+        """Training FLOPs with all that the arm cannot do without; summaries of earlier versions do not say."""
+        return self.train_flops_with_search
 
     @property
     def flops_before(self) -> float | None:
@@ -103,6 +109,7 @@ class PrunedRecord(SummaryPart):
     params: int | None = None
     macs: int | None = None
     top1: float | None = None
+    top1_recalibrated: float | None = None
     stage: Text | None = None
     layers: tuple[LayerRecord, ...] = ()
 

@@ -6,7 +6,7 @@ A report has a table for each data set, recipe and budget; a table has a row for
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -15,7 +15,7 @@ import numpy as np
 
 from rethink_prune.report.comparisons import ArmComparison, compare_arms, correct_for_table, planned_networks, verdict
 from rethink_prune.report.groups import RunGroup
-from rethink_prune.report.networks import PRUNED, in_column_order, trains_pruned
+from rethink_prune.report.networks import PRUNED, RECALIBRATED, in_column_order, network_label, trains_pruned
 from rethink_prune.report.notes import PaperRow, paper_row, pretrained_networks, row_notes
 from rethink_prune.report.records import RunRecord, TrainedRecord, printable
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
@@ -46,8 +46,9 @@ class ArmOverSeeds:
     ----------
     top1, top1_best
         Percent after the last epoch, and of the best epoch on the test images.
-    epochs, params, macs, train_flops, flops_before
-        Means over seeds; `flops_before` is what its ancestors' training took.
+    epochs, params, macs, train_flops, flops_before, flops_with_search
+        Means over seeds; `flops_before` is what its ancestors' training took, `flops_with_search` all of it with the
+        trainings that found the pruned network's widths.
     curve
         Where every seed's is known.
     """
@@ -60,6 +61,7 @@ class ArmOverSeeds:
     macs: float | None = None
     train_flops: float | None = None
     flops_before: float | None = None
+    flops_with_search: float | None = None
     curve: SeedCurve | None = None
 
     @property
@@ -203,6 +205,9 @@ def _result_row(group: RunGroup, number: int, comparisons: Iterable[ArmCompariso
     after_pruning = [run.pruned.top1 for run in runs if run.pruned is not None and run.pruned.top1 is not None]
     if after_pruning:
         arms.append(ArmOverSeeds(PRUNED, describe_seeds(after_pruning)))
+    again = [v for run in runs if run.pruned is not None and (v := run.pruned.top1_recalibrated) is not None]
+    if again:
+        arms.append(ArmOverSeeds(RECALIBRATED, describe_seeds(again)))
     # As the table shows them: arms that look equal there are all the best.
     means = {r.arm: round(r.top1.mean, 2) for r in arms if r.top1 is not None and trains_pruned(r.arm)}
     # A value can be the hash of a file, too long for a table.
@@ -210,6 +215,8 @@ def _result_row(group: RunGroup, number: int, comparisons: Iterable[ArmCompariso
     pruned_by = ", ".join([f"{study.pruner} {study.target_text}", *settings])
     paper = paper_row(group.experiment, study.target)
     seeds = tuple(run.study.seed for run in runs)
+    costs = {result.arm: result for result in arms}
+    comparisons = [_with_search(comparison, costs) for comparison in comparisons]
     one_pretrained = len(set(seeds)) > 1 and len(pretrained_networks(runs)) == 1
     if one_pretrained:
         comparisons = [replace(each, verdict=f"{each.verdict} {ONE_PRETRAINED}") for each in comparisons]
@@ -235,11 +242,21 @@ def _result_row(group: RunGroup, number: int, comparisons: Iterable[ArmCompariso
     )
 
 
+def _with_search(comparison: ArmComparison, costs: Mapping[str, ArmOverSeeds]) -> ArmComparison:
+    """Add to a verdict what its arms cost where finding the pruned network's widths took trainings of its own."""
+    pair = [costs[arm] for arm in (comparison.first, comparison.second) if arm in costs]
+    if not any(a.flops_with_search and a.flops_total and a.flops_with_search > a.flops_total for a in pair):
+        return comparison
+    told = [f"{network_label(a.arm).name} {a.flops_with_search:.3g}" for a in pair if a.flops_with_search]
+    said = f"{comparison.verdict} FLOPs with the trainings that found the network's widths: {', '.join(told)}."
+    return replace(comparison, verdict=said)
+
+
 def arm_over_seeds(arm: str, runs: Sequence[RunRecord]) -> ArmOverSeeds:
     """Summarise an arm over the runs that finished it."""
     done = [entry for run in runs if (entry := run.trained.get(arm)) is not None and entry.finished]
     best = [entry.top1_best for entry in done if entry.top1_best is not None]
-    costs = ("epochs", "params", "macs", "train_flops", "flops_before")
+    costs = ("epochs", "params", "macs", "train_flops", "flops_before", "flops_with_search")
     means = {cost: _mean_if_known([getattr(entry, cost) for entry in done]) for cost in costs}
     return ArmOverSeeds(
         arm=arm,

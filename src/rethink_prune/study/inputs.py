@@ -1,14 +1,20 @@
 """The images of a study: counted before anything is trained, read when they are first needed."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from rethink_prune.config import DatasetConfig, RecipeConfig
-from rethink_prune.data.batches import EvalBatches, TrainBatches, eval_batches, train_batches
+from rethink_prune.data.batches import Batch, EvalBatches, TrainBatches, eval_batches, train_batches
 from rethink_prune.data.dataset import DatasetInfo, ImageDataset, describe_dataset, load_dataset
 from rethink_prune.training.distributed import Processes
 from rethink_prune.training.runtime import Runtime
+
+# Images: as many as CIFAR has.
+_MOST_FOR_STATISTICS = 50_000
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,14 @@ class Inputs:
         return train_batches(
             self.dataset, self.options, batch_size=size, augment=augment, device=device, seed=self.seed
         )
+
+    def recalibration(self) -> Iterator[Batch]:
+        """Yield shuffled training batches, not augmented, for batch norms; the same for every pruner."""
+        size, device = self.recipe.batch_size, self.runtime.device
+        batches = train_batches(
+            self.dataset, self.options, batch_size=size, augment=False, device=device, seed=self.seed
+        )
+        return islice(batches.epoch(0), math.ceil(_MOST_FOR_STATISTICS / size))
 
     @cached_property
     def evaluations(self) -> dict[str, EvalBatches]:

@@ -102,7 +102,7 @@ def key_parts(
     return KeyParts(
         training={"data": data, "training": training, "seed": config.seed, "network": network},
         pruner={
-            **config.pruner.model_dump(mode="json"),
+            **config.pruner.key(),
             "source": source,
             "seed": config.seed,
             "images": {**data, "batch_size": batch_size} if pruner.needs_data else None,
@@ -208,7 +208,7 @@ def settings(config: StudyConfig, parts: KeyParts) -> dict[str, Any]:
     return {
         "dataset": {**dataset, "fingerprint": parts.training["data"]["fingerprint"]},
         "model": parts.training["network"],
-        "pruner": {**config.pruner.model_dump(mode="json"), "source": parts.pruner["source"]},
+        "pruner": {**config.pruner.key(), "source": parts.pruner["source"]},
         "recipe": config.recipe.model_dump(mode="json", exclude={"eval_batch_size"}),
         "budget": config.budget.model_dump(mode="json"),
         "large": {"checkpoint": parts.given["checkpoint"] if parts.given else None},

@@ -13,7 +13,7 @@ from typing import Any
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically, write_json
 from rethink_prune.store.stage import Done, Failed
-from rethink_prune.study.arms import draws_anew
+from rethink_prune.study.arms import ARMS, draws_anew
 from rethink_prune.study.keys import settings
 from rethink_prune.study.prepare import PreparedStudy
 from rethink_prune.study.tables import study_table
@@ -43,6 +43,8 @@ class Summary:
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
         self.content: dict[str, Any] = {"study": describe_study(study, experiment)}
         self._stages: dict[str, str] = {}
+        # Of the trainings that the pruned network's widths had to be found by.
+        self._search_flops: int | None = 0
         self._write()
 
     def add_base(self, name: str, outcome: Done | Failed) -> None:
@@ -63,10 +65,11 @@ class Summary:
         """
         entry: dict[str, Any] = asdict(pruned.cost) if pruned.cost else {"params": None, "macs": None}
         if done is not None:
-            shown = ("top1", "top5", "loss", "peak_memory_bytes")
+            shown = ("top1", "top1_recalibrated", "top5", "loss", "peak_memory_bytes")
             entry.update({name: done.result[name] for name in shown if name in done.result})
             entry["stage"] = str(done.stage.folder)
             self._stages["prune"] = done.stage.name
+            self._search_flops = 0 if self.study.target.known else done.flops_total
         entry.update(layers=list(pruned.report["layers"]), frozen=dict(pruned.report["frozen"]))
         self.content["pruned"] = entry
         self.content["study"]["warnings"] += list(pruned.report["warnings"])
@@ -76,7 +79,13 @@ class Summary:
 
     def add_arm(self, name: str, outcome: Done | Failed) -> None:
         """Add one arm."""
-        self.content["arms"][name] = self._entry(name, outcome)
+        entry = self._entry(name, outcome)
+        if isinstance(outcome, Done):
+            total = outcome.flops_total
+            # Fine-tuning has the search among its ancestors already.
+            search = self._search_flops if ARMS[name].network == "pruned" and ARMS[name].weights == "fresh" else 0
+            entry["train_flops_with_search"] = None if total is None or search is None else total + search
+        self.content["arms"][name] = entry
         self._write()
 
     def finish(self) -> None:

@@ -15,6 +15,7 @@ COLUMNS = (
     "epochs",
     "training FLOPs",
     "total FLOPs",
+    "with search",
     "seconds",
 )
 PLAN_COLUMNS = ("arm", "epochs", "milestones", "training FLOPs")
@@ -23,14 +24,16 @@ PLAN_COLUMNS = ("arm", "epochs", "milestones", "training FLOPs")
 def study_table(summary: Mapping[str, Any]) -> str:
     """Return a study's table as Markdown: large, the pruned network before training, and every arm.
 
-    ``training FLOPs`` is the row's own training, ``total FLOPs`` adds what it built on. Top-5 has a column if it is
-    known for any row.
+    ``training FLOPs`` is the row's own training, ``total FLOPs`` adds what it built on, ``with search`` the trainings
+    by which the pruned network's widths had to be found. Columns in which no row says anything of its own are left out.
     """
-    table = [list(COLUMNS), *study_rows(summary)]
-    top5 = COLUMNS.index("top-5 %")
-    if not any(row[top5] for row in table[1:]):
-        table = [row[:top5] + row[top5 + 1 :] for row in table]
-    return markdown(table[0], table[1:])
+    rows = study_rows(summary)
+    total, search = COLUMNS.index("total FLOPs"), COLUMNS.index("with search")
+    if all(row[search] in ("", row[total]) for row in rows):
+        rows = [[*row[:search], "", *row[search + 1 :]] for row in rows]
+    optional = {COLUMNS.index(name) for name in ("top-5 %", "with search")}
+    shown = [index for index in range(len(COLUMNS)) if index not in optional or any(row[index] for row in rows)]
+    return markdown([COLUMNS[index] for index in shown], [[row[index] for index in shown] for row in rows])
 
 
 def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -42,6 +45,9 @@ def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     pruned = summary.get("pruned") or {}
     if "top1" in pruned:
         rows.append(_row("pruned, not retrained", pruned, large.get("top1")))
+        if pruned.get("top1_recalibrated") is not None:
+            own = {"top1": pruned["top1_recalibrated"], "params": pruned["params"], "macs": pruned["macs"]}
+            rows.append(_row("pruned, statistics re-estimated", own, large.get("top1")))
     rows += [_row(name, entry, large.get("top1")) for name, entry in summary.get("arms", {}).items()]
     return rows
 
@@ -98,6 +104,7 @@ def _row(name: str, entry: Mapping[str, Any], large_top1: float | None) -> list[
         _number(entry.get("epochs")),
         _flops(entry.get("train_flops")),
         _flops(entry.get("train_flops_total")),
+        _flops(entry.get("train_flops_with_search")),
         "" if entry.get("seconds") is None else f"{entry['seconds']:.1f}",
     ]
 

@@ -14,7 +14,7 @@ from rethink_prune.data import Epoch
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS, PruneResult
 from rethink_prune.seeds import derive_generator, derive_seed, seeded
-from rethink_prune.state import full_state, sample_logits
+from rethink_prune.state import full_state, load_full_state, sample_logits
 from rethink_prune.store.stage import Done
 from rethink_prune.store.weights import load_stage_weights
 from rethink_prune.study.keys import shared_by_processes
@@ -27,6 +27,7 @@ from rethink_prune.training.evaluate import evaluate
 from rethink_prune.training.hooks import HeldMasks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress, Row
+from rethink_prune.training.recalibrate import recalibrate
 from rethink_prune.training.train import train
 
 # Of rows, beside losses and accuracies.
@@ -178,10 +179,19 @@ def prune_network(study: PreparedStudy, weights: Mapping[str, Tensor]) -> Produc
         first, second = full_state(pruned.model), full_state(_ask_pruner(study, model).model)
         if first.keys() != second.keys() or not all(torch.equal(second[name], first[name]) for name in first):
             raise UserError(f"pruner.name={study.config.pruner.name}: {UNSEEDED}")
-    # Taken before the evaluation moves the network to the device: these tensors stay on the CPU.
-    state = full_state(pruned.model)
+    # Taken before the evaluation moves the network to the device and changes its statistics.
+    state = {name: tensor.clone() for name, tensor in full_state(pruned.model).items()}
+    evaluation = _evaluation_result(study, pruned.model)
+    if recalibrate(pruned.model, study.inputs.recalibration(), runtime=study.runtime):
+        evaluation["top1_recalibrated"] = _evaluation_result(study, pruned.model)["top1"]
+        if study.config.pruner.recalibrate:
+            state = {name: tensor.cpu() for name, tensor in full_state(pruned.model).items()}
+        else:
+            load_full_state(pruned.model, state)
+    else:
+        evaluation["top1_recalibrated"] = evaluation["top1"]
     result = {
-        **_evaluation_result(study, pruned.model),
+        **evaluation,
         **asdict(count_cost(pruned.model, study.inputs.image_shape, masks=pruned.architecture.masks)),
         "report": asdict(pruned.report),
         "train_flops": 0,
