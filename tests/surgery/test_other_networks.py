@@ -907,11 +907,13 @@ def test_lists_of_parts_cannot_be_traced() -> None:
 
 
 @pytest.mark.parametrize("network", [GhostNet, DeepLabBoth, DiffusionFilm], ids=lambda network: network.__name__)
-def test_a_study_of_it_has_one_result(network: type[nn.Module], small_study: Callable[..., dict[str, Any]]) -> None:
+def test_a_study_of_it_has_one_result(
+    network: type[nn.Module], small_study: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     factory: Callable[..., nn.Module] = network
     name = f"model.name={network.__module__}:{network.__name__}"
     options = ("dataset.image_size=16", "recipe.epochs=1", "pruner.ratio=0.5")
-    runs = [small_study(name, *options, f"store.root={store}") for store in ("one", "two")]
+    runs = [small_study(name, *options, f"store.root={tmp_path / store}") for store in ("one", "two")]
     for arm, entry in runs[0]["arms"].items():
         first, second = (Path(run["arms"][arm]["stage"]) for run in runs)
         assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
