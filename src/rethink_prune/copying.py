@@ -10,7 +10,7 @@ from torch import nn
 from rethink_prune.errors import UserError, first_line
 
 # What nn.Module itself keeps in an instance, hooks included.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # What can always be copied.
 _PLAIN = (bool, int, float, str, type(None), types.FunctionType, torch.Tensor, nn.Module)
 
@@ -82,7 +82,7 @@ def uncopyable_attributes(module: nn.Module) -> list[str]:
     >>> uncopyable_attributes(module)
     ['lock']
     """
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    own = {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
     return [name for name, value in own.items() if not isinstance(value, _PLAIN) and not _can_copy(value)]
 
 

@@ -149,6 +149,23 @@ REFUSED = {
             def forward(self, x):
                 return super().forward(x) + self.token
     """,
+    "changes what is no parameter and no buffer and computes with it, and a checkpoint would not hold it": """
+        class Other(Net):
+            def finish(self):
+                self.seen = []
+            def forward(self, x):
+                if self.training:
+                    self.seen.append(1)
+                return super().forward(x) / (1 + len(self.seen))
+    """,
+    "changes mean in evaluation mode; only training may change a network": """
+        class Other(Net):
+            def finish(self):
+                self.register_buffer("mean", torch.zeros(3, 1, 1))
+            def forward(self, x):
+                self.mean.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3)).view(3, 1, 1) + 0.1)
+                return super().forward(x - self.mean)
+    """,
     "its forward was replaced on the instance": """
         class Other(Net):
             def finish(self):

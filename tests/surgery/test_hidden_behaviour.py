@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import warnings
 from collections.abc import Callable
@@ -181,3 +182,130 @@ def test_all_that_a_class_does_stays_after_surgery() -> None:
         assert len(result._forward_hooks) == 1
     # In training mode, too, what runs is the edited graph.
     assert pruned.train()(x).shape == (2, 4)
+
+
+class Halves(Chain):
+    """A constant counts channels, so the graph would have to be edited, and a step of the forward pass is hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("level", torch.zeros(1))
+        self.passes = [0]
+
+    def hidden(self) -> Any:
+        return 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.norm(self.second(torch.cat([x[:, 3:], x[:, :3]], 1))))
+        return self.last(x + self.hidden() * self.third(x)).mean((2, 3))
+
+
+class DrawsNumber(Halves):
+    def hidden(self) -> Any:
+        return random.random() if self.training else 1
+
+
+class DrawsTensor(Halves):
+    def hidden(self) -> Any:
+        return torch.rand(1) + 1 if self.training else 1
+
+
+class SkipsAtRandom(Halves):
+    def hidden(self) -> Any:
+        return 3 if torch.rand(1).item() < 0.5 and self.training else 1
+
+
+class ComputesWithBuffer(Halves):
+    def hidden(self) -> Any:
+        return self.level.exp()
+
+
+class ChangesBuffer(Halves):
+    def hidden(self) -> Any:
+        if self.training:
+            self.level.add_(1)
+        return self.level
+
+
+class CountsPasses(Halves):
+    def hidden(self) -> Any:
+        self.passes[0] += 1
+        return self.passes[0]
+
+
+HIDDEN = {
+    DrawsNumber: "draws random numbers in Python",
+    DrawsTensor: "draws random numbers in Python",
+    SkipsAtRandom: "draws random numbers in Python",
+    ComputesWithBuffer: "computes with buffers alone",
+    ChangesBuffer: "changes level",
+    CountsPasses: "changes passes",
+}
+
+
+@pytest.mark.parametrize("network", HIDDEN, ids=lambda network: network.__name__)
+def test_no_graph_stands_for_a_forward_pass_with_hidden_steps(network: type[Halves]) -> None:
+    torch.manual_seed(0)
+    model, x = network().eval(), torch.randn(2, 3, 12, 12)
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    channels = analyse(model, x)
+    assert random.getstate() == python_state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert channels.frozen["first"].endswith(f"counts channels, and the forward pass {HIDDEN[network]}")
+    model(x)  # a pruner evaluates the network before it cuts
+    drop = {group.name: [0, 3] for group in channels.groups("all")}
+    assert drop, "the rest can be pruned"
+    pruned, architecture = apply(model, channels.plan(drop))
+    assert not architecture.edits
+    # What is pruned still does what its class says.
+    level = model.level.clone()
+    outputs = [pruned.train()(x) for _ in range(8)]
+    assert any(not torch.equal(output, outputs[0]) for output in outputs) == (network is not ComputesWithBuffer)
+    assert torch.equal(pruned.get_buffer("level"), level + (8 if network is ChangesBuffer else 0))
+    with pytest.raises(UserError, match="no block can be removed: "):
+        remove_branches(model, ["third"])
+
+
+def test_a_graph_without_hidden_steps_is_edited() -> None:
+    model, x = Halves().eval(), torch.randn(2, 3, 12, 12)
+    channels = analyse(model, x)
+    drop = {group.name: [0] for group in channels.groups("all")}
+    assert apply(model, channels.plan(drop))[1].edits
+    remove_branches(model, ["third"])
+
+
+class Centred(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        return x - x.mean(1, keepdim=True)
+
+
+class Scaled(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / self.num_features
+
+
+class ShuffledInTraining(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        return x.flip(1) if self.training else x
+
+
+class Leaky(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.leaky_relu(super().forward(x))
+
+
+@pytest.mark.parametrize("norm", [Centred, Scaled, ShuffledInTraining, Leaky], ids=lambda norm: norm.__name__)
+def test_a_norm_of_ones_own_may_mix_channels(norm: type[nn.BatchNorm2d]) -> None:
+    model, x = Chain(), torch.randn(2, 3, 12, 12)
+    model.norm = norm(8)
+    channels = analyse(model, x)
+    if norm is Leaky:
+        assert "second" not in channels.frozen
+        assert [list(group.norms) for group in channels.groups() if group.name == "second"] == [["norm"]]
+    else:
+        assert (
+            channels.frozen["second"] == f"norm: {norm.__name__} computes a channel from others, or from their number"
+        )

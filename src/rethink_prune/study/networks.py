@@ -79,11 +79,12 @@ class Networks:
         where = f"model.name={self.options.name}"
         if draws_anew and self.init_of(unpruned) is None:
             _check_redrawn(unpruned, where)
-        check_output(unpruned, self.info, where)
         # Ours are tested.
+        if self.is_own:
+            check_state(unpruned, self.large(), where)
+        check_output(unpruned, self.info, where)
         if not self.is_own:
             return runtime
-        check_state(unpruned, self.large(), where)
         if draws_anew:
             self.scratch(UNPRUNED)
         return try_training(unpruned, self.info, runtime, where)

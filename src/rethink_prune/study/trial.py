@@ -15,7 +15,7 @@ from rethink_prune.data import DatasetInfo
 from rethink_prune.errors import UserError, first_line
 from rethink_prune.outputs import main_output, output_loss, unused_outputs
 from rethink_prune.seeds import seeded
-from rethink_prune.state import full_state
+from rethink_prune.state import full_state, load_full_state
 from rethink_prune.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ UNSEEDED = (
 
 
 def check_output(model: nn.Module, info: DatasetInfo, where: str) -> None:
-    """Raise `UserError` unless a network takes one image and gives its logits; leaves it in evaluation mode.
+    """Raise `UserError` unless a network takes one image, gives its logits and stays as it is; in evaluation mode.
 
     Parameters
     ----------
@@ -37,6 +37,7 @@ def check_output(model: nn.Module, info: DatasetInfo, where: str) -> None:
         Begins messages, e.g. ``"model.name=nets:Net"``.
     """
     shape = (1, info.channels, info.image_size, info.image_size)
+    before = {name: tensor.clone() for name, tensor in full_state(model).items()}
     try:
         with torch.no_grad(), seeded(0):
             output = main_output(model.eval()(torch.zeros(shape)))
@@ -46,6 +47,10 @@ def check_output(model: nn.Module, info: DatasetInfo, where: str) -> None:
             f"{where}: fails on images of {size} (dataset.channels, dataset.image_size): {first_line(error)}"
         ) from error
     _check_logits(output, 1, info, where)
+    after = full_state(model)
+    changed = [name for name in before if not torch.equal(after[name].nan_to_num(), before[name].nan_to_num())]
+    if changed:
+        raise UserError(f"{where}: changes {changed[0]} in evaluation mode; only training may change a network")
 
 
 def check_state(model: nn.Module, again: nn.Module, where: str) -> None:
@@ -87,10 +92,10 @@ def try_training(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: s
     Raises
     ------
     UserError
-        If the network cannot be trained, or draws what no seed decides.
+        If the network cannot be trained, draws what no seed decides, or keeps what no checkpoint holds.
     """
     try:
-        logits = _train_copy(model, info, runtime, where)
+        logits, trained = _train_copy(model, info, runtime, where)
     except UserError:
         raise
     except Exception as error:  # a user's forward may raise anything
@@ -100,15 +105,36 @@ def try_training(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: s
         runtime = try_training(model, info, contiguous, where)
         log.warning("%s: takes no channels-last images (%s), so it gets contiguous ones", where, first_line(error))
         return runtime
-    if not torch.equal(logits.nan_to_num(), _train_copy(model, info, runtime, where).nan_to_num()):
+    again, _ = _train_copy(model, info, runtime, where)
+    if not torch.equal(logits.nan_to_num(), again.nan_to_num()):
         raise UserError(f"{where}: in its forward pass, {UNSEEDED}")
+    # What a study does when it goes on from a checkpoint, and when it loads what another stage has trained.
+    resumed = copy_network(model)
+    load_full_state(resumed, full_state(trained))
+    if not torch.equal(*(_logits(network, info, runtime).nan_to_num() for network in (trained, resumed))):
+        raise UserError(
+            f"{where}: in its forward pass, changes what is no parameter and no buffer and computes with it, and a "
+            "checkpoint would not hold it; make it a buffer"
+        )
     return runtime
 
 
-def _train_copy(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: str) -> Tensor:
-    """Return the logits of a copy in training mode, after a backward pass and an evaluation."""
+def _images(info: DatasetInfo, runtime: Runtime) -> Tensor:
     size = (2, info.channels, info.image_size, info.image_size)
-    images = runtime.take(torch.randn(size, generator=torch.Generator().manual_seed(0)))
+    return runtime.take(torch.randn(size, generator=torch.Generator().manual_seed(0)))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, info: DatasetInfo, runtime: Runtime) -> Tensor:
+    """Return the logits of a network in training mode."""
+    with seeded(0):
+        logits: Tensor = main_output(model.to(memory_format=runtime.memory_format).train()(_images(info, runtime)))
+    return logits
+
+
+def _train_copy(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: str) -> tuple[Tensor, nn.Module]:
+    """Return the logits of a copy in training mode, and the copy after a backward pass and an evaluation."""
+    images = _images(info, runtime)
     tried = copy_network(model).to(memory_format=runtime.memory_format).train()
     with seeded(0):
         output = tried(images)
@@ -119,7 +145,7 @@ def _train_copy(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: st
             tried.eval()(images)
     if unused_outputs(output):
         log.info("%s: gives more than logits in training; the loss is that of the logits alone", where)
-    return logits.detach()
+    return logits.detach(), tried
 
 
 def _check_logits(output: object, images: int, info: DatasetInfo, where: str) -> None:

@@ -32,8 +32,8 @@ def remove_branches(model: nn.Module, ends: Sequence[str]) -> nn.Module:
     Raises
     ------
     UserError
-        If a module ends no branch, if a branch cannot go without changing what remains, or if training and evaluation
-        mode run different operations.
+        If a module ends no branch, if a branch cannot go without changing what remains, or if no graph can stand for
+        the forward pass: training and evaluation mode run different operations, or it draws numbers in Python, say.
 
     Examples
     --------
@@ -50,9 +50,12 @@ def remove_branches(model: nn.Module, ends: Sequence[str]) -> nn.Module:
     model = copy_network(model)
     network, shapes = type(model).__name__, on_meta(model)
     # The result runs one graph in both modes.
-    graph = trace(shapes, training=True)
-    if not have_same_calls(graph, trace(on_meta(model))):
-        raise UserError(f"{network}: no block can be removed: training and evaluation mode run different operations")
+    missed: list[str] = []
+    graph = trace(shapes, training=True, missed=missed)
+    if not have_same_calls(graph, trace(on_meta(model), missed=missed)):
+        missed.append("training and evaluation mode run different operations")
+    if missed:
+        raise UserError(f"{network}: no block can be removed: {missed[-1]}")
     modules = dict(shapes.named_modules())
     additions: dict[fx.Node, tuple[str, fx.Node]] = {}
     for end in ends:

@@ -310,18 +310,20 @@ def analyse(model: nn.Module, example: torch.Tensor, *, selecting: Literal["norm
     # The tracer puts constants into what it traces, so each trace has a copy.
     network, training_network = on_meta(model).eval(), on_meta(model).eval()
     ids = ChannelIds(dict(network.named_modules()), tuple(example.shape))
-    graph = trace(network)
+    missed: list[str] = []
+    graph = trace(network, missed=missed)
     try:
-        training_graph = trace(training_network, training=True)
+        training_graph = trace(training_network, training=True, missed=missed)
     except UserError as error:
         training_graph = None
         ids.warnings.append(f"only evaluation mode was followed; in training mode, {error}")
-    # A constant is edited in a traced graph, which would then run in both modes.
-    ids.can_edit = training_graph is not None and have_same_calls(graph, training_graph)
+    same_calls = training_graph is not None and have_same_calls(graph, training_graph)
+    if missed or not same_calls:
+        ids.uneditable = missed[0] if missed else "training and evaluation mode run different graphs"
     # The rules try activations on zeros, and some of these draw random numbers.
     with torch.random.fork_rng(devices=[]):
         ids.nodes = follow_channels(graph, network, ids, selecting)
-        if training_graph is not None and not ids.can_edit:
+        if training_graph is not None and not same_calls:
             # What only training mode runs, such as an auxiliary head, reads the same layers and is cut with them.
             follow_channels(training_graph, training_network.eval(), ids, selecting)
     tie_shared_parameters(ids)

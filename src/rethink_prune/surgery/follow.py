@@ -5,7 +5,7 @@ The rules of modules that the trace does not look into are here; those of functi
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -210,17 +210,50 @@ def _follow_batch_norm(ids: ChannelIds, call: Call, norm: _BatchNorm) -> Flow:
     if type(norm) not in _BATCH_NORMS:
         if {name for name, _ in [*norm.named_parameters(), *norm.named_buffers()]} - _BATCH_NORM_TENSORS:
             raise NoRule(f"{call.name} has tensors of its own")
+        if not _keeps_channels_apart(norm, call.result.ndim):
+            raise NoRule(f"{call.name} computes a channel from others, or from their number")
         zero = zero and _masked_norm_gives_zero(norm, call.result.ndim)
     return replace(stream, zero=zero)
 
 
 def _masked_norm_gives_zero(norm: _BatchNorm, ndim: int) -> bool:
     """Try whether a subclass of batch norm, which may end in an activation, gives zero when masked."""
-    tensors = [*norm.parameters(), *norm.buffers()]
-    # deepcopy takes from its second argument what is copied already: here zeros instead of meta tensors.
-    masked = copy.deepcopy(norm, {id(t): torch.zeros(t.shape, dtype=t.dtype) for t in tensors})
-    dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
-    return not masked(torch.ones(1, norm.num_features, *[1] * (ndim - 2), dtype=dtype)).any().item()
+    masked = _with_tensors(norm, lambda t: torch.zeros(t.shape, dtype=t.dtype))
+    return not masked(torch.ones(1, norm.num_features, *[1] * (ndim - 2), dtype=_dtype(norm))).any().item()
+
+
+def _keeps_channels_apart(norm: _BatchNorm, ndim: int) -> bool:
+    """Try whether a subclass of batch norm computes for some channels what it computes for them among others."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, norm.num_features, *[2] * (ndim - 2), generator=generator, dtype=_dtype(norm))
+    values = {id(t): torch.rand(t.shape, generator=generator).to(t.dtype) for t in _tensors(norm)}
+    for kept in (slice(0, None, 2), slice(1, None, 2)) if norm.num_features > 1 else ():
+        full = _with_tensors(norm, lambda t: values[id(t)].clone())
+        cut = _with_tensors(norm, lambda t, kept=kept: values[id(t)][kept if t.ndim else ...].clone())  # type: ignore[misc]
+        cut.num_features = images[:, kept].shape[1]
+        # Torch's own SyncBatchNorm trains on GPUs alone.
+        for training in (False,) if isinstance(norm, nn.SyncBatchNorm) else (False, True):
+            try:
+                alone, among = cut.train(training)(images[:, kept]), full.train(training)(images)[:, kept]
+            except Exception:  # a user's forward may raise anything
+                return False
+            if alone.shape != among.shape or not torch.allclose(alone, among, rtol=1e-3, atol=1e-4):
+                return False
+    return True
+
+
+def _with_tensors(norm: _BatchNorm, value: Callable[[torch.Tensor], torch.Tensor]) -> _BatchNorm:
+    """Return a copy with other tensors in the place of those on the meta device."""
+    # deepcopy takes from its second argument what is copied already.
+    return copy.deepcopy(norm, {id(t): value(t) for t in _tensors(norm)})
+
+
+def _tensors(norm: _BatchNorm) -> list[torch.Tensor]:
+    return [*norm.parameters(), *norm.buffers()]
+
+
+def _dtype(norm: _BatchNorm) -> torch.dtype | None:
+    return next((t.dtype for t in _tensors(norm) if t.is_floating_point()), None)
 
 
 def _may_select(node: fx.Node, modules: Mapping[str, nn.Module], kind: str | None) -> bool:

@@ -1,23 +1,30 @@
 """A network as a graph of operations: tracing it, the shape of every value, what a node calls, running it again."""
 
 import inspect
+import pickle
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rethink_prune.copying import OF_EVERY_MODULE
 from rethink_prune.errors import UserError, first_line
+from rethink_prune.seeds import seeded
 
 # The output of these has the shape of the input. Torch decomposes them on meta tensors in Python, which would take
 # nine tenths of the time of an analysis.
 _SAME_SHAPE_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
 _SAME_SHAPE_FUNCTIONS = (F.relu, torch.relu)
 _IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv")
+# The tracer's names for tensors that the forward pass makes without the input.
+_CONSTANT = "_tensor_constant"
 _ALIASES = {**{name: name[1:] for name in _IN_PLACE_OPERATORS}, "itruediv": "div", "truediv": "div", "multiply": "mul"}
 
 
@@ -28,7 +35,7 @@ class _Tracer(fx.Tracer):
         return isinstance(module, _BatchNorm) or super().is_leaf_module(module, qualified_name)
 
 
-def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
+def trace(model: nn.Module, *, training: bool = False, missed: list[str] | None = None) -> fx.Graph:
     """Return the operations of `model`, with arguments that have a default fixed to it.
 
     Parameters
@@ -37,6 +44,9 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
         Put into the mode given and possibly given constants by the tracer: pass a copy (`cost.on_meta`).
     training : bool
         Which of the two modes to trace.
+    missed : list of str, optional
+        Takes what the forward pass did while it was traced and the graph would not do again, such as drawing a random
+        number in Python: running the graph instead of the network would be wrong.
 
     Raises
     ------
@@ -55,8 +65,11 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     try:
         # A forward pass that draws random numbers draws them while it is traced, too.
-        with torch.random.fork_rng(devices=[]), _autograd_functions_as_calls():
+        with seeded(0), _autograd_functions_as_calls():
+            before = None if missed is None else (_generator_states(), _held_values(model))
             graph = _Tracer().trace(model, concrete_args=defaults or None)
+            if missed is not None:
+                missed += _find_missed(model, before, (_generator_states(), _held_values(model)))
     except Exception as error:  # a user's forward may raise anything when it is given proxies
         name, reason = type(model).__name__, first_line(error)
         raise UserError(f"{name}: torch.fx cannot trace it, so its channels cannot be followed: {reason}") from error
@@ -66,6 +79,41 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
             node.args = (node.kwargs["input"],)
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
     return graph
+
+
+def _generator_states() -> bytes:
+    return pickle.dumps((torch.random.get_rng_state().tolist(), np.random.get_state(), random.getstate()))
+
+
+def _held_values(model: nn.Module) -> dict[str, Any]:
+    """Return a mark for everything that the modules of a network hold; whatever changes has another mark."""
+    return {
+        f"{prefix}.{name}".removeprefix("."): _mark(value)
+        for prefix, module in model.named_modules()
+        for table in (vars(module), module._parameters, module._buffers)
+        for name, value in table.items()
+        if table is not vars(module) or name not in OF_EVERY_MODULE
+    }
+
+
+def _mark(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    try:
+        return pickle.dumps(value)
+    except Exception:  # an object's own way of pickling may raise anything
+        return id(value)
+
+
+def _find_missed(model: nn.Module, before: Any, after: Any) -> list[str]:
+    """Return what a trace did beside making a graph, from generator states and held values before and after it."""
+    names = [name for name in after[1] if not name.startswith(_CONSTANT)]
+    missed = ["the forward pass draws random numbers in Python"] if after[0] != before[0] else []
+    missed += [f"the forward pass changes {name}" for name in names if after[1][name] != before[1].get(name)]
+    # Made of parameters or buffers, which may have other values by the time the graph is run.
+    constants = [value for name, value in vars(model).items() if name.startswith(_CONSTANT)]
+    missed += ["the forward pass computes with buffers alone"] if any(value.is_meta for value in constants) else []
+    return missed
 
 
 @contextmanager
