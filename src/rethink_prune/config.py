@@ -208,6 +208,8 @@ PerLayerRatio = float | list[float] | dict[str, float]
 Widths = list[int] | dict[str, int]
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 # Options of pruners that came after the first stages were stored.
 _LATER = {"recalibrate", "min_share", "distribution"}
 
@@ -297,6 +299,7 @@ class ChannelOptions(TargetOptions):
     target_params: Positive | None = None
     skip: tuple[str, ...] = ()
     min_channels: Count = 1
+    min_share: Share = 0.0
     round_to: Count = 1
 
     @field_validator("widths", mode="before")
@@ -311,7 +314,7 @@ class ChannelOptions(TargetOptions):
 
     @model_validator(mode="after")
     def _options_fit_the_target(self) -> ChannelOptions:
-        option, bounds = self.target_option, ("skip", "min_channels", "round_to")
+        option, bounds = self.target_option, ("skip", "min_channels", "min_share", "round_to")
         ignored = [name for name in bounds if getattr(self, name) != type(self).model_fields[name].default]
         if option in ("variant", "widths") and ignored:
             raise ValueError(f"{' and '.join(ignored)}: of no use with {option}, which gives every width itself")

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rethink_prune.copying import copy_network, derived
+from rethink_prune.errors import UserError, first_line
 
 TRAIN_FLOPS_PER_MAC = 6
 _WARM_UP_PASSES = 3
@@ -135,8 +136,11 @@ def on_meta(model: nn.Module) -> nn.Module:
     device(type='meta')
     """
     # Of what is in the memo no values are copied, and shared tensors stay shared.
-    meta: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in [*model.buffers(), *derived(model)]}
-    meta |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    try:
+        meta: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in [*model.buffers(), *derived(model)]}
+        meta |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    except Exception as error:  # a lazy layer has no shape yet
+        raise UserError(f"{type(model).__name__}: cannot be copied: {first_line(error)}") from error
     return copy_network(model, meta)
 
 

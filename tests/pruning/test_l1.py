@@ -191,3 +191,15 @@ def test_a_pruner_written_when_every_pruner_scored_channels_goes_on_working(
     assert (found.__module__, found.__name__) == (f"older_{name}", name), "its file decides the keys of stages"
     (record,) = (record for record in caplog.records if "ChannelPruner" in record.getMessage())
     assert name in record.getMessage()
+
+
+def test_ranked_together_no_layer_goes_for_its_fan_in() -> None:
+    """Drawn anew, no layer is worth less than another: raw sums would leave 3 of 16 first, and 64 of 64 last."""
+    kept: dict[str, list[float]] = {}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        found = prune(build_model("resnet20"), "l1", example=torch.zeros(1, 3, 32, 32), ratio=0.5, ranking="global")
+        for layer in found.report.layers:
+            kept.setdefault(layer.layer, []).append(layer.kept / layer.full)
+    shares = [sum(values) / len(values) for values in kept.values()]
+    assert 0.35 < min(shares) <= max(shares) < 0.65

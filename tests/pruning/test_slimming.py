@@ -227,7 +227,12 @@ def test_layer_that_the_threshold_would_empty_keeps_its_best_channel_and_is_name
     result = slim(model, ratio=0.5)
     kept = {layer.layer: layer.kept for layer in result.report.layers}
     assert kept["features.4"] == 1
-    assert result.report.warnings == ("features.4: the threshold would have emptied it; its best 1 stay",)
+    assert result.report.warnings == (
+        "features.4: the threshold would have emptied it; its best 1 stay",
+        "less than 10 % of features.4: 1 of 128; pruner.min_share=0.1 keeps a share of every layer",
+    )
+    shares = {x.layer: x.kept / x.full for x in slim(model, ratio=0.5, min_share=0.25).report.layers}
+    assert min(shares.values()) == shares["features.4"] == 0.25
     assert torch.equal(result.model.get_parameter("features.5.weight"), norm.weight[[37]])
     total = sum(layer.full for layer in result.report.layers)
     assert sum(layer.full - layer.kept for layer in result.report.layers) == int(total * 0.5) + 1 - 1
@@ -390,7 +395,7 @@ def test_group_of_a_grouped_convolution_scores_the_mean_of_its_scales() -> None:
     assert (after - masked_output(net.eval(), {"before": keep, "after": keep}, images())).abs().max() < 1e-10
 
 
-def test_layer_with_channels_that_pass_no_batch_norm_is_left_whole() -> None:
+def test_of_a_layer_only_channels_that_pass_a_batch_norm_are_pruned() -> None:
     net = Net(
         lambda m, x: m.out(m.norm(m.b(m.part(m.a(x)[:, :4])))),
         a=conv(3, 6),
@@ -400,7 +405,7 @@ def test_layer_with_channels_that_pass_no_batch_norm_is_left_whole() -> None:
         out=conv(6, 5),
     )
     result = slim(with_scales(net), ratio=0.3)
-    assert [(layer.layer, layer.full) for layer in result.report.layers] == [("b", 6)]
+    assert [(layer.layer, layer.full) for layer in result.report.layers] == [("a", 4), ("b", 6)]
 
 
 def test_scope_all_ranks_the_streams_of_a_residual_network_too() -> None:
@@ -410,7 +415,9 @@ def test_scope_all_ranks_the_streams_of_a_residual_network_too() -> None:
     assert {"conv1", "layer2.0.conv2", "layer3.0.conv2"} <= set(layers)
     gone = sum(layer.full - layer.kept for layer in layers.values())
     total = sum(layer.full for layer in layers.values())
-    assert gone == int(total * 0.4) + 1 - len(result.report.warnings), "a layer that would be empty keeps one"
+    assert gone == int(total * 0.4) + 1 - sum("emptied" in warning for warning in result.report.warnings), (
+        "a layer that would be empty keeps one"
+    )
     with torch.no_grad():
         after = result.model(images())
     expected = masked_output(model, kept_by(result, model), images())

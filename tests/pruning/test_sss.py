@@ -25,6 +25,7 @@ from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.pruning.sss import SSS, SSSOptions, SSSTarget
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.cut import reshape
+from rethink_prune.training.hooks import TrainingFailed
 
 NAME = "rethink_prune.pruning.sss:SSS"
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -80,8 +81,9 @@ def weighted(factors: int, strength: float) -> tuple[Weighted, ScalingFactors, n
     return model, hooks, model.conv.factor
 
 
-def test_a_step_equals_both_published_forms_of_the_method() -> None:
-    strength, momentum = 0.3, 0.9
+@pytest.mark.parametrize("size", [0.02, 1.0])
+def test_a_step_equals_the_published_forms_of_the_method(size: float) -> None:
+    strength, momentum = 0.3 * size, 0.9
     generator = torch.Generator().manual_seed(0)
     model, hooks, factor = weighted(8, strength)
     ahead = torch.ones(8, dtype=torch.float64)  # as in the publication: one sequence and a velocity
@@ -89,31 +91,51 @@ def test_a_step_equals_both_published_forms_of_the_method() -> None:
     now, before = torch.ones_like(ahead), torch.ones_like(ahead)  # two sequences of iterates
     for step in range(50):
         lr = 0.1 if step < 30 else 0.01
-        gradient = torch.randn(8, generator=generator, dtype=torch.float64)
+        gradient = size * torch.randn(8, generator=generator, dtype=torch.float64)
         factor.grad = gradient.clone()
         hooks.after_step(model, lr)
         assert factor.grad is None
 
+        z = factor_ahead(now, before, momentum) - lr * gradient
+        now, before = (z.abs() - lr * strength).clamp(min=0) * (z > 0), now
+        torch.testing.assert_close(factor.detach(), factor_ahead(now, before, momentum), rtol=0, atol=1e-12)
+        # The publication's form has no bound at zero, so it is the same as long as nothing gets there.
         z = ahead - lr * gradient
         s = z.sign() * (z.abs() - lr * strength).clamp(min=0)
         velocity = s - ahead + momentum * velocity
         ahead = s + momentum * velocity
-        torch.testing.assert_close(factor.detach(), ahead, rtol=0, atol=1e-12)
+        if size < 1:
+            torch.testing.assert_close(factor.detach(), ahead, rtol=0, atol=1e-12)
+    assert (size == 1) == bool((factor == 0).any())
+    assert not (factor < 0).any()
 
-        z = now + momentum * (now - before) - lr * gradient
-        now, before = z.sign() * (z.abs() - lr * strength).clamp(min=0), now
-        torch.testing.assert_close(factor.detach(), now + momentum * (now - before), rtol=0, atol=1e-12)
+
+def factor_ahead(now: torch.Tensor, before: torch.Tensor, momentum: float) -> torch.Tensor:
+    return (now + momentum * (now - before)).clamp(min=0)
 
 
-def test_converges_to_the_lasso_with_exact_zeros() -> None:
+def test_a_factor_that_runs_away_fails_the_training() -> None:
+    model, hooks, factor = weighted(3, 0.1)
+    with torch.no_grad():
+        factor[1] = 0.0
+    assert hooks.after_epoch(model) == {"zero_factors": pytest.approx(100 / 3)}
+    with torch.no_grad():
+        factor[1] = 101.0
+    with pytest.raises(TrainingFailed, match="a scaling factor became 101, where they start at 1"):
+        hooks.after_epoch(model)
+
+
+def test_converges_to_the_lasso_of_factors_from_zero_with_exact_zeros() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 10, generator=generator, dtype=torch.float64)
-    y = x[:, 0] - 2 * x[:, 3] + 0.3 * torch.randn(60, generator=generator, dtype=torch.float64)
+    y = x[:, 0] + 2 * x[:, 3] - x[:, 5] + 0.3 * torch.randn(60, generator=generator, dtype=torch.float64)
     model, hooks, factor = weighted(10, strength=0.2)
     for _ in range(500):
         (0.5 * (x @ factor - y).square().mean()).backward()
         hooks.after_step(model, lr=0.1)
-    expected = torch.from_numpy(Lasso(alpha=0.2, fit_intercept=False, tol=1e-14, max_iter=10000).fit(x, y).coef_)
+    expected = torch.from_numpy(
+        Lasso(alpha=0.2, fit_intercept=False, positive=True, tol=1e-14, max_iter=10000).fit(x, y).coef_
+    )
     torch.testing.assert_close(factor.detach(), expected, rtol=0, atol=1e-10)
     assert torch.equal(factor == 0, expected == 0)
     assert 0 < int((expected == 0).sum()) < 10

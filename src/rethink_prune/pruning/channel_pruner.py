@@ -79,7 +79,7 @@ class ChannelTarget(Target):
                 f"with scope={options.scope} ({frozen or 'no convolutions'})"
             )
         self._sizes = {group.name: group.size for group in self.groups}
-        self._limits = selection.Limits(options.min_channels, options.round_to)
+        self._limits = selection.Limits(options.min_channels, options.round_to, options.min_share)
         self._wanted = selection.wanted_cost(options, self)
         self._warnings = channels.warnings
         if options.decides_widths and options.ratio is not None:
@@ -135,6 +135,7 @@ class ChannelTarget(Target):
         widths, emptied = self._ranked_widths(scores)
         self._check_removal(widths)
         warnings = [f"{name}: the threshold would have emptied it; its best {widths[name]} stay" for name in emptied]
+        warnings += selection.describe_thin(widths, self._sizes)
         if self._wanted is not None:
             warnings += self._wanted.describe_miss(self._cost_at(widths))
         return Choice(selection.drop_lowest(scores, widths), tuple(warnings))

@@ -6,8 +6,11 @@ Huang and Wang (2018) minimise the loss plus ``strength * sum |factor|``: the we
 factors by Nesterov's method with a soft threshold, which sets factors to zero exactly. With learning rate ``lr`` and
 the factors ``y`` that the forward pass uses, a step is ::
 
-    x_new = soft_threshold(y - lr * gradient, lr * strength)
-    y_new = x_new + momentum * (x_new - x)
+    x_new = max(0, soft_threshold(y - lr * gradient, lr * strength))
+    y_new = max(0, x_new + momentum * (x_new - x))
+
+As in the authors' code, no factor is negative: one that passes zero would turn a structure's sign instead of removing
+it. `strength` weighs the L1 norm against the mean loss of a batch, so it does not depend on the batch size.
 
 The publication writes ``v_new = x_new - y + momentum * v; y_new = x_new + momentum * v_new``, which is the same with
 ``v_new = x_new - x``. This form takes no difference that rounding could keep from zero: a factor that stays at zero is
@@ -28,7 +31,7 @@ from rethink_prune.errors import UserError
 from rethink_prune.surgery.branches import is_addition, remove_branches
 from rethink_prune.surgery.channels import ChannelGroup, Positions
 from rethink_prune.surgery.graph import infer_values, module_calls, operation_name, trace
-from rethink_prune.training.hooks import TrainingHooks
+from rethink_prune.training.hooks import TrainingFailed, TrainingHooks
 
 Kind = Literal["blocks", "groups", "channels"]
 KINDS: tuple[Kind, ...] = ("blocks", "groups", "channels")
@@ -38,6 +41,10 @@ _KEEP_ZERO = ("Identity", "Dropout", "Dropout2d", "ReLU", "dropout", "stochastic
 # Exact classes: a subclass may compute something that no weights express when it is scaled.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+# Factors start at one.
+LARGEST_FACTOR = 100.0
 
 
 @dataclass(frozen=True)
@@ -252,6 +259,7 @@ class ScalingFactors(TrainingHooks):
             "factors": {module: len(units) for module, units in self._units.items()},
             "strength": self._strength,
             "momentum": self._momentum,
+            "least": 0,  # earlier versions let factors go below zero
         }
 
     def prepare(self, model: nn.Module) -> None:
@@ -280,10 +288,27 @@ class ScalingFactors(TrainingHooks):
             factor, before = module.factor, module.factor_before
             if factor.grad is None:  # its layer took no part in this step
                 continue
-            proximal = F.softshrink(factor - lr * factor.grad, lr * self._strength)
-            factor.copy_(proximal + self._momentum * (proximal - before))
+            proximal = F.softshrink(factor - lr * factor.grad, lr * self._strength).clamp_(min=0)
+            factor.copy_((proximal + self._momentum * (proximal - before)).clamp_(min=0))
             before.copy_(proximal)
             factor.grad = None
+
+    def after_epoch(self, model: nn.Module) -> dict[str, float]:
+        """Return the share of factors that are zero, in percent; raise if a factor has run away.
+
+        Raises
+        ------
+        TrainingFailed
+            If a factor is larger than `LARGEST_FACTOR`: weights and factors have driven each other up, and what is left
+            is no result of the penalty.
+        """
+        factors = torch.cat([module.factor.detach().cpu() for module in self._scaled(model)])
+        if float(factors.max()) > LARGEST_FACTOR:
+            raise TrainingFailed(
+                f"a scaling factor became {float(factors.max()):.3g}, where they start at 1: their training is not "
+                "stable; lower recipe.lr or pruner.sparse.momentum"
+            )
+        return {"zero_factors": 100.0 * float((factors == 0).float().mean())}
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:

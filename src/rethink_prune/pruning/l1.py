@@ -7,7 +7,9 @@ Removes the filters with the smallest weights, all layers at once and independen
 
 Units that span several layers (``scope=all``, grouped convolutions) score the sum over their filters. Ties keep the
 lower index, so the choice is deterministic. Linear layers are left alone. The widths follow from the options, not from
-the weights, so scratch arms can train without the large network (unless ``ranking=global`` compares all filters).
+the weights, so scratch arms can train without the large network, unless ``ranking=global`` compares all filters. Then
+each layer's sums are divided by their mean: raw sums grow with the number of a filter's weights, so that layers with
+few inputs would go first, at random initialisation as well.
 
 ``A`` and ``B`` are the published targets: explicit widths for VGG-16, and for the ResNets a ratio per stage for the
 first convolution of each block, apart from blocks the authors found sensitive.
@@ -41,7 +43,9 @@ def _basic_block_variant(blocks: Sequence[int], stage_ratios: Sequence[float], s
 _RESNET34_SKIPS = (2, 8, 14, 16, 26, 28, 30, 32)
 
 
-def sums_over_filters(model: nn.Module, groups: Groups, measure: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
+def sums_over_filters(
+    model: nn.Module, groups: Groups, measure: Callable[[torch.Tensor], torch.Tensor], *, comparable: bool = False
+) -> Scores:
     """Return, for every unit of each group, the sum of a measure of its filters.
 
     Parameters
@@ -51,6 +55,8 @@ def sums_over_filters(model: nn.Module, groups: Groups, measure: Callable[[torch
         Of convolutions or linear layers.
     measure : callable
         From a layer's filters, C_out x (C_in k k) in float64, to one number for each.
+    comparable : bool
+        Divide the numbers of each layer by their mean, so that those of different layers can be ranked together.
 
     Examples
     --------
@@ -64,7 +70,10 @@ def sums_over_filters(model: nn.Module, groups: Groups, measure: Callable[[torch
     # A layer may be in several groups.
     layers = {layer for group in groups for layer in group.layers}
     measures = {n: measure(model.get_parameter(f"{n}.weight").detach().double().flatten(1)) for n in layers}
-    return {group.name: score_units(group.units, measures.__getitem__, torch.sum) for group in groups}
+    if comparable:  # a layer of zeros stays one
+        measures = {name: values / values.mean().clamp(min=1e-300) for name, values in measures.items()}
+    combine = torch.mean if comparable else torch.sum
+    return {group.name: score_units(group.units, measures.__getitem__, combine) for group in groups}
 
 
 class L1(ChannelPruner[ChannelOptions]):
@@ -94,5 +103,11 @@ class L1(ChannelPruner[ChannelOptions]):
     }
 
     def scores(self, model: nn.Module, groups: Groups, *, data: Batches, generator: torch.Generator) -> Scores:
-        """Return the summed absolute weights of every unit, in float64."""
-        return sums_over_filters(model, groups, lambda filters: filters.abs().sum(1))
+        """Return the summed absolute weights of every unit, in float64; comparable where all are ranked together."""
+        together = self.options.ranking == "global"
+        return sums_over_filters(model, groups, lambda filters: filters.abs().sum(1), comparable=together)
+
+    @property
+    def revision(self) -> int:
+        """Two where all filters are ranked together: earlier versions ranked raw sums."""
+        return 2 if self.options.ranking == "global" else 1

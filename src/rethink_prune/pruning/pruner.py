@@ -203,6 +203,11 @@ class Pruner(ABC, Generic[Options, TargetType]):
             For all draws, so that the seed decides them.
         """
 
+    @property
+    def revision(self) -> int:
+        """Counts how often what the pruner does with the same options has changed: it is part of the keys."""
+        return 1
+
     def check_images(self, target: TargetType, images: int) -> None:
         """Raise `UserError` if so many training images are too few; by default, any number will do."""
 

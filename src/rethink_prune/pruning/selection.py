@@ -3,6 +3,7 @@
 All functions know layers by name alone, so they serve channels and single weights alike.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,6 +18,8 @@ from rethink_prune.pruning.pruner import Target
 PerLayer = float | Sequence[float] | Mapping[str, float]
 
 TOLERANCE = 0.01
+# A layer of which a ranking over all leaves a smaller share is named.
+THIN = 0.1
 _SHARES = "; values below 1 are shares"
 
 
@@ -35,15 +38,23 @@ def kept_count(size: int, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on every width: at least `min_channels`, rounded up to a multiple of `round_to`."""
+    """Bounds on every width: at least `min_channels` and a share of `min_share`; rounded up to a multiple.
+
+    Examples
+    --------
+    >>> Limits(min_share=0.1).apply(1, 64)
+    7
+    """
 
     min_channels: int = 1
     round_to: int = 1
+    min_share: float = 0.0
 
     def apply(self, kept: int, size: int) -> int:
         """Return the width nearest to `kept` from above that respects the bounds and `size`."""
         # Rounds up in whole numbers: the ceiling of a quotient is minus the floor of its opposite.
-        multiple = -(-max(kept, self.min_channels) // self.round_to) * self.round_to
+        least = max(kept, self.min_channels, math.ceil(self.min_share * size - 1e-9))
+        multiple = -(-least // self.round_to) * self.round_to
         return min(size, multiple)
 
 
@@ -142,6 +153,19 @@ def widths_for_global_ratio(
     above = {layer: int((values > threshold).sum()) for layer, values in ranked.items()}
     widths = {layer: limits.apply(max(1, count), sizes[layer]) for layer, count in above.items()}
     return sizes | widths, [layer for layer, count in above.items() if not count]
+
+
+def describe_thin(widths: Mapping[str, int], sizes: Mapping[str, int]) -> list[str]:
+    """Return a line about layers of which a ranking over all leaves less than a tenth; nothing if there are none.
+
+    Examples
+    --------
+    >>> describe_thin({"a": 1, "b": 8}, {"a": 16, "b": 16})
+    ['less than 10 % of a: 1 of 16; pruner.min_share=0.1 keeps a share of every layer']
+    """
+    thin = [f"{name}: {width} of {sizes[name]}" for name, width in widths.items() if width < THIN * sizes[name]]
+    listed = ", ".join(thin[:4]) + (f" and {len(thin) - 4} more" if len(thin) > 4 else "")
+    return [f"less than 10 % of {listed}; pruner.min_share=0.1 keeps a share of every layer"] if thin else []
 
 
 def global_threshold(values: Iterable[torch.Tensor], ratio: float) -> torch.Tensor:

@@ -82,8 +82,8 @@ class SoftFilter(ChannelPruner[ChannelOptions]):
         return ZeroFilters(target, self.options)
 
     def scores(self, model: nn.Module, groups: Groups, *, data: Batches, generator: torch.Generator) -> Scores:
-        """Return the L2 norm of every unit's filters in float64."""
-        return filter_norms(model, groups)
+        """Return the L2 norm of every unit's filters in float64; comparable where all are ranked together."""
+        return filter_norms(model, groups, self.options)
 
 
 class ZeroFilters(TrainingHooks):
@@ -119,7 +119,7 @@ class ZeroFilters(TrainingHooks):
     @torch.no_grad()
     def after_epoch(self, model: nn.Module) -> dict[str, float]:
         """Zero the filters that are smallest now; none of a network that has diverged, whose loss will tell."""
-        norms = filter_norms(model, self._target.groups)
+        norms = filter_norms(model, self._target.groups, self._options)
         # `choose` would refuse such norms with an error about the pruner; the loss says better what happened.
         if not all(torch.isfinite(values).all() for values in norms.values()):
             return {}
@@ -153,9 +153,10 @@ class ZeroFilters(TrainingHooks):
         return {"regrown": 100.0 * float(grown[zeroed].float().mean())} if zeroed.any() else {}
 
 
-def filter_norms(model: nn.Module, groups: Groups) -> Scores:
-    """Return, for every unit of each group, the sum of its filters' L2 norms."""
-    return sums_over_filters(model, groups, lambda filters: filters.square().sum(1).sqrt())
+def filter_norms(model: nn.Module, groups: Groups, options: ChannelOptions) -> Scores:
+    """Return, for every unit of each group, the sum of its filters' L2 norms; as `L1` does where all are ranked."""
+    together = options.ranking == "global"
+    return sums_over_filters(model, groups, lambda filters: filters.square().sum(1).sqrt(), comparable=together)
 
 
 def _filter_groups(model: nn.Module) -> list[ChannelGroup]:

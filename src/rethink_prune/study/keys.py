@@ -103,6 +103,7 @@ def key_parts(
         training={"data": data, "training": training, "seed": config.seed, "network": network},
         pruner={
             **config.pruner.key(),
+            **({"revision": pruner.revision} if pruner.revision > 1 else {}),
             "source": source,
             "seed": config.seed,
             "images": {**data, "batch_size": batch_size} if pruner.needs_data else None,

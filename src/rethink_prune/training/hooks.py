@@ -8,6 +8,10 @@ from torch import nn
 from rethink_prune.surgery.architecture import Masks, apply_masks
 
 
+class TrainingFailed(Exception):
+    """Raised by hooks after an epoch: what was trained is no result; the message says why."""
+
+
 class TrainingHooks:
     """Does nothing; a pruner that trains its own way, or weights that are masked, override what they need.
 

@@ -11,7 +11,7 @@ from rethink_prune.seeds import derive_seed, seed_generators
 from rethink_prune.training.checkpoint import Checkpoints, Parts, TrainingSaver
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.evaluate import Evaluation, evaluate, loss_and_correct
-from rethink_prune.training.hooks import TrainingHooks
+from rethink_prune.training.hooks import TrainingFailed, TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress, Row, progress_bar
 from rethink_prune.training.runtime import Runtime
@@ -20,10 +20,10 @@ from rethink_prune.training.step import build_step
 
 
 class Diverged(Exception):
-    """A loss is NaN or infinite."""
+    """A training broke down in an epoch: a loss is NaN or infinite, or its hooks say why."""
 
-    def __init__(self, name: str, loss: float, epoch: int, lr: float) -> None:
-        super().__init__(f"the {name} loss became {loss} in epoch {epoch} at learning rate {lr:g}")
+    def __init__(self, reason: str, epoch: int) -> None:
+        super().__init__(reason)
         self.epoch = epoch
 
 
@@ -73,7 +73,7 @@ def train(
     Raises
     ------
     Diverged
-        If the training loss of an epoch, or a loss after it, is not finite.
+        If the training loss of an epoch, or a loss after it, is not finite, or if the hooks say so.
     Interrupted
         After a signal; the state is saved.
 
@@ -135,7 +135,7 @@ def train(
                 # The end of an epoch is no place to stop: its row is not written yet.
                 if progress.step < batches.steps_per_epoch and progress.step % processes.steps_together == 0:
                     saver.pause(progress, title, spec.epochs)
-            noticed = hooks.after_epoch(model) or {}
+            noticed = _ask_hooks(hooks, model, progress)
             # Running statistics of batch norms differ between processes; the first one's are evaluated and saved.
             processes.share_state(model)
             loss_sum, correct = processes.sum(progress.totals).tolist()
@@ -169,6 +169,14 @@ def _seed_noise(seed: int, progress: Progress, rank: int, device: torch.device) 
         torch.cuda.manual_seed(noise)
 
 
+def _ask_hooks(hooks: TrainingHooks, model: nn.Module, progress: Progress) -> Mapping[str, float]:
+    try:
+        return hooks.after_epoch(model) or {}
+    except TrainingFailed as failure:
+        raise Diverged(f"in epoch {progress.epoch + 1}, {failure}", progress.epoch + 1) from None
+
+
 def _check_finite(name: str, evaluation: Evaluation, progress: Progress, lr: float) -> None:
     if not math.isfinite(evaluation.loss):
-        raise Diverged(name, evaluation.loss, progress.epoch + 1, lr)
+        epoch = progress.epoch + 1
+        raise Diverged(f"the {name} loss became {evaluation.loss} in epoch {epoch} at learning rate {lr:g}", epoch)
