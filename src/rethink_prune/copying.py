@@ -10,7 +10,7 @@ from torch import nn
 from rethink_prune.errors import UserError, first_line
 
 # What nn.Module itself keeps in an instance, hooks included.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # What can always be copied.
 _PLAIN = (bool, int, float, str, type(None), types.FunctionType, torch.Tensor, nn.Module)
 
@@ -51,7 +51,8 @@ def copy_network(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
     except Exception as error:  # the network's own __deepcopy__ may raise anything
         raise UserError(f"{type(model).__name__}: cannot be copied: {first_line(error)}") from error
     for module in result.modules():
-        tables: tuple[dict[Any, Any], ...] = (vars(module), module._forward_hooks, module._forward_pre_hooks)
+        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        tables: tuple[dict[Any, Any], ...] = (vars(module), *hooks)
         for table in tables:
             for key, value in table.items():
                 if isinstance(value, types.FunctionType) and value.__closure__:
@@ -82,7 +83,7 @@ def uncopyable_attributes(module: nn.Module) -> list[str]:
     >>> uncopyable_attributes(module)
     ['lock']
     """
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    own = {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
     return [name for name, value in own.items() if not isinstance(value, _PLAIN) and not _can_copy(value)]
 
 

@@ -83,7 +83,8 @@ class Networks:
         # Ours are tested.
         if not self.is_own:
             return runtime
-        check_state(unpruned, self.large(), where)
+        # Not the one above: evaluating a network may have changed it.
+        check_state(self.large(), self.large(), where)
         if draws_anew:
             self.scratch(UNPRUNED)
         return try_training(unpruned, self.info, runtime, where)

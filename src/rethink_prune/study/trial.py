@@ -6,16 +6,18 @@ reasons fails here, in one line, and not after hours.
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, AdamW
 
 from rethink_prune.copying import copy_network
 from rethink_prune.data import DatasetInfo
 from rethink_prune.errors import UserError, first_line
 from rethink_prune.outputs import main_output, output_loss, unused_outputs
 from rethink_prune.seeds import seeded
-from rethink_prune.state import full_state
+from rethink_prune.state import full_state, load_full_state, overlapping, remembered, same_value
 from rethink_prune.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,14 @@ def check_state(model: nn.Module, again: nn.Module, where: str) -> None:
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise UserError(f"{where}: {name}: is a {kind}, and a stage holds tensors alone; make it a tensor")
+    if shared := overlapping(dict([*model.named_parameters(), *model.named_buffers()])):
+        raise UserError(
+            f"{where}: {' and '.join(shared)}: use the same memory, which a copy would not; to share a weight, give "
+            "both modules the same parameter"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise UserError(f"{where}: {name}: has a hook on its gradient, which no copy of the network would have")
     second = full_state(again)
     if any(not torch.equal(tensor, second[name]) for name, tensor in full_state(model).items()):
         raise UserError(f"{where}: in its constructor, {UNSEEDED}")
@@ -102,19 +112,54 @@ def try_training(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: s
         return runtime
     if not torch.equal(logits.nan_to_num(), _train_copy(model, info, runtime, where).nan_to_num()):
         raise UserError(f"{where}: in its forward pass, {UNSEEDED}")
+    _check_memory(model, info, runtime, where)
     return runtime
+
+
+def _check_memory(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: str) -> None:
+    """Raise `UserError` if a copy keeps what no state dict holds, so that a training could not go on after a stop."""
+    tried = copy_network(model)
+    start = {name: tensor.clone() for name, tensor in full_state(tried).items()}
+    images = _images(info, runtime)
+    found: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+    for _ in range(2):
+        load_full_state(tried, start)
+        with seeded(0), torch.no_grad():
+            logits = {"training": main_output(tried.to(memory_format=runtime.memory_format).train()(images))}
+            trained = {name: tensor.clone() for name, tensor in full_state(tried).items()}
+            logits["evaluation"] = main_output(tried.eval()(images))
+        for name, tensor in full_state(tried).items():
+            if not same_value(tensor, trained[name]):
+                raise UserError(
+                    f"{where}: in evaluation mode, changes {name}, so its logits depend on what it saw before"
+                )
+        found.append((remembered(tried), logits))
+    (first, logits), (second, logits_again) = found
+    changed = [name for name, value in second.items() if name in first and not same_value(first[name], value)]
+    if changed or not same_value(logits, logits_again):
+        what = f"changes {changed[0]} in every step" if changed else "keeps something from step to step"
+        raise UserError(
+            f"{where}: {what}, in no buffer: a training that goes on after a stop would not have it; make it a buffer "
+            "(register_buffer, changed in place), and draw random numbers from the global generators"
+        )
+
+
+def _images(info: DatasetInfo, runtime: Runtime) -> Tensor:
+    size = (2, info.channels, info.image_size, info.image_size)
+    return runtime.take(torch.randn(size, generator=torch.Generator().manual_seed(0)))
 
 
 def _train_copy(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: str) -> Tensor:
     """Return the logits of a copy in training mode, after a backward pass and an evaluation."""
-    size = (2, info.channels, info.image_size, info.image_size)
-    images = runtime.take(torch.randn(size, generator=torch.Generator().manual_seed(0)))
+    images = _images(info, runtime)
     tried = copy_network(model).to(memory_format=runtime.memory_format).train()
     with seeded(0):
         output = tried(images)
         logits = main_output(output)
         _check_logits(logits, 2, info, f"{where}: in training mode")
         output_loss(output, torch.arange(2) % info.num_classes).backward()
+        for optimizer in (SGD, AdamW):
+            optimizer(tried.parameters(), lr=1e-3, weight_decay=1e-3).step()
         with torch.no_grad():
             tried.eval()(images)
     if unused_outputs(output):

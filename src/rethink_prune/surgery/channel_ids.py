@@ -163,8 +163,8 @@ class ChannelIds:
         All modules of the network, at full width.
     input_shape : tuple of int
         The shape the network is analysed with, batch dimension included.
-    can_edit : bool
-        Whether constants in the graph may be rewritten.
+    uneditable : str
+        Why constants in the graph may not be rewritten; empty if they may.
     count : int
         How many ids there are: 0, 1, ... ``count - 1``.
     outputs, inputs : dict of str to ndarray
@@ -196,7 +196,7 @@ class ChannelIds:
 
     modules: Mapping[str, nn.Module]
     input_shape: tuple[int, ...]
-    can_edit: bool = True
+    uneditable: str = ""
     count: int = 0
     outputs: dict[str, Ids] = field(default_factory=dict)
     inputs: dict[str, Ids] = field(default_factory=dict)
@@ -242,9 +242,9 @@ class ChannelIds:
     def add_constant(self, call: Call, kind: str, position: int, pieces: tuple[Ids, ...], unedited: Counts) -> None:
         """Record numbers in the call's arguments that count channels, or freeze what they count; see `Constant`."""
         stream = call.subject.ids
-        # An edited constant stands in one traced graph; it would be wrong in the mode that runs another one.
-        if self.can_edit:
+        # An edited constant stands in a traced graph, which then is all that the network runs, in both modes.
+        if not self.uneditable:
             self.constants.append(Constant(call.label, kind, position, stream, pieces, unedited))
             return
         for ids in (stream, *pieces):
-            self.freeze(ids, f"{call.label}: counts channels, and training and evaluation mode run different graphs")
+            self.freeze(ids, f"{call.label}: counts channels, and {self.uneditable}")

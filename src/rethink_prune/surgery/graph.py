@@ -1,34 +1,49 @@
 """A network as a graph of operations: tracing it, the shape of every value, what a node calls, running it again."""
 
 import inspect
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.errors import UserError, first_line
+from rethink_prune.seeds import seeded
 
 # The output of these has the shape of the input. Torch decomposes them on meta tensors in Python, which would take
 # nine tenths of the time of an analysis.
 _SAME_SHAPE_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
 _SAME_SHAPE_FUNCTIONS = (F.relu, torch.relu)
 _IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv")
+# What a trace did not record, in the meta data of its first node.
+_UNRECORDED = "unrecorded"
+_DRAWS = "draws random numbers"
 _ALIASES = {**{name: name[1:] for name in _IN_PLACE_OPERATORS}, "itruediv": "div", "truediv": "div", "multiply": "mul"}
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = _modes()
+        self.changes_modes = False
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.changes_modes |= _modes() != self.modes
+        return super().create_node(*args, **kwargs)
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         # Subclasses of batch norm (timm has some with an activation inside) stay one call: their scale and shift
         # can be cut like any batch norm's, whatever else their forward does.
         return isinstance(module, _BatchNorm) or super().is_leaf_module(module, qualified_name)
 
 
-def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
+def trace(model: nn.Module, *, training: bool = False, seed: int = 0) -> fx.Graph:
     """Return the operations of `model`, with arguments that have a default fixed to it.
 
     Parameters
@@ -37,6 +52,8 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
         Put into the mode given and possibly given constants by the tracer: pass a copy (`cost.on_meta`).
     training : bool
         Which of the two modes to trace.
+    seed : int
+        Decides the random numbers that a forward pass may draw: what it runs may depend on them.
 
     Raises
     ------
@@ -48,15 +65,21 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
     >>> [node.name for node in trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).nodes]
     ['input_1', '_0', '_1', 'output']
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(f"{type(model).__name__}: is a script, which torch.fx cannot trace; give the network itself")
     if "forward" in vars(model):
         raise UserError(f"{type(model).__name__}: its forward was replaced on the instance, which torch.fx ignores")
     model.train(training)
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    tracer = _Tracer()
+    attributes = _attributes(model)
     try:
         # A forward pass that draws random numbers draws them while it is traced, too.
-        with torch.random.fork_rng(devices=[]), _autograd_functions_as_calls():
-            graph = _Tracer().trace(model, concrete_args=defaults or None)
+        with seeded(seed), _autograd_functions_as_calls():
+            before = _random_states()
+            graph = tracer.trace(model, concrete_args=defaults or None)
+            draws = _random_states() != before
     except Exception as error:  # a user's forward may raise anything when it is given proxies
         name, reason = type(model).__name__, first_line(error)
         raise UserError(f"{name}: torch.fx cannot trace it, so its channels cannot be followed: {reason}") from error
@@ -65,7 +88,65 @@ def trace(model: nn.Module, *, training: bool = False) -> fx.Graph:
         if "input" in node.kwargs and not node.args:
             node.args = (node.kwargs["input"],)
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
+    constants = [getattr(model, str(node.target), None) for node in graph.nodes if node.op == "get_attr"]
+    own = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    reasons = {
+        _DRAWS: draws,
+        "runs parts without gradients or in another precision": tracer.changes_modes,
+        "sets attributes": any(
+            attributes[key] is not value for key, value in _attributes(model).items() if key in attributes
+        ),
+        "computes with its tensors alone": any(
+            isinstance(c, torch.Tensor) and c.is_meta and id(c) not in own for c in constants
+        ),
+    }
+    next(iter(graph.nodes)).meta[_UNRECORDED] = next((reason for reason, found in reasons.items() if found), "")
     return graph
+
+
+def _modes() -> tuple[bool, ...]:
+    """Return what contexts such as ``torch.no_grad()`` and ``torch.autocast()`` decide."""
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """Return what modules hold beside parameters, buffers and modules, by the names of module and attribute."""
+    return {(name, key): value for name, module in model.named_modules() for key, value in vars(module).items()}
+
+
+def _random_states() -> list[Any]:
+    """Return the states of torch's, NumPy's and Python's global generators, to be compared."""
+    numpy_state: Any = np.random.get_state()
+    return [torch.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2:], random.getstate()]
+
+
+def draws_numbers(graph: fx.Graph) -> bool:
+    """Tell whether a forward pass drew random numbers while it was traced: another time, it may run something else.
+
+    Examples
+    --------
+    >>> draws_numbers(trace(nn.Dropout()))  # drawn by an operation of the graph
+    False
+    """
+    return unrecorded(graph) == _DRAWS
+
+
+def unrecorded(graph: fx.Graph) -> str:
+    """Return what a forward pass does beside the operations of its trace; empty if nothing is known.
+
+    The graph cannot stand for such a forward pass.
+
+    Examples
+    --------
+    >>> class Frozen(nn.Module):
+    ...     def forward(self, x):
+    ...         with torch.no_grad():
+    ...             return x.relu()
+    >>> unrecorded(trace(nn.ReLU())), unrecorded(trace(Frozen()))
+    ('', 'runs parts without gradients or in another precision')
+    """
+    return str(next(iter(graph.nodes)).meta[_UNRECORDED])
 
 
 @contextmanager
@@ -162,6 +243,28 @@ def describe_call(node: fx.Node) -> str:
 
 def _target_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
+
+
+def why_uneditable(graph: fx.Graph, training_graph: fx.Graph | None) -> str:
+    """Return why a network may not be replaced by a changed trace, which would then run in both modes; empty if it may.
+
+    Parameters
+    ----------
+    graph : fx.Graph
+        The trace in evaluation mode.
+    training_graph : fx.Graph, optional
+        The one in training mode; None if there is none.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    >>> why_uneditable(trace(model), None)
+    'training and evaluation mode run different operations'
+    """
+    if training_graph is None or not have_same_calls(graph, training_graph):
+        return "training and evaluation mode run different operations"
+    reason = unrecorded(graph) or unrecorded(training_graph)
+    return f"its forward pass {reason}, which a trace does not record" if reason else ""
 
 
 def have_same_calls(first: fx.Graph, second: fx.Graph) -> bool:
