@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from rethink_prune.copying import copy_network
+from rethink_prune.cost import on_meta
 from rethink_prune.data import DatasetInfo
 from rethink_prune.errors import UserError, first_line
 from rethink_prune.outputs import main_output, output_loss, unused_outputs
 from rethink_prune.seeds import seeded
 from rethink_prune.state import full_state, load_full_state, overlapping, remembered, same_value
+from rethink_prune.surgery.graph import have_same_calls, trace
 from rethink_prune.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -134,6 +136,11 @@ def _check_memory(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: 
                     f"{where}: in evaluation mode, changes {name}, so its logits depend on what it saw before"
                 )
         found.append((remembered(tried), logits))
+    if not _has_same_trace(model, tried):
+        raise UserError(
+            f"{where}: runs other operations once it has run, because its forward pass sets attributes; set "
+            "them in the constructor"
+        )
     (first, logits), (second, logits_again) = found
     changed = [name for name, value in second.items() if name in first and not same_value(first[name], value)]
     if changed or not same_value(logits, logits_again):
@@ -142,6 +149,18 @@ def _check_memory(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: 
             f"{where}: {what}, in no buffer: a training that goes on after a stop would not have it; make it a buffer "
             "(register_buffer, changed in place), and draw random numbers from the global generators"
         )
+
+
+def _has_same_trace(fresh: nn.Module, used: nn.Module) -> bool:
+    """Tell whether a network is traced alike before and after it ran; also if it cannot be traced at all."""
+    try:
+        graph = trace(on_meta(fresh))
+    except UserError:  # whoever needs a trace says so
+        return True
+    try:
+        return have_same_calls(graph, trace(on_meta(used)))
+    except UserError:
+        return False
 
 
 def _images(info: DatasetInfo, runtime: Runtime) -> Tensor:
