@@ -43,7 +43,9 @@ def check_output(model: nn.Module, info: DatasetInfo, where: str) -> None:
     shape = (1, info.channels, info.image_size, info.image_size)
     try:
         with torch.no_grad(), seeded(0):
-            output = main_output(model.eval()(torch.zeros(shape)))
+            output = main_output(copy_network(model.eval())(torch.zeros(shape)))
+    except UserError:
+        raise
     except Exception as error:  # a user's forward may raise anything
         size = f"{info.channels} x {info.image_size} x {info.image_size}"
         raise UserError(
@@ -129,7 +131,8 @@ def _check_memory(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: 
         with seeded(0), torch.no_grad():
             logits = {"training": main_output(tried.to(memory_format=runtime.memory_format).train()(images))}
             trained = {name: tensor.clone() for name, tensor in full_state(tried).items()}
-            logits["evaluation"] = main_output(tried.eval()(images))
+            # Other images: a maximum of what was seen, say, would stay as it is.
+            logits["evaluation"] = main_output(tried.eval()(runtime.take(2 * images)))
         for name, tensor in full_state(tried).items():
             if not same_value(tensor, trained[name]):
                 raise UserError(
