@@ -461,6 +461,12 @@ def caches(m: Any, x: Any) -> Any:
     return pooled(m, m.features(x) * m.cache)
 
 
+def registers(m: Any, x: Any) -> Any:
+    if "cache" not in dict(m.named_buffers()):
+        m.register_buffer("cache", torch.ones(1))
+    return Plain.forward(m, x)
+
+
 def share_memory(m: Any) -> None:
     m.more = nn.Linear(12, 12)
     m.inner.bias = nn.Parameter(m.more.bias.data[:])
@@ -486,6 +492,7 @@ REFUSED: dict[str, Any] = {
     ),
     "in evaluation mode, changes largest": changed(lambda m: m.register_buffer("largest", torch.zeros(())), watches),
     "runs other operations once it has run": changed(lambda m: setattr(m, "cache", None), caches),
+    "has cache only before or after it has run": changed(None, registers),
     "inner.bias and more.bias: use the same memory": changed(share_memory),
     "norm.weight: has a hook on its gradient": changed(lambda m: m.norm.weight.register_hook(lambda g: g / 2)),
     "cannot be trained: add(sparse, dense) is not supported": changed(

@@ -116,11 +116,11 @@ def try_training(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: s
         return runtime
     if not torch.equal(logits.nan_to_num(), _train_copy(model, info, runtime, where).nan_to_num()):
         raise UserError(f"{where}: in its forward pass, {UNSEEDED}")
-    _check_memory(model, info, runtime, where)
+    _check_keeps_nothing(model, info, runtime, where)
     return runtime
 
 
-def _check_memory(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: str) -> None:
+def _check_keeps_nothing(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: str) -> None:
     """Raise `UserError` if a copy keeps what no state dict holds, so that a training could not go on after a stop."""
     tried = copy_network(model)
     start = {name: tensor.clone() for name, tensor in full_state(tried).items()}
@@ -133,8 +133,13 @@ def _check_memory(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: 
             trained = {name: tensor.clone() for name, tensor in full_state(tried).items()}
             # Other images: a maximum of what was seen, say, would stay as it is.
             logits["evaluation"] = main_output(tried.eval()(runtime.take(2 * images)))
-        for name, tensor in full_state(tried).items():
-            if not same_value(tensor, trained[name]):
+        after = full_state(tried)
+        if added := sorted(after.keys() ^ start.keys()):
+            raise UserError(
+                f"{where}: has {added[0]} only before or after it has run: register it in the constructor, in its shape"
+            )
+        for name, tensor in trained.items():
+            if not same_value(after[name], tensor):
                 raise UserError(
                     f"{where}: in evaluation mode, changes {name}, so its logits depend on what it saw before"
                 )
