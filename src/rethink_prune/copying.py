@@ -51,7 +51,8 @@ def copy_network(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
     except Exception as error:  # the network's own __deepcopy__ may raise anything
         raise UserError(f"{type(model).__name__}: cannot be copied: {first_line(error)}") from error
     for module in result.modules():
-        tables: tuple[dict[Any, Any], ...] = (vars(module), module._forward_hooks, module._forward_pre_hooks)
+        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        tables: tuple[dict[Any, Any], ...] = (vars(module), *hooks)
         for table in tables:
             for key, value in table.items():
                 if isinstance(value, types.FunctionType) and value.__closure__:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rethink_prune.copying import copy_network, derived
 from rethink_prune.errors import UserError, first_line
+from rethink_prune.seeds import seeded
 
 TRAIN_FLOPS_PER_MAC = 6
 _WARM_UP_PASSES = 3
@@ -95,14 +96,25 @@ def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     {'1': 60, '': 60}
     """
     shapes = on_meta(model).eval()
-    dtype = next((p.dtype for p in shapes.parameters() if p.is_floating_point()), None)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shapes(torch.empty(1, *input_shape, dtype=dtype, device="meta"))
+    try:
+        counter = _count_flops(shapes, input_shape, "meta")
+    except Exception:  # a forward pass may create tensors on the CPU, or read values
+        shapes = shapes.to_empty(device="cpu")
+        for tensor in [*shapes.parameters(), *shapes.buffers()]:
+            tensor.detach().zero_()
+        counter = _count_flops(shapes, input_shape, "cpu")
     counts = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
     prefix = f"{type(shapes).__name__}."
     # FlopCounterMode counts two FLOPs per multiply-accumulate.
     macs = {name.removeprefix(prefix): flops // 2 for name, flops in counts.items() if name.startswith(prefix)}
     return {**macs, "": counter.get_total_flops() // 2}
+
+
+def _count_flops(model: nn.Module, input_shape: Sequence[int], device: str) -> FlopCounterMode:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    with torch.no_grad(), seeded(0), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *input_shape, dtype=dtype, device=device))
+    return counter
 
 
 def weight_macs(model: nn.Module, macs: Mapping[str, int]) -> dict[str, int]:

@@ -149,7 +149,7 @@ REFUSED = {
             def forward(self, x):
                 return super().forward(x) + self.token
     """,
-    "changes what is no parameter and no buffer and computes with it, and a checkpoint would not hold it": """
+    "runs other operations once it has run": """
         class Other(Net):
             def finish(self):
                 self.seen = []
@@ -158,7 +158,7 @@ REFUSED = {
                     self.seen.append(1)
                 return super().forward(x) / (1 + len(self.seen))
     """,
-    "changes mean in evaluation mode; only training may change a network": """
+    "in evaluation mode, changes mean, so its logits depend on what it saw before": """
         class Other(Net):
             def finish(self):
                 self.register_buffer("mean", torch.zeros(3, 1, 1))

@@ -11,7 +11,9 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from rethink_prune.errors import UserError
 from rethink_prune.imports import import_object
@@ -28,6 +30,8 @@ def _collect_networks() -> dict[str, Factory]:
 # In the order of the files' names.
 MODELS: Mapping[str, Factory] = _collect_networks()
 
+# What torch.compile and data parallelism give.
+_WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
 
 
@@ -78,7 +82,7 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
     ------
     UserError
         If the name is unknown, the network does not take an option or its value, or the factory gives no
-        ``nn.Module``.
+        ``nn.Module``, or one that is wrapped, or not initialised yet.
 
     Examples
     --------
@@ -112,6 +116,10 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
         raise UserError(f"model.name={name}: {problem} (HYDRA_FULL_ERROR=1 shows where)") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={name}: gave a {type(model).__name__}, not a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule) or type(model).__name__ in _WRAPPERS:
+        raise UserError(f"model.name={name}: gave a {type(model).__name__} around a network; return the network itself")
+    if lazy := next((key for key, parameter in model.named_parameters() if is_lazy(parameter)), None):
+        raise UserError(f"model.name={name}: {lazy} has no shape yet; run the network once before it is returned")
     # The published variants of a pruner are looked up by this name.
     model.network_name = name  # type: ignore[assignment]
     return model

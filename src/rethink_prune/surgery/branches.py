@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from rethink_prune.copying import copy_network
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.surgery.graph import have_same_calls, operation_name, overwrites_operand, run_graph, trace
+from rethink_prune.surgery.graph import operation_name, overwrites_operand, run_graph, trace, why_uneditable
 
 
 def remove_branches(model: nn.Module, ends: Sequence[str]) -> nn.Module:
@@ -32,8 +32,8 @@ def remove_branches(model: nn.Module, ends: Sequence[str]) -> nn.Module:
     Raises
     ------
     UserError
-        If a module ends no branch, if a branch cannot go without changing what remains, or if no graph can stand for
-        the forward pass: training and evaluation mode run different operations, or it draws numbers in Python, say.
+        If a module ends no branch, if a branch cannot go without changing what remains, or if its
+        trace is not all that the network runs.
 
     Examples
     --------
@@ -50,12 +50,9 @@ def remove_branches(model: nn.Module, ends: Sequence[str]) -> nn.Module:
     model = copy_network(model)
     network, shapes = type(model).__name__, on_meta(model)
     # The result runs one graph in both modes.
-    missed: list[str] = []
-    graph = trace(shapes, training=True, missed=missed)
-    if not have_same_calls(graph, trace(on_meta(model), missed=missed)):
-        missed.append("training and evaluation mode run different operations")
-    if missed:
-        raise UserError(f"{network}: no block can be removed: {missed[-1]}")
+    graph = trace(shapes, training=True)
+    if reason := why_uneditable(trace(on_meta(model)), graph):
+        raise UserError(f"{network}: no block can be removed: {reason}")
     modules = dict(shapes.named_modules())
     additions: dict[fx.Node, tuple[str, fx.Node]] = {}
     for end in ends:

@@ -242,7 +242,7 @@ class ChannelIds:
     def add_constant(self, call: Call, kind: str, position: int, pieces: tuple[Ids, ...], unedited: Counts) -> None:
         """Record numbers in the call's arguments that count channels, or freeze what they count; see `Constant`."""
         stream = call.subject.ids
-        # An edited constant stands in a traced graph, which then runs in the place of the forward pass, in both modes.
+        # An edited constant stands in a traced graph, which then is all that the network runs, in both modes.
         if not self.uneditable:
             self.constants.append(Constant(call.label, kind, position, stream, pieces, unedited))
             return

@@ -25,10 +25,12 @@ from rethink_prune.errors import UserError
 from rethink_prune.surgery.architecture import selecting_module, selects
 from rethink_prune.surgery.channel_ids import ChannelIds, FollowedNode, Ids
 from rethink_prune.surgery.follow import follow_channels, tie_shared_parameters
-from rethink_prune.surgery.graph import have_same_calls, trace
+from rethink_prune.surgery.graph import draws_numbers, have_same_calls, trace, why_uneditable
 
 Kind = Literal["conv", "linear", "selection"]
 Positions = tuple[int, ...]
+# How often a forward pass is traced that draws random numbers.
+_DRAWN_TRACES = 16
 
 
 @dataclass(frozen=True)
@@ -310,22 +312,26 @@ def analyse(model: nn.Module, example: torch.Tensor, *, selecting: Literal["norm
     # The tracer puts constants into what it traces, so each trace has a copy.
     network, training_network = on_meta(model).eval(), on_meta(model).eval()
     ids = ChannelIds(dict(network.named_modules()), tuple(example.shape))
-    missed: list[str] = []
-    graph = trace(network, missed=missed)
+    graph = trace(network)
     try:
-        training_graph = trace(training_network, training=True, missed=missed)
+        training_graph = trace(training_network, training=True)
     except UserError as error:
         training_graph = None
         ids.warnings.append(f"only evaluation mode was followed; in training mode, {error}")
-    same_calls = training_graph is not None and have_same_calls(graph, training_graph)
-    if missed or not same_calls:
-        ids.uneditable = missed[0] if missed else "training and evaluation mode run different graphs"
+    same = training_graph is not None and have_same_calls(graph, training_graph)
+    ids.uneditable = why_uneditable(graph, training_graph)
     # The rules try activations on zeros, and some of these draw random numbers.
     with torch.random.fork_rng(devices=[]):
         ids.nodes = follow_channels(graph, network, ids, selecting)
-        if training_graph is not None and not same_calls:
+        if training_graph is not None and not same:
             # What only training mode runs, such as an auxiliary head, reads the same layers and is cut with them.
             follow_channels(training_graph, training_network.eval(), ids, selecting)
+        for mode, first in ((False, graph), (True, training_graph)):
+            # Which operations run may depend on the draws: a block that is skipped at random, say.
+            for seed in range(1, _DRAWN_TRACES) if first is not None and draws_numbers(first) else ():
+                drawn_network = on_meta(model)
+                drawn = trace(drawn_network, training=mode, seed=seed)
+                follow_channels(drawn, drawn_network.eval(), ids, selecting)
     tie_shared_parameters(ids)
     for name, module in model.named_modules():
         if selects(module) and not module.get_buffer("selected").is_meta:

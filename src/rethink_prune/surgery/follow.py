@@ -129,7 +129,8 @@ def _follow_module(ids: ChannelIds, call: Call, selecting: str | None) -> Flow:
         return _follow_layer(ids, call, module)
     if isinstance(module, _BatchNorm):
         return _follow_batch_norm(ids, call, module)
-    if not call.channel_flows():
+    # A layer is listed among those that stay whole, also where it reads the image.
+    if not call.channel_flows() and not isinstance(module, _LAYERS):
         return None
     if isinstance(module, nn.PReLU) and module.num_parameters > 1:
         return _pass_by_channel(ids, call, module.num_parameters)
@@ -145,6 +146,8 @@ def _hidden_behaviour(module: nn.Module) -> str:
     before = [hook for hook in module._forward_pre_hooks.values() if hook is not read_selected]
     if before or module._forward_hooks:
         return "has a forward hook"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "has a backward hook"
     if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
         return "its forward was replaced"
     if shared := uncopyable_attributes(module):

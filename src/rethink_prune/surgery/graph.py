@@ -23,19 +23,29 @@ from rethink_prune.seeds import seeded
 _SAME_SHAPE_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
 _SAME_SHAPE_FUNCTIONS = (F.relu, torch.relu)
 _IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv")
-# The tracer's names for tensors that the forward pass makes without the input.
-_CONSTANT = "_tensor_constant"
+# What a trace did not record, in the meta data of its first node.
+_UNRECORDED = "unrecorded"
+_DRAWS = "draws random numbers"
 _ALIASES = {**{name: name[1:] for name in _IN_PLACE_OPERATORS}, "itruediv": "div", "truediv": "div", "multiply": "mul"}
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = _modes()
+        self.changes_modes = False
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.changes_modes |= _modes() != self.modes
+        return super().create_node(*args, **kwargs)
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         # Subclasses of batch norm (timm has some with an activation inside) stay one call: their scale and shift
         # can be cut like any batch norm's, whatever else their forward does.
         return isinstance(module, _BatchNorm) or super().is_leaf_module(module, qualified_name)
 
 
-def trace(model: nn.Module, *, training: bool = False, missed: list[str] | None = None) -> fx.Graph:
+def trace(model: nn.Module, *, training: bool = False, seed: int = 0) -> fx.Graph:
     """Return the operations of `model`, with arguments that have a default fixed to it.
 
     Parameters
@@ -44,9 +54,8 @@ def trace(model: nn.Module, *, training: bool = False, missed: list[str] | None 
         Put into the mode given and possibly given constants by the tracer: pass a copy (`cost.on_meta`).
     training : bool
         Which of the two modes to trace.
-    missed : list of str, optional
-        Takes what the forward pass did while it was traced and the graph would not do again, such as drawing a random
-        number in Python: running the graph instead of the network would be wrong.
+    seed : int
+        Decides the random numbers that a forward pass may draw: what it runs may depend on them.
 
     Raises
     ------
@@ -58,18 +67,21 @@ def trace(model: nn.Module, *, training: bool = False, missed: list[str] | None 
     >>> [node.name for node in trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).nodes]
     ['input_1', '_0', '_1', 'output']
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(f"{type(model).__name__}: is a script, which torch.fx cannot trace; give the network itself")
     if "forward" in vars(model):
         raise UserError(f"{type(model).__name__}: its forward was replaced on the instance, which torch.fx ignores")
     model.train(training)
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    tracer = _Tracer()
+    held = _held_values(model)
     try:
         # A forward pass that draws random numbers draws them while it is traced, too.
-        with seeded(0), _autograd_functions_as_calls():
-            before = None if missed is None else (_generator_states(), _held_values(model))
-            graph = _Tracer().trace(model, concrete_args=defaults or None)
-            if missed is not None:
-                missed += _find_missed(model, before, (_generator_states(), _held_values(model)))
+        with seeded(seed), _autograd_functions_as_calls():
+            before = _random_states()
+            graph = tracer.trace(model, concrete_args=defaults or None)
+            draws = _random_states() != before
     except Exception as error:  # a user's forward may raise anything when it is given proxies
         name, reason = type(model).__name__, first_line(error)
         raise UserError(f"{name}: torch.fx cannot trace it, so its channels cannot be followed: {reason}") from error
@@ -78,21 +90,34 @@ def trace(model: nn.Module, *, training: bool = False, missed: list[str] | None 
         if "input" in node.kwargs and not node.args:
             node.args = (node.kwargs["input"],)
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
+    constants = [getattr(model, str(node.target), None) for node in graph.nodes if node.op == "get_attr"]
+    own = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    reasons = {
+        _DRAWS: draws,
+        "runs parts without gradients or in another precision": tracer.changes_modes,
+        "sets attributes": any(held[name] != mark for name, mark in _held_values(model).items() if name in held),
+        "computes with its tensors alone": any(
+            isinstance(c, torch.Tensor) and c.is_meta and id(c) not in own for c in constants
+        ),
+    }
+    next(iter(graph.nodes)).meta[_UNRECORDED] = next((reason for reason, found in reasons.items() if found), "")
     return graph
 
 
-def _generator_states() -> bytes:
-    return pickle.dumps((torch.random.get_rng_state().tolist(), np.random.get_state(), random.getstate()))
+def _modes() -> tuple[bool, ...]:
+    """Return what contexts such as ``torch.no_grad()`` and ``torch.autocast()`` decide."""
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
-def _held_values(model: nn.Module) -> dict[str, Any]:
-    """Return a mark for everything that the modules of a network hold; whatever changes has another mark."""
+def _held_values(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """Return a mark for everything that modules hold, by module and name; whatever changes has another mark."""
     return {
-        f"{prefix}.{name}".removeprefix("."): _mark(value)
-        for prefix, module in model.named_modules()
+        (name, key): _mark(value)
+        for name, module in model.named_modules()
         for table in (vars(module), module._parameters, module._buffers)
-        for name, value in table.items()
-        if table is not vars(module) or name not in OF_EVERY_MODULE
+        for key, value in table.items()
+        if table is not vars(module) or key not in OF_EVERY_MODULE
     }
 
 
@@ -105,15 +130,38 @@ def _mark(value: Any) -> Any:
         return id(value)
 
 
-def _find_missed(model: nn.Module, before: Any, after: Any) -> list[str]:
-    """Return what a trace did beside making a graph, from generator states and held values before and after it."""
-    names = [name for name in after[1] if not name.startswith(_CONSTANT)]
-    missed = ["the forward pass draws random numbers in Python"] if after[0] != before[0] else []
-    missed += [f"the forward pass changes {name}" for name in names if after[1][name] != before[1].get(name)]
-    # Made of parameters or buffers, which may have other values by the time the graph is run.
-    constants = [value for name, value in vars(model).items() if name.startswith(_CONSTANT)]
-    missed += ["the forward pass computes with buffers alone"] if any(value.is_meta for value in constants) else []
-    return missed
+def _random_states() -> list[Any]:
+    """Return the states of torch's, NumPy's and Python's global generators, to be compared."""
+    numpy_state: Any = np.random.get_state()
+    return [torch.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2:], random.getstate()]
+
+
+def draws_numbers(graph: fx.Graph) -> bool:
+    """Tell whether a forward pass drew random numbers while it was traced: another time, it may run something else.
+
+    Examples
+    --------
+    >>> draws_numbers(trace(nn.Dropout()))  # drawn by an operation of the graph
+    False
+    """
+    return unrecorded(graph) == _DRAWS
+
+
+def unrecorded(graph: fx.Graph) -> str:
+    """Return what a forward pass does beside the operations of its trace; empty if nothing is known.
+
+    The graph cannot stand for such a forward pass.
+
+    Examples
+    --------
+    >>> class Frozen(nn.Module):
+    ...     def forward(self, x):
+    ...         with torch.no_grad():
+    ...             return x.relu()
+    >>> unrecorded(trace(nn.ReLU())), unrecorded(trace(Frozen()))
+    ('', 'runs parts without gradients or in another precision')
+    """
+    return str(next(iter(graph.nodes)).meta[_UNRECORDED])
 
 
 @contextmanager
@@ -210,6 +258,28 @@ def describe_call(node: fx.Node) -> str:
 
 def _target_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
+
+
+def why_uneditable(graph: fx.Graph, training_graph: fx.Graph | None) -> str:
+    """Return why a network may not be replaced by a changed trace, which would then run in both modes; empty if it may.
+
+    Parameters
+    ----------
+    graph : fx.Graph
+        The trace in evaluation mode.
+    training_graph : fx.Graph, optional
+        The one in training mode; None if there is none.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    >>> why_uneditable(trace(model), None)
+    'training and evaluation mode run different operations'
+    """
+    if training_graph is None or not have_same_calls(graph, training_graph):
+        return "training and evaluation mode run different operations"
+    reason = unrecorded(graph) or unrecorded(training_graph)
+    return f"its forward pass {reason}, which a trace does not record" if reason else ""
 
 
 def have_same_calls(first: fx.Graph, second: fx.Graph) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 
 from rethink_prune.data.batches import EvalBatches
 from rethink_prune.outputs import main_output
+from rethink_prune.seeds import seeded
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.runtime import Runtime
 
@@ -55,13 +56,15 @@ def evaluate(model: nn.Module, batches: EvalBatches, *, runtime: Runtime, proces
     # Loss, top-1 and top-5, summed on the device: reading a number per batch would make the host wait for it.
     totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     classes = 0
-    for images, labels in batches.part(processes.shard):
-        with runtime.autocast():
-            logits = main_output(model(runtime.take(images)))
-        classes = logits.shape[1]
-        totals[:2] += loss_and_correct(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
-        best = logits.topk(min(5, classes), dim=1).indices
-        totals[2] += (best == labels[:, None]).any(1).sum()
+    # A network that draws random numbers in evaluation mode, too, draws the same ones wherever it is evaluated.
+    with seeded(0):
+        for images, labels in batches.part(processes.shard):
+            with runtime.autocast():
+                logits = main_output(model(runtime.take(images)))
+            classes = logits.shape[1]
+            totals[:2] += loss_and_correct(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
+            best = logits.topk(min(5, classes), dim=1).indices
+            totals[2] += (best == labels[:, None]).any(1).sum()
     loss_sum, correct, within_top5 = processes.sum(totals).tolist()
     # A process whose part has no image has seen no logits.
     (classes,) = processes.max(classes)
