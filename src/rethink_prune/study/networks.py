@@ -79,7 +79,6 @@ class Networks:
         where = f"model.name={self.options.name}"
         if draws_anew and self.init_of(unpruned) is None:
             _check_redrawn(unpruned, where)
-        # Ours are tested.
         if self.is_own:
             check_state(unpruned, self.large(), where)
         check_output(unpruned, self.info, where)
@@ -91,8 +90,9 @@ class Networks:
 
     @property
     def is_own(self) -> bool:
-        """Whether network or initialiser are a user's own."""
-        return ":" in self.options.name or ":" in (self.options.init or "")
+        """Whether network or initialiser are neither ours nor torchvision's, which are tested."""
+        named = (self.options.name, self.options.init or "")
+        return any(":" in name and not name.startswith("torchvision.models:") for name in named)
 
     def large(self) -> nn.Module:
         """Build the unpruned network with the weights that the stage ``large`` starts from.
