@@ -236,8 +236,9 @@ def test_a_norm_that_its_network_keeps_frozen_stays_frozen_in_every_arm(network:
         assert torch.equal(weights(entry)["norm.running_mean"], torch.zeros_like(weights(entry)["norm.running_mean"]))
 
 
+@pytest.mark.parametrize("pruner", ["l1", "thinet", "regression"])
 def test_a_view_that_takes_no_channels_last_images_gets_contiguous_ones(
-    network: Any, small_study: Study, caplog: pytest.LogCaptureFixture
+    pruner: str, network: Any, small_study: Study, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = network("""
         class Other(Net):
@@ -247,7 +248,8 @@ def test_a_view_that_takes_no_channels_last_images_gets_contiguous_ones(
                 return self.head(self.features(x).view(x.shape[0], -1))
     """)
     with caplog.at_level(logging.INFO):
-        run = small_study(name)
+        sampled = [] if pruner == "l1" else ["pruner.images=50"]
+        run = small_study(name, f"pruner={pruner}", *sampled)
     assert "takes no channels-last images (view size is not compatible" in caplog.text
     assert all(0 <= arm["top1"] <= 100 for arm in run["arms"].values())
 
