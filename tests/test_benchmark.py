@@ -143,6 +143,7 @@ def test_both_sides_make_batches_of_every_photograph(script: ModuleType, tmp_pat
     assert lines[-1].limit == (">=", 1.3)
 
 
+@pytest.mark.slow
 def test_photographs_have_to_be_given(tmp_path: Path) -> None:
     done = benchmark("data", cwd=tmp_path)
     assert done.returncode == 1
@@ -198,6 +199,7 @@ def test_trainings_at_once_are_as_long_as_the_slowest_in_every_epoch(
     assert all(value > 0 for value in seconds)
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_ends_the_benchmark(gpu: ModuleType) -> None:
     with pytest.raises(SystemExit, match=r"train: a process failed: Training\(network='resnet21'"):
         gpu.run_together(gpu.Training("resnet21", "cpu", "fp32", "auto", epochs=1, steps=1), 1)

@@ -103,7 +103,10 @@ def wrapped(num_classes): return Net(num_classes)
 """
 
 
-@pytest.mark.parametrize("kind", FACTORIES)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in ("partial", "inside") else pytest.param(kind, marks=pytest.mark.slow) for kind in FACTORIES],
+)
 def test_digest_covers_all_of_the_users_own_code(kind: str, here: Path) -> None:
     """Its value in a new process changes with every file that the factory comes from, and with no other."""
     (here / "deep").mkdir()

@@ -135,7 +135,7 @@ def test_local_processes(tmp_path: Path) -> None:
                 return build_model("resnet20", num_classes=num_classes, in_channels=in_channels)
 
             def refuse(model, inputs):
-                if model.training:
+                if model.training and len(inputs[0]) > 2:  # more images than are tried before training
                     raise RuntimeError("a bug")
 
             def late(num_classes, in_channels):
@@ -165,6 +165,7 @@ def test_a_job_whose_process_was_killed_is_listed(tmp_path: Path) -> None:
     assert "ended without a word (killed, or out of memory?)" in result.stderr
 
 
+@pytest.mark.slow
 @needs("hydra_joblib_launcher", "launchers")
 def test_a_signal_ends_the_processes(tmp_path: Path) -> None:
     process = subprocess.Popen(

@@ -269,6 +269,7 @@ def test_sweep_under_torchrun_is_refused(folder: Path) -> None:
     assert not (folder / "store").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["dry_run=true"], ["seed=-1"]])
 def test_what_trains_nothing_ends_all_processes(folder: Path, arguments: list[str]) -> None:
     done = torchrun(folder, *PLAIN, *arguments)
