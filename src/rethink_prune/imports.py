@@ -9,11 +9,13 @@ import json
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rethink_prune.errors import UserError
+
+T = TypeVar("T")
 
 
 def import_object(path: str, what: str) -> Callable[..., Any]:
@@ -71,6 +73,38 @@ def import_object(path: str, what: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{what}={path}: is a {type(found).__name__}, not something that can be called")
     return found
+
+
+def find_named(name: str, known: Mapping[str, T], option: str, *, what: str, form: str) -> T | Callable[..., Any]:
+    """Return an entry of a table, or import what an import path names.
+
+    Parameters
+    ----------
+    name : str
+    known : mapping of str to object
+        The table.
+    option : str
+        What `name` was given to, e.g. ``"model.name"``.
+    what, form : str
+        What the table holds, and what stands behind the colon of a path, for messages.
+
+    Raises
+    ------
+    UserError
+        If it is neither in the table nor a path, or as `import_object` does.
+
+    Examples
+    --------
+    >>> find_named("two", {"one": 1}, "count", what="number", form="function")
+    Traceback (most recent call last):
+    rethink_prune.errors.UserError: count=two: no such number; one of one, or your own as path.to.module:function
+    """
+    if name in known:
+        return known[name]
+    if ":" in name:
+        return import_object(name, option)
+    listed = ", ".join(known)
+    raise UserError(f"{option}={name}: no such {what}; one of {listed}, or your own as path.to.module:{form}")
 
 
 def source_digest(obj: object, path: str = "") -> str:

@@ -40,15 +40,17 @@ def main_output(output: Any) -> Any:
 
 def output_loss(output: Any, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Return the cross-entropy of the logits, and of torchvision's auxiliary heads with their weights."""
-    weights = {None: 1.0, **_auxiliary_weights(output)}
-    heads = {name: main_output(output) if name is None else getattr(output, name) for name in weights}
-    # In float32 also where the logits are bfloat16, whose 8 bits are too few for a softmax.
-    losses = [
-        weights[name] * F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-        for name, logits in heads.items()
-        if logits is not None
-    ]
-    return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0])
+
+    def cross_entropy(logits: Tensor) -> Tensor:
+        # In float32 also where the logits are bfloat16, whose 8 bits are too few for a softmax.
+        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+    loss = cross_entropy(main_output(output))
+    for name, weight in _auxiliary_weights(output).items():
+        logits = getattr(output, name)
+        if logits is not None:  # of a head that is switched off
+            loss = loss + weight * cross_entropy(logits)
+    return loss
 
 
 def unused_outputs(output: Any) -> bool:
@@ -56,6 +58,6 @@ def unused_outputs(output: Any) -> bool:
     return not isinstance(output, Tensor) and not _auxiliary_weights(output)
 
 
-def _auxiliary_weights(output: Any) -> dict[Any, float]:
+def _auxiliary_weights(output: Any) -> Mapping[str, float]:
     kind = type(output)
-    return dict(_AUXILIARY.get(kind.__name__, {})) if kind.__module__.startswith("torchvision.models.") else {}
+    return _AUXILIARY.get(kind.__name__, {}) if kind.__module__.startswith("torchvision.models.") else {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rethink_prune.copying import OF_EVERY_MODULE
 from rethink_prune.outputs import main_output
 from rethink_prune.seeds import seeded
-from rethink_prune.surgery.architecture import SELECTED
+from rethink_prune.surgery.architecture import SELECTED, selects
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
@@ -29,6 +29,19 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     ['weight', 'scale']
     """
     return {**model.state_dict(), **_temporary_buffers(model)}
+
+
+def copied_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the tensors of `full_state`, which later changes of the network leave alone.
+
+    Examples
+    --------
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> before = copied_state(model)
+    >>> nn.init.constant_(model.weight, before["weight"].item() + 1) == before["weight"]
+    tensor([[False]])
+    """
+    return {name: tensor.clone() for name, tensor in full_state(model).items()}
 
 
 def load_full_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -163,5 +176,5 @@ def _temporary_buffers(model: nn.Module) -> dict[str, Tensor]:
         f"{prefix}.{name}".removeprefix("."): module.get_buffer(name)
         for prefix, module in model.named_modules()
         for name in sorted(module._non_persistent_buffers_set)
-        if name != SELECTED and module._buffers.get(name) is not None
+        if module._buffers.get(name) is not None and not (name == SELECTED and selects(module))
     }

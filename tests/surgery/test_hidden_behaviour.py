@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 from rethink_prune.copying import copy_network
 from rethink_prune.errors import UserError
+from rethink_prune.state import full_state
 from rethink_prune.surgery.branches import remove_branches
 from rethink_prune.surgery.channels import analyse
 from rethink_prune.surgery.cut import apply, reshape
@@ -106,6 +107,22 @@ def test_the_module_is_left_whole_and_listed_and_the_rest_is_exact(change: Calla
     assert torch.allclose(pruned(x), model(x), atol=1e-5)
     assert not torch.allclose(model(x), before)
     assert reshape(model, architecture)(x).shape == before.shape
+
+
+def test_a_hook_may_give_an_activation_another_shape() -> None:
+    """Shapes are those that the hook gives, also of modules that are not run to know theirs."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(12, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    model[1].register_forward_hook(lambda module, args, output: torch.cat([output, output], 1))
+    x = torch.randn(2, 3, 4, 4)
+    channels = analyse(model, x)
+    assert set(channels.frozen) == {"0", "4"}
+    assert apply(model, channels.plan({"2": [0]}))[0](x).shape == model(x).shape
+
+
+def test_a_buffer_that_is_called_like_a_selection_is_the_networks_own() -> None:
+    model = nn.Sequential(nn.Linear(2, 1))
+    model[0].register_buffer("selected", torch.tensor([3.0]), persistent=False)
+    assert full_state(model)["0.selected"].tolist() == [3.0]
 
 
 def test_an_autograd_function_is_one_call_without_a_rule() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from rethink_prune.errors import UserError
-from rethink_prune.imports import import_object
+from rethink_prune.imports import find_named
 
 Factory = Callable[..., nn.Module]
 
@@ -50,12 +50,7 @@ def model_factory(name: str) -> Factory:
     >>> model_factory("torch.nn:Identity")
     <class 'torch.nn.modules.linear.Identity'>
     """
-    if name in MODELS:
-        return MODELS[name]
-    if ":" in name:
-        return import_object(name, "model.name")
-    known = f"one of {', '.join(MODELS)}, or your own as path.to.module:factory"
-    raise UserError(f"model.name={name}: no such network; {known}")
+    return find_named(name, MODELS, "model.name", what="network", form="factory")
 
 
 def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **options: Any) -> nn.Module:

@@ -13,8 +13,7 @@ from functools import partial
 
 from torch import nn
 
-from rethink_prune.errors import UserError
-from rethink_prune.imports import import_object
+from rethink_prune.imports import find_named
 
 Layer = nn.Conv2d | nn.Linear
 Std = Callable[[Layer], float]
@@ -127,12 +126,7 @@ def initialiser(name: str) -> Callable[[nn.Module], object]:
     >>> initialiser("torch.nn.init:zeros_").__name__
     'zeros_'
     """
-    if name in INITIALISERS:
-        return INITIALISERS[name]
-    if ":" in name:
-        return import_object(name, "model.init")
-    known = ", ".join(INITIALISERS)
-    raise UserError(f"model.init={name}: no such initialiser; one of {known}, or your own as path.to.module:function")
+    return find_named(name, INITIALISERS, "model.init", what="initialiser", form="function")
 
 
 def family_initialiser(model: nn.Module) -> str | None:

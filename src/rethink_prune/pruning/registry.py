@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from rethink_prune.config import PrunerOptions
 from rethink_prune.errors import UserError
-from rethink_prune.imports import import_object
+from rethink_prune.imports import find_named
 from rethink_prune.pruning.channel_pruner import ChannelPruner, Channelwise
 from rethink_prune.pruning.pruner import Pruner
 
@@ -52,14 +52,7 @@ def find_pruner(name: str) -> AnyPruner:
         raise UserError(
             f"pruner: {name!r} is no name; give one of {', '.join(PRUNERS)}, or path.to.module:Class as text"
         )
-    if name in PRUNERS:
-        return PRUNERS[name]
-    if ":" not in name:
-        raise UserError(
-            f"pruner.name={name}: no such pruner; one of {', '.join(PRUNERS)}, or your own as path.to.module:Class"
-        )
-    # What the user typed, so it may be imported.
-    found = import_object(name, "pruner.name")
+    found: Any = find_named(name, PRUNERS, "pruner.name", what="pruner", form="Class")
     if inspect.isclass(found) and issubclass(found, Pruner):
         found = _with_channel_defaults(found)
     if not (inspect.isclass(found) and issubclass(found, Pruner)) or inspect.isabstract(found):

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.pruner import Batches
-from rethink_prune.surgery.architecture import selects
+from rethink_prune.surgery.architecture import SELECTED, selects
 from rethink_prune.surgery.graph import infer_values, module_calls, trace
 
 # Float64 values of one piece of a sample that are in memory at a time: 32 MB.
@@ -146,7 +146,7 @@ def read_patches(layer: Layer, inputs: torch.Tensor, places: Places) -> torch.Te
         index = [start[:, None] * stride + offset * dilation for start, stride, offset, dilation in steps]
         patches = padded.movedim(1, -1)[(image[:, None], *index)].transpose(1, 2)
     if selects(layer):
-        patches = patches.index_select(1, layer.get_buffer("selected"))
+        patches = patches.index_select(1, layer.get_buffer(SELECTED))
     return patches.double()
 
 

@@ -106,7 +106,7 @@ def _cost_rows(table: ResultTable) -> _Rows:
             # Pruning itself trains nothing, and means over no seed are not known.
             if result.arm not in (PRUNED, RECALIBRATED) and result.top1 is not None:
                 numbers = (_cell(result.epochs, ",.4g"), _cell(result.params, ",.0f"), _cell(result.macs, ",.0f"))
-                flops = (result.train_flops, result.flops_total, result.flops_with_search)
+                flops = (result.train_flops, result.flops_total, result.train_flops_with_search)
                 yield row, [Cell(network_label(result.arm).title), *numbers, *(_cell(f, ".3g") for f in flops)]
 
 

@@ -53,7 +53,8 @@ class TrainedRecord(SummaryPart):
     top1, top1_best
         Percent on the test images: after the last epoch, and of the best epoch.
     train_flops, train_flops_total, train_flops_with_search
-        Its own, with its ancestors', and with the trainings that found the pruned network's widths.
+        Its own, with its ancestors', and with the trainings that found the pruned network's widths (earlier versions do
+        not say).
     stage
         Name of its stage.
     processes
@@ -81,11 +82,6 @@ class TrainedRecord(SummaryPart):
     def finished(self) -> bool:
         """Whether it has an accuracy to compare."""
         return self.status == "done" and self.top1 is not None
-
-    @property
-    def flops_with_search(self) -> float | None:
-        """Training FLOPs with all that the arm cannot do without; summaries of earlier versions do not say."""
-        return self.train_flops_with_search
 
     @property
     def flops_before(self) -> float | None:

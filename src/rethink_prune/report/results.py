@@ -46,9 +46,9 @@ class ArmOverSeeds:
     ----------
     top1, top1_best
         Percent after the last epoch, and of the best epoch on the test images.
-    epochs, params, macs, train_flops, flops_before, flops_with_search
-        Means over seeds; `flops_before` is what its ancestors' training took, `flops_with_search` all of it with the
-        trainings that found the pruned network's widths.
+    epochs, params, macs, train_flops, flops_before, train_flops_with_search
+        Means over seeds; `flops_before` is what its ancestors' training took, `train_flops_with_search` all of it with
+        the trainings that found the pruned network's widths.
     curve
         Where every seed's is known.
     """
@@ -61,7 +61,7 @@ class ArmOverSeeds:
     macs: float | None = None
     train_flops: float | None = None
     flops_before: float | None = None
-    flops_with_search: float | None = None
+    train_flops_with_search: float | None = None
     curve: SeedCurve | None = None
 
     @property
@@ -245,9 +245,9 @@ def _result_row(group: RunGroup, number: int, comparisons: Iterable[ArmCompariso
 def _with_search(comparison: ArmComparison, costs: Mapping[str, ArmOverSeeds]) -> ArmComparison:
     """Add to a verdict what its arms cost where finding the pruned network's widths took trainings of its own."""
     pair = [costs[arm] for arm in (comparison.first, comparison.second) if arm in costs]
-    if not any(a.flops_with_search and a.flops_total and a.flops_with_search > a.flops_total for a in pair):
+    if not any(a.train_flops_with_search and a.flops_total and a.train_flops_with_search > a.flops_total for a in pair):
         return comparison
-    told = [f"{network_label(a.arm).name} {a.flops_with_search:.3g}" for a in pair if a.flops_with_search]
+    told = [f"{network_label(a.arm).name} {a.train_flops_with_search:.3g}" for a in pair if a.train_flops_with_search]
     said = f"{comparison.verdict} FLOPs with the trainings that found the network's widths: {', '.join(told)}."
     return replace(comparison, verdict=said)
 
@@ -256,7 +256,7 @@ def arm_over_seeds(arm: str, runs: Sequence[RunRecord]) -> ArmOverSeeds:
     """Summarise an arm over the runs that finished it."""
     done = [entry for run in runs if (entry := run.trained.get(arm)) is not None and entry.finished]
     best = [entry.top1_best for entry in done if entry.top1_best is not None]
-    costs = ("epochs", "params", "macs", "train_flops", "flops_before", "flops_with_search")
+    costs = ("epochs", "params", "macs", "train_flops", "flops_before", "train_flops_with_search")
     means = {cost: _mean_if_known([getattr(entry, cost) for entry in done]) for cost in costs}
     return ArmOverSeeds(
         arm=arm,

@@ -15,7 +15,7 @@ from rethink_prune.errors import UserError, first_line
 from rethink_prune.models import asked_options, build_model
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser, initialiser
 from rethink_prune.seeds import derive_seed, seeded
-from rethink_prune.state import full_state, load_full_state
+from rethink_prune.state import copied_state, full_state, load_full_state
 from rethink_prune.study.plan import UNPRUNED
 from rethink_prune.study.trial import check_output, check_state, try_training
 from rethink_prune.surgery.architecture import Architecture, draw_masked
@@ -114,7 +114,7 @@ class Networks:
         """
         unpruned = self.large()
         network = reshape(unpruned, architecture)
-        before = {name: tensor.clone() for name, tensor in full_state(network).items()}
+        before = copied_state(network)
         # Another stream than that of large: sharing it would be half a lottery ticket.
         with seeded(derive_seed(self.seed, "scratch-init")):
             self._draw(network, self.init_of(unpruned) or "reset_parameters")

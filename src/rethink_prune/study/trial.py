@@ -18,7 +18,7 @@ from rethink_prune.data import DatasetInfo
 from rethink_prune.errors import UserError, first_line
 from rethink_prune.outputs import main_output, output_loss, unused_outputs
 from rethink_prune.seeds import seeded
-from rethink_prune.state import full_state, load_full_state, overlapping, remembered, same_value
+from rethink_prune.state import copied_state, full_state, load_full_state, overlapping, remembered, same_value
 from rethink_prune.surgery.graph import have_same_calls, trace
 from rethink_prune.training.runtime import Runtime
 
@@ -76,8 +76,7 @@ def check_state(model: nn.Module, again: nn.Module, where: str) -> None:
     for name, parameter in model.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise UserError(f"{where}: {name}: has a hook on its gradient, which no copy of the network would have")
-    second = full_state(again)
-    if any(not torch.equal(tensor, second[name]) for name, tensor in full_state(model).items()):
+    if not same_value(full_state(model), full_state(again)):
         raise UserError(f"{where}: in its constructor, {UNSEEDED}")
 
 
@@ -114,8 +113,7 @@ def try_training(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: s
         runtime = try_training(model, info, contiguous, where)
         log.warning("%s: takes no channels-last images (%s), so it gets contiguous ones", where, first_line(error))
         return runtime
-    again = _train_copy(model, info, runtime, where)
-    if not torch.equal(logits.nan_to_num(), again.nan_to_num()):
+    if not same_value(logits, _train_copy(model, info, runtime, where)):
         raise UserError(f"{where}: in its forward pass, {UNSEEDED}")
     _check_keeps_nothing(model, info, runtime, where)
     return runtime
@@ -124,14 +122,14 @@ def try_training(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: s
 def _check_keeps_nothing(model: nn.Module, info: DatasetInfo, runtime: Runtime, where: str) -> None:
     """Raise `UserError` if a copy keeps what no state dict holds, so that a training could not go on after a stop."""
     tried = copy_network(model)
-    start = {name: tensor.clone() for name, tensor in full_state(tried).items()}
+    start = copied_state(tried)
     images = _images(info, runtime)
     found: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
     for _ in range(2):
         load_full_state(tried, start)
         with seeded(0), torch.no_grad():
             logits = {"training": main_output(tried.to(memory_format=runtime.memory_format).train()(images))}
-            trained = {name: tensor.clone() for name, tensor in full_state(tried).items()}
+            trained = copied_state(tried)
             # Other images: a maximum of what was seen, say, would stay as it is.
             logits["evaluation"] = main_output(tried.eval()(runtime.take(2 * images)))
         after = full_state(tried)

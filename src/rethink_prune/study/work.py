@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rethink_prune.cost import Cost, count_cost
@@ -14,7 +13,7 @@ from rethink_prune.data import Epoch
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS, PruneResult
 from rethink_prune.seeds import derive_generator, derive_seed, seeded
-from rethink_prune.state import full_state, load_full_state, sample_logits
+from rethink_prune.state import copied_state, full_state, load_full_state, same_value, sample_logits
 from rethink_prune.store.stage import Done
 from rethink_prune.store.weights import load_stage_weights
 from rethink_prune.study.keys import shared_by_processes
@@ -175,12 +174,11 @@ def prune_network(study: PreparedStudy, weights: Mapping[str, Tensor]) -> Produc
     model = study.networks.load(UNPRUNED, weights)
     pruned = _ask_pruner(study, model)
     # Ours draw from the generator they are given; a user's own is asked twice, which costs little beside training.
-    if study.config.pruner.name not in PRUNERS:
-        first, second = full_state(pruned.model), full_state(_ask_pruner(study, model).model)
-        if first.keys() != second.keys() or not all(torch.equal(second[name], first[name]) for name in first):
-            raise UserError(f"pruner.name={study.config.pruner.name}: {UNSEEDED}")
+    name = study.config.pruner.name
+    if name not in PRUNERS and not same_value(full_state(pruned.model), full_state(_ask_pruner(study, model).model)):
+        raise UserError(f"pruner.name={name}: {UNSEEDED}")
     # Taken before the evaluation moves the network to the device and changes its statistics.
-    state = {name: tensor.clone() for name, tensor in full_state(pruned.model).items()}
+    state = copied_state(pruned.model)
     evaluation = _evaluation_result(study, pruned.model)
     if recalibrate(pruned.model, study.inputs.recalibration(), runtime=study.runtime):
         evaluation["top1_recalibrated"] = _evaluation_result(study, pruned.model)["top1"]

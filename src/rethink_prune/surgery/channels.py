@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.surgery.architecture import selecting_module, selects
+from rethink_prune.surgery.architecture import SELECTED, selecting_module, selects
 from rethink_prune.surgery.channel_ids import ChannelIds, FollowedNode, Ids
 from rethink_prune.surgery.follow import follow_channels, tie_shared_parameters
 from rethink_prune.surgery.graph import draws_numbers, have_same_calls, trace, why_uneditable
@@ -334,8 +334,8 @@ def analyse(model: nn.Module, example: torch.Tensor, *, selecting: Literal["norm
                 follow_channels(drawn, drawn_network.eval(), ids, selecting)
     tie_shared_parameters(ids)
     for name, module in model.named_modules():
-        if selects(module) and not module.get_buffer("selected").is_meta:
-            ids.selected[name] = module.get_buffer("selected").tolist()
+        if selects(module) and not module.get_buffer(SELECTED).is_meta:
+            ids.selected[name] = module.get_buffer(SELECTED).tolist()
     return Channels(ids)
 
 

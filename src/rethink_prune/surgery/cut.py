@@ -14,7 +14,14 @@ from torch import fx, nn
 from rethink_prune.copying import copy_network
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.surgery.architecture import INPUT_WIDTHS, OUTPUT_WIDTHS, Architecture, select_inputs
+from rethink_prune.surgery.architecture import (
+    INPUT_WIDTHS,
+    OUTPUT_WIDTHS,
+    SELECTED,
+    Architecture,
+    select_inputs,
+    selects,
+)
 from rethink_prune.surgery.branches import remove_branches
 from rethink_prune.surgery.channels import CutPlan
 from rethink_prune.surgery.graph import describe_call, infer_values, run_graph, trace
@@ -118,7 +125,8 @@ def _cut(model: nn.Module, outputs: _Kept, inputs: _Kept, architecture: Architec
     for name in outputs.keys() | inputs.keys():
         module = model.get_submodule(name)
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if tensor.ndim == 0 or key == "selected":  # a batch norm's step count; set below
+            # A batch norm's step count; what is set below.
+            if tensor.ndim == 0 or (key == SELECTED and selects(module)):
                 continue
             cut = tensor.detach()
             for dim, kept in enumerate((outputs.get(name), inputs.get(name) if key == "weight" else None)):

@@ -199,8 +199,9 @@ class _ShapeInterpreter(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.submodules[target]
-        # With a hook (such as a selection of the input), the output has another shape than the input.
-        if type(module) not in _SAME_SHAPE_MODULES or module._forward_pre_hooks:
+        # With a hook (such as a selection of the input), the output may have another shape than the input.
+        changed = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+        if type(module) not in _SAME_SHAPE_MODULES or changed:
             return module(*args, **kwargs)
         if isinstance(module, _BatchNorm) and module.num_features != args[0].shape[1]:
             raise ValueError(f"expects {module.num_features} channels, got {args[0].shape[1]}")
