@@ -211,7 +211,7 @@ Widths = list[int] | dict[str, int]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 # Options of pruners that came after the first stages were stored.
-_LATER = {"recalibrate", "min_share", "distribution"}
+_LATER = {"recalibrate", "min_share", "distribution", "intercept"}
 
 
 class PrunerOptions(Frozen):

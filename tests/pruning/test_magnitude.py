@@ -15,6 +15,7 @@ from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import find_pruner
+from rethink_prune.pruning.magnitude import lamp_scores
 from rethink_prune.pruning.pruner import PruneResult
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.cut import reshape
@@ -127,9 +128,9 @@ def test_linear_layers_take_part_only_if_asked() -> None:
     assert_masks(result, model, expected)
 
 
-def test_ranking_by_layer_removes_the_same_share_of_each() -> None:
+def test_uniform_distribution_removes_the_same_share_of_each() -> None:
     model = built("resnet20")
-    result = thin(model, ranking="layer", ratio=0.9)
+    result = thin(model, distribution="uniform", ratio=0.9)
     for layer in result.report.layers:
         assert layer.kept == int(layer.full * (1 - 0.9) + 1e-9)
         magnitudes = model.get_parameter(f"{layer.layer}.weight").detach().abs().flatten()
@@ -137,20 +138,101 @@ def test_ranking_by_layer_removes_the_same_share_of_each() -> None:
         assert magnitudes[mask].min() >= magnitudes[~mask].max()
 
 
+def test_lamp_ranks_squares_by_their_share_of_what_is_not_smaller() -> None:
+    # By hand: squares 1 4 9 of 14, 13, 9 in one layer; 16 64 144 256 of 480, 464, 400, 256 in the other.
+    model = toy([1.0, -2.0, 3.0, 0.0], [4.0, 8.0, -12.0, 16.0])
+    result = thin(model, TOY_EXAMPLE, distribution="lamp", ratio=0.5)
+    # Ascending: 0, 1/14, 16/480, 64/464, 4/13, 144/400, 1, 1. Index 4 is 4/13, so three remain.
+    assert result.model.get_parameter("0.weight").flatten().tolist() == [0, 0, 3, 0]
+    assert result.model.get_parameter("2.weight").flatten().tolist() == [0, 0, -12, 16]
+
+
+def test_lamp_agrees_with_its_definition_and_does_not_depend_on_a_layers_scale() -> None:
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).abs()
+    squares = values.square()
+    expected = [float(square / squares[squares >= square].sum()) for square in squares]
+    assert lamp_scores(values).tolist() == pytest.approx(expected)
+    model, scaled = built("resnet20"), built("resnet20")
+    with torch.no_grad():
+        scaled.get_parameter("layer1.0.conv1.weight").mul_(64)
+    masks = [thin(network, distribution="lamp", ratio=0.8).architecture.masks for network in (model, scaled)]
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+    assert thin(model, ratio=0.8).architecture.masks["layer1.0.conv1.weight"].sum() < 2304 / 2
+    scaled_mask = thin(scaled, ratio=0.8).architecture.masks["layer1.0.conv1.weight"]
+    assert scaled_mask.double().mean() > 0.97, "by magnitude, the scale decides"
+
+
+def test_erk_keeps_weights_in_proportion_to_the_sum_of_dimensions() -> None:
+    model = built("resnet20")
+    result = thin(model, distribution="erk", ratio=0.9)
+    assert result.report.warnings == ()
+    dimensions = {name: sum(parameter.shape) for name, parameter in weights_of(model).items()}
+    shares = {f"{layer.layer}.weight": layer.kept / layer.full for layer in result.report.layers}
+    whole = {name for name, share in shares.items() if share == 1}
+    # 16 x 3 x 3 x 3 has 25 per 432 weights, 64 x 64 x 3 x 3 has 134 per 36,864.
+    assert "conv1.weight" in whole
+    assert "layer3.0.conv2.weight" not in whole
+    scale = [layer.kept / dimensions[n] for n, layer in zip(shares, result.report.layers, strict=True) if n not in whole]
+    assert max(scale) - min(scale) < 1 / 25, "kept weights per sum of dimensions, but for rounding down"
+    total = sum(layer.full for layer in result.report.layers)
+    assert 0 <= total * 0.1 - sum(layer.kept for layer in result.report.layers) < len(shares)
+    for layer in result.report.layers:
+        magnitudes = model.get_parameter(f"{layer.layer}.weight").detach().abs().flatten()
+        mask = result.architecture.masks[f"{layer.layer}.weight"].flatten()
+        assert mask.sum() == layer.kept
+        assert layer.kept == layer.full or magnitudes[mask].min() >= magnitudes[~mask].max()
+
+
+def test_erk_leaves_out_what_is_skipped() -> None:
+    model = built("resnet20")
+    result = thin(model, distribution="erk", ratio=0.5, skip=["layer3.*"])
+    kept = {layer.layer: (layer.kept, layer.full) for layer in result.report.layers}
+    assert all(kept[name][0] == kept[name][1] for name in kept if name.startswith("layer3"))
+    others = [counts for name, counts in kept.items() if not name.startswith("layer3")]
+    assert sum(count for count, _ in others) == pytest.approx(0.5 * sum(size for _, size in others), rel=1e-3)
+
+
+@pytest.mark.parametrize("distribution", ["global", "lamp"])
+def test_thin_layers_are_named_and_a_minimum_share_protects_them(distribution: str) -> None:
+    model = built("resnet20")
+    with torch.no_grad():
+        # One large weight: neither its magnitude nor its share leaves room for the others.
+        weight = model.get_parameter("layer2.0.conv1.weight").mul_(1e-4)
+        weight.view(-1)[7] = 100.0
+    result = thin(model, distribution=distribution, ratio=0.5)
+    assert [text for text in result.report.warnings if text.startswith("less than 10 % of layer2.0.conv1: 1 of 4608")]
+    safe = thin(model, distribution=distribution, ratio=0.5, min_share=0.1)
+    assert next(layer.kept for layer in safe.report.layers if layer.layer == "layer2.0.conv1") == 461
+    assert safe.report.warnings == ()
+    others = {"layer2.0.conv1.weight"}
+    for name, mask in result.architecture.masks.items():
+        assert name in others or torch.equal(mask, safe.architecture.masks[name])
+
+
+def test_keys_of_earlier_versions_hold() -> None:
+    def key(**options: Any) -> dict[str, Any]:
+        return parse_pruner({"name": "magnitude", "ratio": 0.5, **options}, find_pruner("magnitude").options_type).key()
+
+    common = {"name": "magnitude", "linear": False, "ratio": 0.5, "target_macs": None, "target_params": None, "skip": []}
+    assert key() == {**common, "ranking": "global"}
+    assert key(distribution="uniform") == {**common, "ranking": "layer"}
+    assert key(distribution="lamp", min_share=0.1) == {**common, "ranking": "lamp", "min_share": 0.1}
+
+
 def test_ratios_by_position_and_by_pattern() -> None:
     model = toy([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
 
     def kept(ratio: object) -> list[int]:
-        return [x.kept for x in thin(model, TOY_EXAMPLE, ranking="layer", ratio=ratio).report.layers]
+        return [x.kept for x in thin(model, TOY_EXAMPLE, distribution="uniform", ratio=ratio).report.layers]
 
     assert kept([0.5, 0.25]) == [2, 6]
     assert kept({"2": 0.5}) == [4, 4]
-    masks = thin(model, TOY_EXAMPLE, ranking="layer", ratio={"2": 0.5}).architecture.masks
+    masks = thin(model, TOY_EXAMPLE, distribution="uniform", ratio={"2": 0.5}).architecture.masks
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"0.weight": 4, "2.weight": 4}
-    with pytest.raises(UserError, match=r"pruner\.ratio: one for each layer needs pruner\.ranking=layer"):
+    with pytest.raises(UserError, match=r"pruner\.ratio: one for each layer needs pruner\.distribution=uniform"):
         thin(model, TOY_EXAMPLE, ratio=[0.5, 0.25])
     with pytest.raises(UserError, match=r"pruner\.ratio: 3 entries for 2 prunable layers"):
-        thin(model, TOY_EXAMPLE, ranking="layer", ratio=[0.5, 0.25, 0.5])
+        thin(model, TOY_EXAMPLE, distribution="uniform", ratio=[0.5, 0.25, 0.5])
 
 
 def test_skipped_layers_stay_whole_and_do_not_count() -> None:
@@ -200,7 +282,7 @@ def test_network_without_convolutions_is_refused_unless_linear_layers_take_part(
     ("options", "message"),
     [
         ({"ratio": 0.5, "skip": ["0", "[13]", "2"]}, r"pruner\.skip: \[13\] matches no prunable layer"),
-        ({"ratio": 0.5, "skip": ["*"]}, r"pruner\.ratio: removes no weight \(with pruner\.skip as it is\)"),
+        ({"ratio": 0.5, "skip": ["*"]}, r"pruner\.ratio: removes no weight \(with pruner\.skip and min_share as they are\)"),
         ({"target_macs": 0.5, "skip": ["*"]}, r"pruner\.target_macs: removes no weight"),
         ({"ratio": 1.0}, r"pruner\.ratio=1: must be in \(0, 1\)"),
         ({"ratio": 0.5, "target_macs": 0.5}, "give exactly one"),
@@ -290,17 +372,17 @@ def test_cost_counts_the_weights_that_remain_where_they_are_used(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_cost_does_not_depend_on_the_number_format(dtype: torch.dtype) -> None:
-    single, other = (thin(model, ranking="layer", ratio=0.5) for model in (grouped(), grouped().to(dtype)))
+    single, other = (thin(model, distribution="uniform", ratio=0.5) for model in (grouped(), grouped().to(dtype)))
     costs = [count_cost(x.model, (3, SIZE, SIZE), masks=x.architecture.masks) for x in (single, other)]
     assert costs[0] == costs[1]
 
 
-@pytest.mark.parametrize("ranking", ["global", "layer"])
+@pytest.mark.parametrize("distribution", ["global", "uniform", "erk", "lamp"])
 @pytest.mark.parametrize(("target", "value"), [("macs", 0.3), ("macs", 4e6), ("params", 0.1), ("params", 150_000)])
-def test_cost_target_is_met_within_one_percent(ranking: str, target: str, value: float) -> None:
+def test_cost_target_is_met_within_one_percent(distribution: str, target: str, value: float) -> None:
     model = built("resnet20")
     options: dict[str, Any] = {f"target_{target}": value}
-    result = thin(model, ranking=ranking, **options)
+    result = thin(model, distribution=distribution, **options)
     reached = getattr(count_cost(result.model, (3, SIZE, SIZE), masks=result.architecture.masks), target)
     full = getattr(count_cost(model, (3, SIZE, SIZE)), target)
     wanted = value * full if value < 1 else value

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from sklearn.linear_model import lasso_path
+from sklearn.linear_model import LinearRegression, lasso_path
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness import mask
-from rethink_prune import build_model
+from rethink_prune import build_model, prune
 from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.channel_pruner import Choice
@@ -135,10 +135,74 @@ def test_planted_redundant_channels_are_found_and_made_up_for() -> None:
     pruner, data = regression(widths={"0": 5}), batches(size=8, dtype=torch.float64)
     target = pruner.target(model, torch.zeros(1, 3, 8, 8))
     result = pruner.prune(model, target, data=data, generator=generator())
-    _, drop = pruner.reconstruct(model, target, data=data, generator=generator())
+    _, drop = pruner.reconstruct(model, target, pruner.sampled(data, target), generator=generator())
     assert drop in ({"0": [1, 3, 6]}, {"0": [3, 5, 6]})
     with torch.no_grad():
         assert (result.model(data[0][0]) - model(data[0][0])).abs().max() < 1e-4
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)).double()
+
+
+def test_with_an_intercept_the_bias_takes_over_what_is_constant() -> None:
+    model = two_layers()
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = 0, 3.0  # the same everywhere, and it matters
+        model[2].weight[:, 2] = 1.0
+        model[0].weight[5], model[0].bias[5] = 0, -1.0
+    images = batches(size=8, dtype=torch.float64)
+
+    def error(**options: Any) -> float:
+        pruned = prune(model, "regression", example=torch.zeros(1, 3, 8, 8), data=images, widths={"0": 6}, **options)
+        with torch.no_grad():
+            return float((pruned.model(images[0][0]) - model(images[0][0])).abs().max())
+
+    assert error(intercept=True) < 1e-6
+    # Without, the LASSO keeps the constant channel, and another one is missed.
+    assert error() > 1e-3
+
+
+def test_with_an_intercept_the_fit_is_ordinary_linear_regression() -> None:
+    model, data = two_layers(), batches(40, size=8, dtype=torch.float64)
+    pruner = regression(widths={"0": 5}, intercept=True, positions_per_image=100, ridge=1e-10)
+    target = pruner.target(model, torch.zeros(1, 3, 8, 8))
+    full, drop = pruner.reconstruct(model, target, pruner.sampled(data, target), generator=generator())
+    kept = sorted(set(range(8)) - set(drop["0"]))
+    images = torch.cat([part for part, _ in data])
+    with torch.no_grad():
+        hidden = model[1](model[0](images))
+        # Every position once: 16 an image.
+        x = nn.functional.unfold(hidden[:, kept], 3).movedim(1, -1).flatten(0, 1)
+        y = model[2](hidden).movedim(1, -1).flatten(0, 2)
+    fitted = LinearRegression().fit(x.numpy(), y.numpy())
+    weight, bias = full.get_parameter("2.weight")[:, kept].flatten(1), full.get_parameter("2.bias")
+    assert torch.allclose(weight, torch.from_numpy(fitted.coef_), atol=1e-5)
+    assert torch.allclose(bias, torch.from_numpy(fitted.intercept_), atol=1e-5)
+    # So is the selection: scikit-learn's path for one list of all outputs, with its one intercept.
+    with torch.no_grad():
+        contributions = [nn.functional.conv2d(hidden[:, [c]], model[2].weight[:, [c]]) for c in range(8)]
+        z = torch.stack([part.movedim(1, -1).flatten() for part in contributions], 1).numpy()
+        outputs = model[2](hidden) - model[2].bias.view(1, -1, 1, 1)
+        listed = outputs.movedim(1, -1).flatten().numpy()
+    centred = z - z.mean(0), listed - listed.mean()
+    assert kept == select_by_lasso(centred[0].T @ centred[0], centred[0].T @ centred[1], 5)
+
+
+def test_an_intercept_needs_a_bias() -> None:
+    with pytest.raises(UserError, match=r"pruner\.intercept=true: of the layers to fit in resnet20, none has a bias"):
+        regression(ratio=0.5, intercept=True).target(build_model("resnet20"), EXAMPLE, "resnet20")
+
+
+def test_the_publications_sample_size_is_the_default_and_a_smaller_one_is_said() -> None:
+    def warnings(**options: Any) -> tuple[str, ...]:
+        example = torch.zeros(1, 3, 8, 8)
+        return prune(two_layers(), "regression", example=example, data=batches(size=8), ratio=0.5, **options).report.warnings
+
+    assert regression(ratio=0.5).images == 5000
+    assert warnings() == ("pruner.images: regression sampled all 40 training images; its publication sampled 5,000",)
+    assert warnings(images=40) == warnings(images=30) == ()
 
 
 @pytest.mark.parametrize("network", ["vgg11", pytest.param("resnet20", marks=pytest.mark.slow), "preresnet20"])
@@ -155,7 +219,7 @@ def test_the_pruned_network_is_the_reconstructed_one_with_channels_masked(
     target = pruner.target(model, EXAMPLE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with caplog.at_level(logging.INFO):
-        full, drop = pruner.reconstruct(model, target, data=data, generator=generator())
+        full, drop = pruner.reconstruct(model, target, pruner.sampled(data, target), generator=generator())
     errors = re.findall(r"error ([\d.]+) after removal, ([\d.]+) after reconstruction", caplog.text)
     assert len(errors) >= len(drop) == len(target.groups)
     assert all(float(reconstructed) <= float(removed) for removed, reconstructed in errors)
@@ -189,7 +253,7 @@ def test_a_branch_makes_up_for_the_error_of_its_shortcut(monkeypatch: pytest.Mon
     assert [group.name for group in target.groups] == ["stem", "conv1.selected", "conv1"]
 
     def sum_error() -> torch.Tensor:
-        full, drop = pruner.reconstruct(model, target, data=data, generator=generator())
+        full, drop = pruner.reconstruct(model, target, pruner.sampled(data, target), generator=generator())
         pruned = target.cut(full, Choice(drop)).model
         read: list[torch.Tensor] = []
         for network in (model, pruned):
@@ -268,7 +332,7 @@ def test_too_few_images_are_refused_before_and_while_pruning() -> None:
     target = pruner.target(model, EXAMPLE)
     pruner.check_images(target, 512)
     message = (
-        r"511 images \(pruner.images=1000\) give 511 positions, too few for the 512 channels of features.25; raise"
+        r"511 images \(pruner.images=5000\) give 511 positions, too few for the 512 channels of features.25; raise"
     )
     with pytest.raises(UserError, match=message):  # a linear layer has one position
         pruner.check_images(target, 511)

@@ -31,12 +31,16 @@ class Products:
         ``x^T y``, features x outputs.
     yy : float
         ``|y|^2``.
+    x, y : torch.Tensor
+        The sums of both, one number for each feature and for each output.
     count : int
         How many positions were sampled.
     """
 
     xx: torch.Tensor
     xy: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor
     yy: float = 0.0
     count: int = 0
 
@@ -44,22 +48,48 @@ class Products:
     def zeros(cls, features: int, outputs: int, device: torch.device) -> Products:
         """Return the products of an empty sample."""
         xx = torch.zeros(features, features, dtype=torch.float64, device=device)
-        return cls(xx, xx.new_zeros(features, outputs))
+        return cls(xx, xx.new_zeros(features, outputs), xx.new_zeros(features), xx.new_zeros(outputs))
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add positions: `x` as n x features, `y` as n x outputs, both in float64."""
         self.xx.addmm_(x.T, x)
         self.xy.addmm_(x.T, y)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
         self.yy += float(y.square().sum())
         self.count += len(x)
 
     def of(self, features: torch.Tensor) -> Products:
         """Return the products of some features alone: `features` is a mask."""
-        return Products(self.xx[features][:, features], self.xy[features], self.yy, self.count)
+        part = self.xx[features][:, features], self.xy[features], self.x[features]
+        return Products(*part, self.y, self.yy, self.count)
+
+    @property
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The means of `x` and `y`."""
+        return self.x / max(1, self.count), self.y / max(1, self.count)
+
+    def about(self, x: torch.Tensor, y: torch.Tensor) -> Products:
+        """Return the products of the sample after these values were taken off.
+
+        Examples
+        --------
+        >>> products = Products.zeros(1, 1, torch.device("cpu"))
+        >>> values = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
+        >>> products.add(values, 2 * values)
+        >>> centred = products.about(*products.means)
+        >>> centred.xx.item(), centred.xy.item(), centred.yy
+        (2.0, 4.0, 8.0)
+        """
+        xx = self.xx - torch.outer(self.x, x) - torch.outer(x, self.x) + self.count * torch.outer(x, x)
+        xy = self.xy - torch.outer(self.x, y) - torch.outer(x, self.y) + self.count * torch.outer(x, y)
+        yy = self.yy - float(2 * y @ self.y - self.count * y @ y)
+        return Products(xx, xy, self.x - self.count * x, self.y - self.count * y, yy, self.count)
 
     def __add__(self, other: Products) -> Products:
         """Return the products of both samples together."""
-        return Products(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, self.count + other.count)
+        sums = self.xx + other.xx, self.xy + other.xy, self.x + other.x, self.y + other.y
+        return Products(*sums, self.yy + other.yy, self.count + other.count)
 
     @property
     def finite(self) -> bool:

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import fx, nn
@@ -162,12 +162,20 @@ class WorkingCopy(fx.Interpreter):
         weight = self.layer(layer).weight.detach().double()
         return weight.reshape(*weight.shape[:2], -1).clone()
 
-    def rewrite(self, layer: str, weight: torch.Tensor) -> None:
-        """Write back what :meth:`weight` gave, changed."""
-        # Detached, it shares the parameter's memory, and autograd does not record the copy.
+    def bias(self, layer: str) -> torch.Tensor | None:
+        """Return a copy of a layer's bias in float64, if it has one."""
+        bias = self.layer(layer).bias
+        return None if bias is None else bias.detach().double().clone()
+
+    def rewrite(self, layer: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Write back what :meth:`weight` and :meth:`bias` gave, changed."""
+        # Detached, they share the parameter's memory, and autograd does not record the copy.
         parameter = self.layer(layer).weight.detach()
         parameter.copy_(weight.reshape(parameter.shape))
-        self._rewritten.add(layer)
+        self._rewritten.add(f"{layer}.weight")
+        if bias is not None:
+            self.submodules[layer].bias.detach().copy_(bias)
+            self._rewritten.add(f"{layer}.bias")
 
     def remove(self, group: ChannelGroup, dropped: Sequence[int], readers: Sequence[ChannelReader]) -> None:
         """Mask units of a group to zero: where they are written, normalised and read."""
@@ -193,8 +201,8 @@ class WorkingCopy(fx.Interpreter):
         """Return a copy of `model`, which this was made of, with the weights that were rewritten."""
         result = copy_network(model)
         with torch.no_grad():
-            for layer in sorted(self._rewritten):
-                result.get_parameter(f"{layer}.weight").copy_(self.layer(layer).weight)
+            for name in sorted(self._rewritten):
+                result.get_parameter(name).copy_(self.module.get_parameter(name))
         return result
 
     def shortcut(self, node: str) -> Shortcut | None:
@@ -236,10 +244,13 @@ class WorkingCopy(fx.Interpreter):
 
 
 class SamplingOptions(ChannelOptions):
-    """Options of a channel pruner that samples images; it goes layer by layer, so it has no global ranking."""
+    """Options of a channel pruner that samples images; it goes layer by layer, so it has no global ranking.
+
+    Without `images`, it samples as many as its publication did, as far as there are so many.
+    """
 
     ranking: Literal["layer"] = "layer"
-    images: Count = 1000
+    images: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -261,9 +272,25 @@ AnySamplingOptions = TypeVar("AnySamplingOptions", bound=SamplingOptions)
 
 
 class ReconstructionPruner(Channelwise[AnySamplingOptions]):
-    """Removes channels layer by layer, and repairs what reads them; a subclass defines :meth:`rewrite_readers`."""
+    """Removes channels layer by layer, and repairs what reads them; a subclass defines :meth:`rewrite_readers`.
+
+    Attributes
+    ----------
+    published_images : int
+        How many training images the publication samples.
+    """
 
     needs_data = True
+    published_images: ClassVar[int]
+
+    @property
+    def images(self) -> int:
+        """How many training images are sampled, if there are so many."""
+        return self.options.images or self.published_images
+
+    def sampled(self, data: Batches, target: ChannelTarget) -> FirstImages:
+        """Return the images to sample from; raise `UserError` if there are none, or of another shape."""
+        return FirstImages(data, self.images, target.input_shape)
 
     @abstractmethod
     def rewrite_readers(
@@ -297,14 +324,18 @@ class ReconstructionPruner(Channelwise[AnySamplingOptions]):
         UserError
             If there are too few images, or if weights or activations are not finite.
         """
-        reconstructed, drop = self.reconstruct(model, target, data=data, generator=generator)
-        return target.cut(reconstructed, Choice(drop))
+        images = self.sampled(data, target)
+        reconstructed, drop = self.reconstruct(model, target, images, generator=generator)
+        warnings: tuple[str, ...] = ()
+        if self.options.images is None and images.read < self.published_images:
+            published = f"its publication sampled {self.published_images:,}"
+            warnings = (f"pruner.images: {self.options.name} sampled all {images.read:,} training images; {published}",)
+        return target.cut(reconstructed, Choice(drop, warnings))
 
     def reconstruct(
-        self, model: nn.Module, target: ChannelTarget, *, data: Batches, generator: torch.Generator
+        self, model: nn.Module, target: ChannelTarget, images: FirstImages, *, generator: torch.Generator
     ) -> tuple[nn.Module, dict[str, list[int]]]:
         """Return a copy of `model` at full width with rewritten weights, and the units to drop of each group."""
-        images = FirstImages(data, self.options.images, target.input_shape)
         run = Reconstruction(model, WorkingCopy(model, images.device), images, generator)
         drop: dict[str, list[int]] = {}
         for group, width in target.narrowed():
@@ -316,4 +347,4 @@ class ReconstructionPruner(Channelwise[AnySamplingOptions]):
 
     def limit_on_images(self, available: int) -> str:
         """Return what keeps the sample from having more images, for error messages."""
-        return "pruner.images" if available >= self.options.images else "the number of training images"
+        return "pruner.images" if available >= self.images else "the number of training images"

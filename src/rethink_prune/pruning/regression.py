@@ -13,6 +13,9 @@ in the unpruned network:
 
        min over W': |y - x_S W'^T|^2 + rho * |W' - W_S|^2,    rho = ridge * mean of the diagonal of x_S^T x_S
 
+   With ``intercept=true``, both have an intercept beside, for layers that have a bias, and it joins the bias; so it is in
+   the authors' code. The paper's formulas have none.
+
    The ridge is the one, of powers of ten, with the least error on every fifth image, which the fit leaves out at first:
    a sample of hardly more positions than a filter has weights would otherwise be fitted, and nothing else.
 
@@ -34,6 +37,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 import torch
 from pydantic import Field
+from torch import nn
 
 from rethink_prune.config import Count
 from rethink_prune.errors import UserError
@@ -69,10 +73,11 @@ _RESNET50_2X = {
 class RegressionOptions(SamplingOptions):
     """Options of :class:`Regression`: how much to sample, and the ridge in units of the mean squared input.
 
-    Without `ridge`, held-out images decide it.
+    Without `ridge`, held-out images decide it. With `intercept`, biases are fitted as well.
     """
 
     positions_per_image: Count = 10
+    intercept: bool = False
     # A smaller ridge would leave the equations singular to within rounding.
     ridge: Annotated[float, Field(ge=1e-10, allow_inf_nan=False)] | None = None
 
@@ -81,13 +86,15 @@ class RegressionOptions(SamplingOptions):
 class ReaderSample:
     """A layer that reads the group, its `weight` for the group (C_out x columns x K), and what was sampled of it.
 
-    The weights are fitted to the positions of most images; those `held_out` choose the ridge.
+    The weights are fitted to the positions of most images; those `held_out` choose the ridge. With `intercept`, the
+    layer's bias is fitted as well.
     """
 
     reader: ChannelReader
     weight: torch.Tensor
     fit: Products
     held_out: Products
+    intercept: bool
 
     @property
     def whole(self) -> Products:
@@ -106,16 +113,28 @@ class Regression(ReconstructionPruner[RegressionOptions]):
     name = "regression"
     position = 3
     options_type = RegressionOptions
+    published_images = 5000
     selecting = "conv"
     variants: ClassVar[Variants] = {
         "torchvision.models:vgg16": {"5x": {"widths": [24, 22, 41, 51, 108, 89, 111, 184, 276, 228, *[512] * 3]}},
         "torchvision.models:resnet50": {"2x": {"widths": _RESNET50_2X}},
     }
 
+    def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
+        """Find the channels that may go; refuse an intercept where no layer that reads them has a bias."""
+        target = super().target(model, example, network)
+        readers = {name for group in target.groups for name in target.channels.inputs(group)}
+        if self.options.intercept and all(model.get_submodule(name).bias is None for name in readers):
+            raise UserError(
+                f"pruner.intercept=true: of the layers to fit in {network or type(model).__name__}, none has a bias; "
+                "their batch norms subtract means"
+            )
+        return target
+
     def check_images(self, target: ChannelTarget, images: int) -> None:
         """Raise `UserError` if so many training images give fewer positions than a layer has channels."""
         positions = output_positions(target.shapes, target.input_shape)
-        images = min(images, self.options.images)
+        images = min(images, self.images)
         for group, _ in target.narrowed():
             readers = target.channels.inputs(group)
             for name, units in readers.items():
@@ -134,7 +153,8 @@ class Regression(ReconstructionPruner[RegressionOptions]):
             # Again, for networks pruned from Python: no study has called `check_images` for them.
             _check_features(reader.layer, group, weight[0].numel())
             fit, held_out = (Products.zeros(weight[0].numel(), len(weight), weight.device) for _ in range(2))
-            samples.append(ReaderSample(reader, weight, fit, held_out))
+            intercept = self.options.intercept and run.current.bias(reader.layer) is not None
+            samples.append(ReaderSample(reader, weight, fit, held_out, intercept))
         seen = self._sample(run, samples)
         self._check_positions(group, sum(sample.whole.count for sample in samples), seen)
         kept = _select_units(group, width, samples)
@@ -156,6 +176,9 @@ class Regression(ReconstructionPruner[RegressionOptions]):
                 others = current.weight(reader.layer)
                 # The layer's weights for what it reads beside the group's channels.
                 others[:, reader.columns] = 0
+                # What fits for other groups have added to the bias; a layer without one has added nothing.
+                biases = current.bias(reader.layer), original.bias(reader.layer)
+                added = biases[0] - biases[1] if biases[0] is not None and biases[1] is not None else 0.0
                 for node in reader.nodes:
                     inputs, shortcut = now[node][0], shortcuts[node]
                     places = draw_places(layer, inputs, self.options.positions_per_image, run.generator, distinct=True)
@@ -163,7 +186,7 @@ class Regression(ReconstructionPruner[RegressionOptions]):
                         x = read_patches(layer, inputs, piece)
                         y = read_patches(layer, before[node][0], piece).flatten(1) @ full.T
                         # Channels outside the group give this much already; the rest is to be fitted.
-                        y -= x.flatten(1) @ others.flatten(1).T
+                        y -= x.flatten(1) @ others.flatten(1).T + added
                         # What is broadcast, such as a value per image, is no shortcut.
                         if shortcut is not None and len({value.shape for value in now[shortcut.addition]}) == 1:
                             values = (read[shortcut.addition][shortcut.operand] for read in (before, now))
@@ -188,17 +211,27 @@ class Regression(ReconstructionPruner[RegressionOptions]):
         features = stays.repeat_interleave(sample.weight.shape[2])
         removal = sample.weight * stays[:, None]
         old = removal.flatten(1)[:, features].T.cpu().numpy()
-        ridge = self.options.ridge or best_ridge(old, sample.fit.of(features), sample.held_out.of(features))
+        fit, held_out, whole = sample.fit, sample.held_out, sample.whole
+        if sample.intercept:
+            # An intercept moves the means to zero; on held-out images, it is that of the fit.
+            means = fit.means
+            fit, held_out = fit.about(*means), held_out.about(*means)
+        ridge = self.options.ridge or best_ridge(old, fit.of(features), held_out.of(features))
         # The ridge is chosen; from here on, the held-out images are fitted as well.
-        whole = sample.whole
+        x_mean, y_mean = whole.means
+        if sample.intercept:
+            whole = whole.about(x_mean, y_mean)
         part = whole.of(features)
         fitted = ridge_towards(old, part.xx.cpu().numpy(), part.xy.cpu().numpy(), ridge)
         new = torch.zeros_like(removal)
         new[:, stays] = torch.from_numpy(fitted.T.copy()).to(new).reshape(len(new), -1, new.shape[2])
         weight = current.weight(reader.layer)
         weight[:, reader.columns] = new
-        current.rewrite(reader.layer, weight)
-        errors = whole.error(removal), whole.error(new)
+        bias = current.bias(reader.layer) if sample.intercept else None
+        if bias is not None:
+            bias += y_mean - new.flatten(1) @ x_mean
+        current.rewrite(reader.layer, weight, bias)
+        errors = sample.whole.error(removal), whole.error(new)
         message = "%s: keeps %d input channels; error %.4f after removal, %.4f after reconstruction (ridge %.0e)"
         log.info(message, reader.layer, int(stays.sum()), *errors, ridge)
 
@@ -207,7 +240,7 @@ class Regression(ReconstructionPruner[RegressionOptions]):
         if positions < group.size:
             raise UserError(
                 f"pruner.positions_per_image={options.positions_per_image}: {images} images (pruner.images="
-                f"{options.images}) give {positions} positions, too few for the {group.size} channels of {group.name}; "
+                f"{self.images}) give {positions} positions, too few for the {group.size} channels of {group.name}; "
                 f"raise {self.limit_on_images(images)}, or pruner.positions_per_image if the layer's output has more "
                 "positions"
             )
@@ -235,4 +268,11 @@ def _select_units(group: ChannelGroup, width: int, samples: Sequence[ReaderSampl
         gram += rows.new_zeros(group.size, group.size).index_add_(1, units, rows).cpu().numpy()
         aligned = (flat.T * whole.xy).sum(1)
         correlation += aligned.new_zeros(group.size).index_add_(0, units, aligned).cpu().numpy()
+        if sample.intercept:
+            # One intercept for all outputs, as where a library's LASSO gets them as one long list.
+            sums = whole.x * flat.sum(0)
+            total = sums.new_zeros(group.size).index_add_(0, units, sums).cpu().numpy()
+            entries = max(1, whole.count * len(flat))
+            gram -= np.outer(total, total) / entries
+            correlation -= total * float(whole.y.sum()) / entries
     return select_by_lasso(gram, correlation, width)

@@ -29,6 +29,11 @@ class FirstImages:
     shape : tuple of int
         Of one image.
 
+    Attributes
+    ----------
+    read : int
+        How many were there, as far as they were gone through.
+
     Raises
     ------
     UserError
@@ -41,7 +46,7 @@ class FirstImages:
             raise UserError(
                 "data: must be batches of (images, labels) that can be read many times, e.g. a list of them"
             )
-        self._data, self._count = data, count
+        self._data, self._count, self.read = data, count, 0
         first = next(iter(self), None)
         if first is None:
             raise UserError("data: holds no images")
@@ -51,15 +56,17 @@ class FirstImages:
         self.device = first.device
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        remaining = self._count
+        seen = 0
         for batch in self._data:
             if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], torch.Tensor)):
                 raise UserError(f"data: a batch must be a pair of images and labels, not a {type(batch).__name__}")
             images = batch[0]
+            images = images[: self._count - seen]
+            seen += len(images)
+            self.read = max(self.read, seen)
             if len(images):
-                yield images[:remaining]
-            remaining -= len(images)
-            if remaining <= 0:
+                yield images
+            if seen == self._count:
                 return
 
 

@@ -143,7 +143,7 @@ def widths_for_global_ratio(
     ({'a': 1, 'b': 2}, ['a'])
     """
     sizes = {layer: len(values) for layer, values in scores.items()}
-    skipped = _matching_layers("skip", skip, sizes)
+    skipped = matching_layers("skip", skip, sizes)
     ranked = {layer: values for layer, values in scores.items() if layer not in skipped}
     # The rule would remove one unit even for a ratio of zero.
     if not ratio or not ranked:
@@ -350,7 +350,7 @@ def drop_lowest(scores: Mapping[str, torch.Tensor], widths: Mapping[str, int]) -
 def _ratios_of_pruned(ratio: PerLayer, sizes: Mapping[str, int], skip: Collection[str]) -> dict[str, float]:
     """Return the ratio of each layer that has one and is not skipped."""
     ratios = _per_layer("ratio", ratio, sizes)
-    skipped = _matching_layers("skip", skip, sizes)
+    skipped = matching_layers("skip", skip, sizes)
     return {layer: share for layer, share in ratios.items() if layer not in skipped}
 
 
@@ -358,7 +358,7 @@ def _per_layer(option: str, values: PerLayer, sizes: Mapping[str, int]) -> dict[
     """Return the value of each layer that has one, in network order."""
     if isinstance(values, Mapping):
         # For its errors alone: which pattern a layer takes, the first match decides.
-        _matching_layers(option, values, sizes)
+        matching_layers(option, values, sizes)
         first = {layer: next((p for p in values if _matches(layer, p)), None) for layer in sizes}
         return {layer: values[pattern] for layer, pattern in first.items() if pattern is not None}
     if isinstance(values, Sequence):
@@ -370,7 +370,7 @@ def _per_layer(option: str, values: PerLayer, sizes: Mapping[str, int]) -> dict[
     return dict.fromkeys(sizes, values)
 
 
-def _matching_layers(option: str, patterns: Collection[str], sizes: Mapping[str, int]) -> set[str]:
+def matching_layers(option: str, patterns: Collection[str], sizes: Mapping[str, int]) -> set[str]:
     """Return the layers that match any of the patterns; raise `UserError` for a pattern that matches none."""
     found = set()
     for pattern in patterns:

@@ -61,6 +61,7 @@ class ThiNet(ReconstructionPruner[ThiNetOptions]):
     """
 
     name = "thinet"
+    published_images = 10_000
     position = 2
     options_type = ThiNetOptions
     variants: ClassVar[Variants] = {
@@ -122,11 +123,11 @@ class ThiNet(ReconstructionPruner[ThiNetOptions]):
 
     def _check_entries(self, group: ChannelGroup, available: int) -> None:
         options = self.options
-        images = min(options.images, available)
+        images = min(self.images, available)
         if images * options.entries_per_image < group.size:
             raise UserError(
                 f"pruner.entries_per_image={options.entries_per_image}: with {images} images (pruner.images="
-                f"{options.images}) too few for the {group.size} channels of {group.name}; "
+                f"{self.images}) too few for the {group.size} channels of {group.name}; "
                 f"raise it or {self.limit_on_images(available)}"
             )
 
