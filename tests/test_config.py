@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,3 +115,21 @@ def test_all_errors_come_in_one_message() -> None:
         "recipe.epochs",
         "seed",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "strength"),
+    [
+        (["pruner=slimming"], 0.01),
+        (["pruner=sss"], 0.25),
+        (["pruner=slimming", "recipe=paper", "model=vgg16", "dataset=cifar10"], 1e-4),
+        (["pruner=slimming", "recipe=paper", "model=resnet20"], 1e-5),
+        (["pruner=slimming", "recipe=imagenet", "model=vgg16_bn_imagenet", "dataset=imagenet"], 1e-5),
+        (["pruner=sss", "recipe=paper"], 0.01),
+        (["pruner=sss", "pruner.sparse.strength=3"], 3.0),
+        (["pruner=slimming", "recipe.strengths.slimming=0.5"], 0.5),
+    ],
+)
+def test_a_penalty_has_the_recipes_strength_or_the_published_one(overrides: list[str], strength: float) -> None:
+    pruner: Any = configure(*overrides).pruner
+    assert pruner.sparse.strength == strength

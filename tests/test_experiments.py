@@ -212,7 +212,7 @@ def test_rows_that_wait_for_a_training_have_the_settings_of_the_table(name: str,
     assert config.budget.cap is None
     pruner: Any = config.pruner
     assert pruner.ratio == row.ratios[0]
-    assert pruner.ranking == "global"
+    assert (pruner.distribution if config.pruner.name == "magnitude" else pruner.ranking) == "global"
     if len(row.ratios) > 1:
         assert f"pruner.ratio={','.join(map(str, row.ratios))} " in header(name)
     if row.strength is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -165,7 +165,11 @@ class Phase(Frozen):
 
 
 class RecipeConfig(Phase):
-    """How networks are trained; `epochs` is the length of ``large``."""
+    """How networks are trained; `epochs` is the length of ``large``.
+
+    `strengths` are those of pruners' penalties, by the pruner's name, where this training is too short for the
+    published ones.
+    """
 
     name: str
     batch_size: Count = 64
@@ -177,6 +181,7 @@ class RecipeConfig(Phase):
     decay_norms: bool = True
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     augment: bool = True
+    strengths: dict[str, Positive] = {}
     finetune: Phase
 
 
@@ -233,6 +238,16 @@ class PrunerOptions(Frozen):
     def target_option(self) -> str:
         """Name of the option that states the target: what is to go."""
         raise NotImplementedError
+
+    def with_strength(self, recipe: float | None, *, network: str, dataset: str) -> Self:
+        """Return the options with the strength of a penalty filled in where it is left open.
+
+        Parameters
+        ----------
+        recipe : float, optional
+            What the recipe says; otherwise it is what was published for `network` and `dataset`.
+        """
+        return self
 
 
 class TargetOptions(PrunerOptions):
@@ -397,7 +412,9 @@ def parse_config(
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    return config
+    recommended = config.recipe.strengths.get(config.pruner.name)
+    filled = config.pruner.with_strength(recommended, network=config.model.name, dataset=config.dataset.name)
+    return config.model_copy(update={"pruner": filled})
 
 
 def parse_pruner(tree: Mapping[str, Any], options: type[Part]) -> Part:

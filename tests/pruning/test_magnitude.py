@@ -172,7 +172,9 @@ def test_erk_keeps_weights_in_proportion_to_the_sum_of_dimensions() -> None:
     # 16 x 3 x 3 x 3 has 25 per 432 weights, 64 x 64 x 3 x 3 has 134 per 36,864.
     assert "conv1.weight" in whole
     assert "layer3.0.conv2.weight" not in whole
-    scale = [layer.kept / dimensions[n] for n, layer in zip(shares, result.report.layers, strict=True) if n not in whole]
+    scale = [
+        layer.kept / dimensions[n] for n, layer in zip(shares, result.report.layers, strict=True) if n not in whole
+    ]
     assert max(scale) - min(scale) < 1 / 25, "kept weights per sum of dimensions, but for rounding down"
     total = sum(layer.full for layer in result.report.layers)
     assert 0 <= total * 0.1 - sum(layer.kept for layer in result.report.layers) < len(shares)
@@ -213,7 +215,14 @@ def test_keys_of_earlier_versions_hold() -> None:
     def key(**options: Any) -> dict[str, Any]:
         return parse_pruner({"name": "magnitude", "ratio": 0.5, **options}, find_pruner("magnitude").options_type).key()
 
-    common = {"name": "magnitude", "linear": False, "ratio": 0.5, "target_macs": None, "target_params": None, "skip": []}
+    common = {
+        "name": "magnitude",
+        "linear": False,
+        "ratio": 0.5,
+        "target_macs": None,
+        "target_params": None,
+        "skip": [],
+    }
     assert key() == {**common, "ranking": "global"}
     assert key(distribution="uniform") == {**common, "ranking": "layer"}
     assert key(distribution="lamp", min_share=0.1) == {**common, "ranking": "lamp", "min_share": 0.1}
@@ -282,7 +291,10 @@ def test_network_without_convolutions_is_refused_unless_linear_layers_take_part(
     ("options", "message"),
     [
         ({"ratio": 0.5, "skip": ["0", "[13]", "2"]}, r"pruner\.skip: \[13\] matches no prunable layer"),
-        ({"ratio": 0.5, "skip": ["*"]}, r"pruner\.ratio: removes no weight \(with pruner\.skip and min_share as they are\)"),
+        (
+            {"ratio": 0.5, "skip": ["*"]},
+            r"pruner\.ratio: removes no weight \(with pruner\.skip and min_share as they are\)",
+        ),
         ({"target_macs": 0.5, "skip": ["*"]}, r"pruner\.target_macs: removes no weight"),
         ({"ratio": 1.0}, r"pruner\.ratio=1: must be in \(0, 1\)"),
         ({"ratio": 0.5, "target_macs": 0.5}, "give exactly one"),

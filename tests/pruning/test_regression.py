@@ -198,7 +198,9 @@ def test_an_intercept_needs_a_bias() -> None:
 def test_the_publications_sample_size_is_the_default_and_a_smaller_one_is_said() -> None:
     def warnings(**options: Any) -> tuple[str, ...]:
         example = torch.zeros(1, 3, 8, 8)
-        return prune(two_layers(), "regression", example=example, data=batches(size=8), ratio=0.5, **options).report.warnings
+        return prune(
+            two_layers(), "regression", example=example, data=batches(size=8), ratio=0.5, **options
+        ).report.warnings
 
     assert regression(ratio=0.5).images == 5000
     assert warnings() == ("pruner.images: regression sampled all 40 training images; its publication sampled 5,000",)

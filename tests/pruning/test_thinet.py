@@ -102,7 +102,9 @@ def test_the_pruned_network_is_the_rescaled_one_with_channels_masked(network: st
     pruner = thinet(ratio=0.5, entries_per_image=65, scope=scope)
     target = pruner.target(model, EXAMPLE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    full, drop = pruner.reconstruct(model, target, pruner.sampled(data, target), generator=torch.Generator().manual_seed(0))
+    full, drop = pruner.reconstruct(
+        model, target, pruner.sampled(data, target), generator=torch.Generator().manual_seed(0)
+    )
     pruned = pruner.prune(model, target, data=data, generator=torch.Generator().manual_seed(0)).model
     with torch.no_grad():
         expected = mask(full, target.channels, drop)(data[0][0])
@@ -129,7 +131,9 @@ def test_channels_that_contribute_nothing_go_first_and_the_output_stays() -> Non
     pruner = thinet(widths={"0": 6})
     target = pruner.target(model, torch.zeros(1, 3, 8, 8))
     data = batches(size=8, dtype=torch.float64)
-    _, drop = pruner.reconstruct(model, target, pruner.sampled(data, target), generator=torch.Generator().manual_seed(0))
+    _, drop = pruner.reconstruct(
+        model, target, pruner.sampled(data, target), generator=torch.Generator().manual_seed(0)
+    )
     assert drop == {"0": [3, 6]}
     result = pruner.prune(model, target, data=data, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -144,7 +148,9 @@ def test_a_channel_that_another_replaces_up_to_a_factor_is_made_up_for() -> None
     pruner = thinet(widths={"0": 3})
     data = batches(size=8, dtype=torch.float64)
     target = pruner.target(model, torch.zeros(1, 3, 8, 8))
-    full, drop = pruner.reconstruct(model, target, pruner.sampled(data, target), generator=torch.Generator().manual_seed(0))
+    full, drop = pruner.reconstruct(
+        model, target, pruner.sampled(data, target), generator=torch.Generator().manual_seed(0)
+    )
     assert drop == {"0": [2]}
     assert torch.allclose(full.get_parameter("2.weight")[:, 1], model[2].weight[:, 1] * 1.05, atol=1e-8)
     pruned = target.cut(full, Choice(drop)).model

@@ -10,7 +10,9 @@ the factors ``y`` that the forward pass uses, a step is ::
     y_new = max(0, x_new + momentum * (x_new - x))
 
 As in the authors' code, no factor is negative: one that passes zero would turn a structure's sign instead of removing
-it. `strength` weighs the L1 norm against the mean loss of a batch, so it does not depend on the batch size.
+it. `strength` weighs the L1 norm against the mean loss of a batch, so it does not depend on the batch size. Its unit is
+that of the authors' code (MXNet's optimiser divides gradients by the batch size, then shrinks by ``lr * gamma``): their
+``gamma = 0.01`` for ResNet-50 on ImageNet is ``strength=0.01`` here.
 
 The publication writes ``v_new = x_new - y + momentum * v; y_new = x_new + momentum * v_new``, which is the same with
 ``v_new = x_new - x``. This form takes no difference that rounding could keep from zero: a factor that stays at zero is

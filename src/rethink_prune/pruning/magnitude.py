@@ -10,9 +10,9 @@ how many weights each layer keeps:
 ``uniform``
     The same share goes from every layer, or a share for each.
 ``erk``
-    Erdos-Renyi-Kernel (Mocanu et al. 2018, arXiv:1707.04780; Evci et al. 2020, arXiv:1911.11134): the share that a layer
-    keeps is proportional to the sum of its weight's dimensions divided by their product. Layers that would keep more
-    than all are left whole, and the others share the rest.
+    Erdos-Renyi-Kernel (Mocanu et al. 2018, arXiv:1707.04780; Evci et al. 2020, arXiv:1911.11134): the share that a
+    layer keeps is proportional to the sum of its weight's dimensions divided by their product. Layers that would keep
+    more than all are left whole, and the others share the rest.
 ``lamp``
     Layer-adaptive magnitudes (Lee et al. 2021, arXiv:2010.07611) are ranked together: the square of a weight divided by
     the sum of the squares of its layer that are not smaller, itself included.

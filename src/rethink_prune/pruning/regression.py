@@ -13,8 +13,8 @@ in the unpruned network:
 
        min over W': |y - x_S W'^T|^2 + rho * |W' - W_S|^2,    rho = ridge * mean of the diagonal of x_S^T x_S
 
-   With ``intercept=true``, both have an intercept beside, for layers that have a bias, and it joins the bias; so it is in
-   the authors' code. The paper's formulas have none.
+   With ``intercept=true``, both have an intercept beside, for layers that have a bias, and it joins the bias; so it is
+   in the authors' code. The paper's formulas have none.
 
    The ridge is the one, of powers of ten, with the least error on every fifth image, which the fit leaves out at first:
    a sample of hardly more positions than a filter has weights would otherwise be fitted, and nothing else.

@@ -19,7 +19,7 @@ entry, because the authors report ratios, not widths.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -33,9 +33,9 @@ from rethink_prune.training.hooks import TrainingHooks
 
 
 class SlimmingTraining(Frozen):
-    """Options of the stage ``sparse``: the factor of the L1 penalty."""
+    """Options of the stage ``sparse``: the factor of the L1 penalty; without it, the recipe's or the published one."""
 
-    strength: Positive = 1e-2
+    strength: Positive | None = None
 
 
 class SlimmingOptions(ChannelOptions):
@@ -44,6 +44,12 @@ class SlimmingOptions(ChannelOptions):
     ranking: Literal["layer", "global"] = "global"
     linear: bool = False
     sparse: SlimmingTraining = SlimmingTraining()
+
+    def with_strength(self, recipe: float | None, *, network: str, dataset: str) -> Self:
+        """Return the options with a strength: published are 1e-4 for VGG on CIFAR, and 1e-5 for all else."""
+        published = 1e-4 if network.startswith("vgg") and dataset != "imagenet" else 1e-5
+        strength = self.sparse.strength or recipe or published
+        return self.model_copy(update={"sparse": SlimmingTraining(strength=strength)})
 
 
 class Slimming(ChannelPruner[SlimmingOptions]):
@@ -80,7 +86,9 @@ class Slimming(ChannelPruner[SlimmingOptions]):
 
     def sparse(self, target: ChannelTarget) -> TrainingHooks:
         """Return the L1 subgradient."""
-        return ScalePenalty(self.options.sparse.strength, self._scaled_norms(target.shapes))
+        strength = self.options.sparse.strength
+        assert strength is not None  # a study's options have it filled in
+        return ScalePenalty(strength, self._scaled_norms(target.shapes))
 
     def _scaled_norms(self, model: nn.Module) -> list[str]:
         """Return the names of the batch norms whose scales are penalised."""

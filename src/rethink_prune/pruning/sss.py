@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -39,10 +39,17 @@ from rethink_prune.surgery.cut import apply
 Remaining = Mapping[str, tuple[int, bool]]
 
 
-class SparseOptions(Frozen):
-    """How the factors are trained: the weight of their L1 norm in the loss, and Nesterov's momentum."""
+# In the authors' configuration for ResNet-50 on ImageNet; it weighs the L1 norm against a batch's mean loss, as here.
+PUBLISHED_STRENGTH = 0.01
 
-    strength: Positive = 0.25
+
+class SparseOptions(Frozen):
+    """How the factors are trained: the weight of their L1 norm in the loss, and Nesterov's momentum.
+
+    Without `strength`, it is the recipe's or the published one.
+    """
+
+    strength: Positive | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 
@@ -94,7 +101,12 @@ class SSSOptions(PrunerOptions):
     @property
     def strength(self) -> float:
         """Weight of the factors' L1 norm in the loss."""
-        return self.sparse.strength
+        return self.sparse.strength or PUBLISHED_STRENGTH
+
+    def with_strength(self, recipe: float | None, *, network: str, dataset: str) -> Self:
+        """Return the options with a strength."""
+        strength = self.sparse.strength or recipe or PUBLISHED_STRENGTH
+        return self.model_copy(update={"sparse": self.sparse.model_copy(update={"strength": strength})})
 
 
 class SSSTarget(Target):
@@ -250,7 +262,7 @@ class SSS(Pruner[SSSOptions, SSSTarget]):
         for structure in target.structures:
             units[structure.module] = (*units.get(structure.module, ()), *structure.units)
         sparse = self.options.sparse
-        return ScalingFactors(units, strength=sparse.strength, momentum=sparse.momentum)
+        return ScalingFactors(units, strength=self.options.strength, momentum=sparse.momentum)
 
     def prune(self, model: nn.Module, target: SSSTarget, *, data: Batches, generator: torch.Generator) -> PruneResult:
         """Remove what outputs zeros alone, or the variant's branches.

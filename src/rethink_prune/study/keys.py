@@ -209,8 +209,10 @@ def settings(config: StudyConfig, parts: KeyParts) -> dict[str, Any]:
     return {
         "dataset": {**dataset, "fingerprint": parts.training["data"]["fingerprint"]},
         "model": parts.training["network"],
-        "pruner": {**config.pruner.key(), "source": parts.pruner["source"]},
-        "recipe": config.recipe.model_dump(mode="json", exclude={"eval_batch_size"}),
+        # In full: what is not recorded would agree with any value.
+        "pruner": {**config.pruner.model_dump(mode="json"), "source": parts.pruner["source"]},
+        # The strength that was chosen is among the pruner's options.
+        "recipe": config.recipe.model_dump(mode="json", exclude={"eval_batch_size", "strengths"}),
         "budget": config.budget.model_dump(mode="json"),
         "large": {"checkpoint": parts.given["checkpoint"] if parts.given else None},
         "sync_batchnorm": config.sync_batchnorm,

@@ -114,7 +114,9 @@ class Summary:
 
     def _table(self) -> str:
         described = self.content["study"]
-        target = ", ".join(f"{name}={value}" for name, value in described["target"].items())
+        strength = described["settings"]["pruner"].get("sparse", {}).get("strength")
+        chosen = {**described["target"], **({"strength": strength} if strength is not None else {})}
+        target = ", ".join(f"{name}={value}" for name, value in chosen.items())
         title = (
             f"{described['model']} on {described['dataset']}, {described['pruner']} {target}, "
             f"recipe {described['recipe']}, budget {described['budget']}, seed {described['seed']}"
