@@ -37,7 +37,7 @@ def verdicts(write_run: WriteRun, tmp_path: Path) -> Callable[..., list[str]]:
     return of
 
 
-CONDITIONS = "(paper recipe, paper budget)"
+CONDITIONS = "(paper recipe, paper budget, fp32)"
 FINETUNE = [93.0, 93.1, 92.9, 93.2, 92.8, 93.0, 93.1, 92.9]
 
 

@@ -37,7 +37,8 @@ def test_a_new_arm_brings_its_title_name_and_style(new_arm: Arm, write_run: Writ
     assert accuracies["re-wound"] == "94.0"
     assert (differences["arm"], differences["against"]) == ("re-wound", "fine-tuned")
     text = (tmp_path / "report/report.md").read_text()
-    assert "Training from rewound weights and fine-tuning (paper recipe, paper budget) are not shown to differ" in text
+    pair = "Training from rewound weights and fine-tuning (paper recipe, paper budget, fp32)"
+    assert f"{pair} are not shown to differ" in text
     (curves,) = (tmp_path / "report").glob("curves-*.svg")
     # The band and the line of the curve; dashes are drawn in units of the line's width, 1.5 points.
     assert "fill: #d55e00" in curves.read_text()

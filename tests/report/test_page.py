@@ -112,3 +112,19 @@ def test_the_policy_admits_nothing_that_is_put_into_the_page(written: Path, tmp_
     opened.open(file)
     assert len(opened.complaints) == 2
     assert all("Content Security Policy" in complaint for complaint in opened.complaints)
+
+
+def test_a_wide_table_fits_into_a_window_of_1300_pixels(browser: Any, write_run: WriteRun, tmp_path: Path) -> None:
+    arms = ["large", "finetune", "scratch_e", "scratch_b", "large_longer", "an_arm", "another_arm", "a_third_arm"]
+    for seed in range(3):
+        target = {"ratio": {"layer1.*": 0.3, "layer2.*": 0.5, "layer3.*": 0.7}}
+        write_run(seed, {arm: 93 + seed / 7 for arm in arms}, model="torchvision.models:resnet50", target=target)
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
+    page = browser.new_page(viewport={"width": 1300, "height": 900})
+    page.goto((tmp_path / "report/report.html").as_uri())
+    measure = "tables => tables.map(table => [table.offsetWidth, table.parentElement.clientWidth])"
+    sizes = page.locator("table").evaluate_all(measure)
+    assert len(sizes) == 3
+    assert all(table <= place for table, place in sizes), sizes
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1300
+    page.close()

@@ -18,6 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rethink_prune.errors import UserError
 from rethink_prune.report.__main__ import main
+from rethink_prune.report.gather import gather
+from rethink_prune.report.groups import group_runs
+from rethink_prune.report.plots import _curves_figure, _ledger_figure
+from rethink_prune.report.results import compute_report
 
 WriteRun = Callable[..., Path]
 Run = Callable[..., dict[str, Any]]
@@ -35,9 +39,8 @@ def test_markdown_has_the_table_of_the_paper_with_the_best_arm_in_bold(written: 
         *("93.90 ± 0.10 (3)", "93.30 ± 0.00 (3)", "92.60 ± 0.10 (3)", "**94.00 ± 0.00 (3)**", "20.00 ± 0.00 (3)"),
         *("40.0 ± 0.0 (3)", "25.0 ± 0.0 (3)"),
     ]
-    assert (
-        "- vgg16, l1 ratio 0.3: Scratch-B is ahead of fine-tuning (paper recipe, paper budget) by 0.70 points" in text
-    )
+    pair = "Scratch-B is ahead of fine-tuning (paper recipe, paper budget, fp32)"
+    assert f"- vgg16, l1 ratio 0.3: {pair} by 0.70 points" in text
     assert "significant" not in text
     assert "- vgg16, l1 variant A: seed 0: fine-tuning is not finished." in text
     pictures = re.findall(r"\]\((.*\.png)\)", text)
@@ -212,3 +215,42 @@ def test_help_needs_no_library(tmp_path: Path) -> None:
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "--margin POINTS" in done.stdout
     assert not imported & {"torch", "numpy", "scipy", "matplotlib", "pydantic", "jinja2"}
+
+
+def test_what_finding_the_widths_took_stands_in_verdicts_tables_and_pictures(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for seed in range(2):
+        run = write_run(seed, {"large": 94.0, "finetune": 93.0, "scratch_e": 92.0 + seed}, pruner="slimming")
+        summary = json.loads((run / "summary.json").read_text())
+        summary["arms"]["finetune"]["train_flops_with_search"] = 3e15
+        summary["arms"]["scratch_e"]["train_flops_with_search"] = 4.5e15
+        (run / "summary.json").write_text(json.dumps(summary))
+    groups = group_runs(gather([tmp_path / "runs"]).runs)
+    (row,) = compute_report(groups, margin=0.5).tables[0].rows
+    said = "FLOPs with the trainings that found the network's widths: Scratch-E 4.5e+15, fine-tuning 3e+15."
+    assert row.comparisons[0].verdict.endswith(said)
+    by_epoch, by_flops = _curves_figure([arm for arm in row.arms if arm.curve]).axes
+    (marker,) = [line for line in by_flops.lines if line.get_marker() == ">"]
+    assert [float(x) for x in marker.get_xdata()] == [1e15, 4.5e15], "Scratch-E's own training, and with the search"
+    assert by_flops.get_legend() is not None
+    assert not [line for line in by_epoch.lines if line.get_marker() == ">"]
+    bars = _ledger_figure([arm for arm in row.arms if arm.train_flops]).axes[0].patches
+    assert [bar.get_width() for bar in bars[-3:]] == [0, 0, 3.5e15], "the last kind of bars is the search"
+
+
+def test_the_precision_stands_in_tables_and_verdicts(write_run: WriteRun, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        for seed in range(2):
+            arms = {"finetune": 93.0, "scratch_e": 92.0 + seed / 3}
+            write_run(seed, arms, precision=precision, experiment="l1_vgg16_cifar10", target={"variant": "A"})
+    runs = gather([tmp_path / "runs"]).runs
+    with pytest.raises(UserError, match=r"precision \("):
+        group_runs(runs)
+    (table,) = compute_report(group_runs(runs, by=["precision"]), margin=0.5).tables
+    assert table.title == "cifar10, paper recipe, paper budget, bf16 or fp32"
+    for row in table.rows:
+        precision = row.pruned_by.rsplit(" ", 1)[1]
+        assert f"(paper recipe, paper budget, {precision})" in row.comparisons[0].verdict
+        unlike = "trained in bf16; the paper's are trained in fp32"
+        assert (unlike in row.notes) == (precision == "bf16")

@@ -93,7 +93,7 @@ def _holm_by_value(ps: Sequence[float | None]) -> dict[float | None, float]:
     return dict(zip(known, holm(known), strict=True))
 
 
-def verdict(comparison: ArmComparison, *, margin: float, family: int, recipe: str, budget: str) -> str:
+def verdict(comparison: ArmComparison, *, margin: float, family: int, conditions: str) -> str:
     """Say what a comparison shows in one plain sentence, which says no more than its seeds do.
 
     Parameters
@@ -104,14 +104,14 @@ def verdict(comparison: ArmComparison, *, margin: float, family: int, recipe: st
         Points within which two arms count as equivalent.
     family
         Number of comparisons the p values are corrected for.
-    recipe, budget
-        Names of the recipe and the budget rule, without which a comparison means little.
+    conditions
+        What the arms have in common and a comparison means little without: recipe, budget rule and precision.
 
     Examples
     --------
     >>> comparison = ArmComparison("scratch_b", "finetune", (0,), paired_difference([93.5], [93.0], margin=0.5))
-    >>> verdict(comparison, margin=0.5, family=1, recipe="paper", budget="paper")
-    'Scratch-B is 0.50 points above fine-tuning (paper recipe, paper budget) with one seed: no interval and no test.'
+    >>> verdict(comparison, margin=0.5, family=1, conditions="paper recipe, fp32")
+    'Scratch-B is 0.50 points above fine-tuning (paper recipe, fp32) with one seed: no interval and no test.'
     """
     first, second = (network_label(arm).name for arm in (comparison.first, comparison.second))
     difference = comparison.difference
@@ -119,7 +119,7 @@ def verdict(comparison: ArmComparison, *, margin: float, family: int, recipe: st
         # From here on, `first` is the arm that is ahead.
         first, second = second, first
     # str.capitalize would turn the rest into small letters: "Scratch-E".
-    start, other = first[:1].upper() + first[1:], f"{second} ({recipe} recipe, {budget} budget)"
+    start, other = first[:1].upper() + first[1:], f"{second} ({conditions})"
     pair = f"{start} and {other}"
     if difference is None:
         return f"{pair} cannot be compared: no seed has both."

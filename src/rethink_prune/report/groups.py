@@ -36,6 +36,11 @@ class RunGroup:
         return self.runs[0].study
 
     @property
+    def precision(self) -> str:
+        """The precision of its runs; all of them where they are mixed, nothing where it was not recorded."""
+        return " and ".join(sorted({run.study.precision for run in self.runs} - {""}))
+
+    @property
     def experiment(self) -> str | None:
         """The experiment file the runs were made with, if it is one."""
         names = {run.study.experiment for run in self.runs if run.study.experiment}

@@ -114,6 +114,9 @@ def _unlike_paper(runs: Sequence[RunRecord], paper: PaperRow) -> Iterator[str]:
     lengths = {entry.epochs for entry in entries if entry is not None and entry.finished} - {None, paper.epochs}
     if lengths:
         yield f"not comparable with the paper: trained for {_listed(lengths)} epochs instead of {paper.epochs}"
+    precisions = {run.study.precision for run in runs} - {"", "fp32"}
+    if precisions:
+        yield f"trained in {_listed(precisions)}; the paper's are trained in fp32"
     datasets = [(run.study.settings or {}).get("dataset", {}) for run in runs]
     limits = [name for name in ("train_limit", "test_limit") if any(data.get(name) is not None for data in datasets)]
     if limits:

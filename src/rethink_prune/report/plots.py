@@ -11,12 +11,16 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label
 from rethink_prune.report.results import ArmOverSeeds, KeptWidth, Report, ResultRow, ResultTable, SeedCurve
 
 _STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
+
+# How the FLOPs of a search for widths are drawn, in grey or in the arm's colour.
+_SEARCH: dict[str, Any] = {"color": "#555555", "linestyle": ":", "linewidth": 1, "marker": ">", "fillstyle": "none"}
 
 # What each kind of picture shows, before the name of its row or table.
 _CAPTIONS = {
@@ -63,26 +67,31 @@ def _figures(table: ResultTable) -> Iterator[tuple[str, str, str, Figure]]:
         if len(rows) > 1:
             yield "targets", rows[0].slug.split("-")[0], sweep, _targets_figure(rows)
     for row in table.rows:
-        if curves := [(result.arm, result.curve) for result in row.arms if result.curve is not None]:
-            yield "curves", row.slug, row.title, _curves_figure(curves)
+        if drawn := [result for result in row.arms if result.curve is not None]:
+            yield "curves", row.slug, row.title, _curves_figure(drawn)
         if trained := [result for result in row.arms if result.flops_total is not None]:
             yield "ledger", row.slug, row.title, _ledger_figure(trained)
         if row.widths:
             yield "widths", row.slug, row.title, _widths_figure(row.widths)
 
 
-def _curves_figure(curves: Sequence[tuple[str, SeedCurve]]) -> Figure:
+def _curves_figure(results: Sequence[ArmOverSeeds]) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     by_epoch, by_flops = figure.subplots(1, 2, sharey=True)
-    for arm, curve in curves:
-        _draw_curve(by_epoch, arm, curve, curve.epoch)
+    for result in results:
+        curve = result.curve
+        assert curve is not None
+        _draw_curve(by_epoch, result.arm, curve, curve.epoch)
         if curve.flops is not None:
-            _draw_curve(by_flops, arm, curve, curve.flops)
+            _draw_curve(by_flops, result.arm, curve, curve.flops)
+            _draw_search(by_flops, result, curve.flops[-1], curve.mean[-1])
     by_epoch.set(xlabel="epoch", ylabel="test top-1 (%)")
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_flops.set(xlabel="training FLOPs, ancestors included")
     by_flops.xaxis.set_major_formatter(EngFormatter())
     by_epoch.legend(frameon=False)
+    if any(result.search_flops for result in results):
+        by_flops.legend([Line2D([], [], **_SEARCH)], ["with the search for the widths"], frameon=False)
     return figure
 
 
@@ -92,6 +101,13 @@ def _draw_curve(axes: Axes, arm: str, curve: SeedCurve, x: Sequence[float]) -> N
     # The last epoch is among the marked ones: it is the one that counts.
     marked = ((len(x) - 1) % every, every)
     axes.plot(x, curve.mean, **_line_style(arm), markersize=4, markevery=marked, label=_short_title(arm))
+
+
+def _draw_search(axes: Axes, result: ArmOverSeeds, end: float, top1: float) -> None:
+    """Mark where an arm ends if the trainings count that found the pruned network's widths."""
+    if result.search_flops:
+        color = network_label(result.arm).style.color
+        axes.plot([end, end + result.search_flops], [top1, top1], markevery=[1], **{**_SEARCH, "color": color})
 
 
 def _targets_figure(rows: Sequence[ResultRow]) -> Figure:
@@ -137,16 +153,22 @@ def _differences_figure(rows: Sequence[ResultRow]) -> Figure:
 def _ledger_figure(results: Sequence[ArmOverSeeds]) -> Figure:
     figure = Figure(figsize=(6.5, 1.2 + 0.4 * len(results)), layout="constrained")
     axes = figure.subplots()
-    before, own = np.array([(result.flops_before, result.train_flops) for result in results], dtype=float).T
+    parts = [(result.flops_before, result.train_flops, result.search_flops) for result in results]
+    before, own, search = np.array(parts, dtype=float).T
     places = range(len(results))
     # Hatched, so that the two parts differ in black and white too.
     axes.barh(places, before, color="#BBBBBB", edgecolor="black", hatch="//", label="what it starts from")
     axes.barh(places, own, left=before, color="#0072B2", edgecolor="black", label="its own training")
+    if search.any():
+        ends = before + own
+        axes.barh(
+            places, search, left=ends, color="white", edgecolor="black", hatch="..", label="search for the widths"
+        )
     axes.set_yticks(places, [_short_title(result.arm) for result in results])
     axes.invert_yaxis()
     axes.set(xlabel="training FLOPs, mean over seeds")
     axes.xaxis.set_major_formatter(EngFormatter())
-    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

@@ -71,6 +71,15 @@ class ArmOverSeeds:
             return None
         return self.train_flops + self.flops_before
 
+    @property
+    def search_flops(self) -> float:
+        """Training FLOPs of what found the pruned network's widths, beyond its ancestors; 0 where nothing had to."""
+        if self.train_flops_with_search is None or self.flops_total is None:
+            return 0.0
+        # Means over seeds: rounding may leave a little.
+        search = self.train_flops_with_search - self.flops_total
+        return search if search > 1e-9 * self.flops_total else 0.0
+
 
 @dataclass(frozen=True)
 class KeptWidth:
@@ -138,13 +147,14 @@ class ResultTable:
     dataset: str
     recipe: str
     budget: str
+    precision: str
     arms: tuple[str, ...]
     rows: tuple[ResultRow, ...]
 
     @property
     def title(self) -> str:
         """Name of the table in a heading."""
-        return f"{self.dataset}, {self.recipe} recipe, {self.budget} budget"
+        return f"{self.dataset}, {_conditions(self.recipe, self.budget, self.precision)}"
 
 
 @dataclass(frozen=True)
@@ -190,13 +200,19 @@ def _result_table(groups: Sequence[RunGroup], margin: float, numbers: Iterator[i
     study = groups[0].study
     compared = correct_for_table([list(compare_arms(group.runs, margin=margin)) for group in groups])
     family = sum(comparison.tested is not None for row in compared for comparison in row)
-    say = partial(verdict, margin=margin, family=family, recipe=study.recipe, budget=study.budget)
-    rows = [
-        _result_row(group, next(numbers), [replace(comparison, verdict=say(comparison)) for comparison in comparisons])
-        for group, comparisons in zip(groups, compared, strict=True)
-    ]
+    say = partial(verdict, margin=margin, family=family)
+    rows = []
+    for group, comparisons in zip(groups, compared, strict=True):
+        conditions = _conditions(study.recipe, study.budget, group.precision)
+        said = [replace(each, verdict=say(each, conditions=conditions)) for each in comparisons]
+        rows.append(_result_row(group, next(numbers), said))
     arms = in_column_order({result.arm for row in rows for result in row.arms})
-    return ResultTable(study.dataset, study.recipe, study.budget, tuple(arms), tuple(rows))
+    precision = " or ".join(sorted({group.precision for group in groups} - {""}))
+    return ResultTable(study.dataset, study.recipe, study.budget, precision, tuple(arms), tuple(rows))
+
+
+def _conditions(recipe: str, budget: str, precision: str) -> str:
+    return f"{recipe} recipe, {budget} budget" + (f", {precision}" if precision else "")
 
 
 def _result_row(group: RunGroup, number: int, comparisons: Iterable[ArmComparison]) -> ResultRow:
@@ -245,7 +261,7 @@ def _result_row(group: RunGroup, number: int, comparisons: Iterable[ArmCompariso
 def _with_search(comparison: ArmComparison, costs: Mapping[str, ArmOverSeeds]) -> ArmComparison:
     """Add to a verdict what its arms cost where finding the pruned network's widths took trainings of its own."""
     pair = [costs[arm] for arm in (comparison.first, comparison.second) if arm in costs]
-    if not any(a.train_flops_with_search and a.flops_total and a.train_flops_with_search > a.flops_total for a in pair):
+    if not any(arm.search_flops for arm in pair):
         return comparison
     told = [f"{network_label(a.arm).name} {a.train_flops_with_search:.3g}" for a in pair if a.train_flops_with_search]
     said = f"{comparison.verdict} FLOPs with the trainings that found the network's widths: {', '.join(told)}."

@@ -119,7 +119,8 @@ class Summary:
         target = ", ".join(f"{name}={value}" for name, value in chosen.items())
         title = (
             f"{described['model']} on {described['dataset']}, {described['pruner']} {target}, "
-            f"recipe {described['recipe']}, budget {described['budget']}, seed {described['seed']}"
+            f"recipe {described['recipe']}, budget {described['budget']}, {described['precision']}, "
+            f"seed {described['seed']}"
         )
         failures = [
             f"{name} failed: {entry['reason']}"
