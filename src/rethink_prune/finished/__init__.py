@@ -1,4 +1,4 @@
-"""What can be done with the network of a finished stage: load it, export it, evaluate it, measure it.
+"""What can be done with the network of a finished stage: load, export, evaluate, measure and scan it.
 
-Everything that ``python -m rethink_prune.export`` does is here, one file for each thing.
+Everything that ``rethink_prune.export`` and ``rethink_prune.sensitivity`` do is here, one file for each thing.
 """

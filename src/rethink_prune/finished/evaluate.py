@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rethink_prune.config import StudyConfig
+from rethink_prune.config import DatasetConfig, StudyConfig
 from rethink_prune.data import describe_dataset, eval_batches, load_dataset
 from rethink_prune.errors import UserError
 from rethink_prune.files import conf_dir
@@ -49,29 +49,15 @@ def evaluate_stage(
     UserError
         If the stage cannot be loaded, or the data set does not fit its network.
     """
-    model, config, trained = load_model(stage.folder, factory), compose_dataset(overrides), read_config(stage)
-    network = trained["network"]
-    options = config.dataset
-    info = describe_dataset(options)
-    # Before any image is read.
-    expected = {
-        "classes": (info.num_classes, network["num_classes"]),
-        "channels (dataset.channels)": (info.channels, network["in_channels"]),
-        "pixels a side (dataset.image_size)": (info.image_size, network["image_size"]),
-    }
-    problems = [f"{has} {what}, not {needs}" for what, (has, needs) in expected.items() if has != needs]
-    if problems:
-        raise UserError(f"{info.name}: does not fit {stage.name}: it has {' and '.join(problems)}")
-    if options.mean is None and "images" in trained:
-        # By name: nothing else that a stage says may choose what is loaded.
-        options = options.with_statistics(trained["images"]["mean"], trained["images"]["std"])
+    model, config = load_model(stage.folder, factory), compose_dataset(overrides, "--evaluate")
+    options = fit_images(config.dataset, stage)
     cache, size = Store(Path(config.store.root)).cache, config.recipe.eval_batch_size
     dataset = load_dataset(options, cache_dir=cache, progress=runtime.show_progress)
     batches = eval_batches(dataset, dataset.test, batch_size=size, device=runtime.device, workers=options.workers)
     result = evaluate(runtime.place(model), batches, runtime=runtime)
     return {
         "stage": stage.name,
-        "network": network["name"],
+        "network": read_config(stage)["network"]["name"],
         "dataset": dataset.name,
         "images": len(batches),
         "top1": result.top1,
@@ -85,8 +71,45 @@ def evaluate_stage(
     }
 
 
-def compose_dataset(overrides: Sequence[str]) -> StudyConfig:
+def fit_images(options: DatasetConfig, stage: Stage) -> DatasetConfig:
+    """Return the options of a data set with images normalised as in a stage's training, unless they say how.
+
+    Parameters
+    ----------
+    options : DatasetConfig
+    stage : Stage
+        Finished.
+
+    Raises
+    ------
+    UserError
+        If the stage's network takes other images; no image is read to find out.
+    """
+    info, trained = describe_dataset(options), read_config(stage)
+    network = trained["network"]
+    expected = {
+        "classes": (info.num_classes, network["num_classes"]),
+        "channels (dataset.channels)": (info.channels, network["in_channels"]),
+        "pixels a side (dataset.image_size)": (info.image_size, network["image_size"]),
+    }
+    problems = [f"{has} {what}, not {needs}" for what, (has, needs) in expected.items() if has != needs]
+    if problems:
+        raise UserError(f"{info.name}: does not fit {stage.name}: it has {' and '.join(problems)}")
+    if options.mean is None and "images" in trained:
+        # By name: nothing else that a stage says may choose what is loaded.
+        return options.with_statistics(trained["images"]["mean"], trained["images"]["std"])
+    return options
+
+
+def compose_dataset(overrides: Sequence[str], option: str) -> StudyConfig:
     """Compose the shipped configuration with overrides of its data set.
+
+    Parameters
+    ----------
+    overrides : sequence of str
+        As on the command line of a study.
+    option : str
+        What they were given to, for messages.
 
     Raises
     ------
@@ -95,21 +118,26 @@ def compose_dataset(overrides: Sequence[str]) -> StudyConfig:
 
     Examples
     --------
-    >>> compose_dataset(["dataset=digits", "dataset.image_size=8"]).dataset.image_size
+    >>> compose_dataset(["dataset=digits", "dataset.image_size=8"], "--evaluate").dataset.image_size
     8
     """
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for override, key in zip(overrides, keys, strict=True):
         if key.partition(".")[0] != "dataset":
-            raise UserError(f"--evaluate {override}: only the data set can be set: dataset=..., dataset.root=...")
+            raise UserError(f"{option} {override}: only the data set can be set: dataset=..., dataset.root=...")
     if not {"dataset", "dataset.name"} & set(keys):
-        raise UserError("--evaluate: name the data set first: dataset=cifar10, say")
+        raise UserError(f"{option}: name the data set first: dataset=cifar10, say")
+    return compose_shipped(overrides, option)
+
+
+def compose_shipped(overrides: Sequence[str] = (), option: str = "") -> StudyConfig:
+    """Compose the shipped configuration; arguments and errors as of `compose_dataset`, but for any overrides."""
     try:
         with initialize_config_dir(conf_dir(), version_base="1.3"):
             tree = compose("config", overrides=list(overrides))
         plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"--evaluate {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{option} {' '.join(overrides)}: {' '.join(str(error).split())}") from None
     return check_config(plain)
 
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label
 from rethink_prune.report.results import ArmOverSeeds, KeptWidth, Report, ResultRow, ResultTable, SeedCurve
 
-_STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
+PLOT_STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
 
 # How the FLOPs of a search for widths are drawn, in grey or in the arm's colour.
 _SEARCH: dict[str, Any] = {"color": "#555555", "linestyle": ":", "linewidth": 1, "marker": ">", "fillstyle": "none"}
@@ -45,15 +45,19 @@ class Picture:
 def draw_pictures(report: Report) -> list[Picture]:
     """Draw all pictures of a report for which it has the numbers."""
     pictures = []
-    with mpl.rc_context(fname=_STYLE):
+    with mpl.rc_context(fname=PLOT_STYLE):
         for kind, slug, title, figure in (each for table in report.tables for each in _figures(table)):
-            png, svg = io.BytesIO(), io.BytesIO()
-            # No version of matplotlib and no date in the files: the same report gives the same bytes.
-            figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
-            figure.savefig(svg, format="svg", metadata={"Date": None})
-            caption = f"{_CAPTIONS[kind]}: {title}"
-            pictures.append(Picture(f"{kind}-{slug}", caption, png.getvalue(), svg.getvalue()))
+            pictures.append(save_figure(figure, f"{kind}-{slug}", f"{_CAPTIONS[kind]}: {title}"))
     return pictures
+
+
+def save_figure(figure: Figure, name: str, caption: str) -> Picture:
+    """Return a figure as a picture; call it under the style that the figure was drawn in."""
+    png, svg = io.BytesIO(), io.BytesIO()
+    # No version of matplotlib and no date in the files: the same report gives the same bytes.
+    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    return Picture(name, caption, png.getvalue(), svg.getvalue())
 
 
 def _figures(table: ResultTable) -> Iterator[tuple[str, str, str, Figure]]:
@@ -144,7 +148,7 @@ def _differences_figure(rows: Sequence[ResultRow]) -> Figure:
         error = [[difference.mean - low], [high - difference.mean]]
         axes.errorbar(difference.mean, y, xerr=error, color=style.color, marker=style.marker, capsize=4)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(shown)), [_clip(label) for label in labels], fontsize=8)
+    axes.set_yticks(range(len(shown)), [clip(label) for label in labels], fontsize=8)
     # The first row of the table is at the top.
     axes.set(xlabel="points of top-1", ylim=(len(shown) - 0.5, -0.5))
     return figure
@@ -180,7 +184,7 @@ def _widths_figure(widths: Sequence[KeptWidth]) -> Figure:
     axes.bar(places, [w.full for w in widths], color="white", edgecolor="black", hatch="..", label="in full")
     axes.bar(places, [w.kept for w in widths], color="#0072B2", edgecolor="black", label="kept")
     # Names of layers can be as long as the picture is high.
-    names = [_clip(w.layer, 30) for w in widths]
+    names = [clip(w.layer, 30) for w in widths]
     axes.set_xticks(places, names, rotation=90, fontsize=7 if count <= 60 else 4)
     axes.set(ylabel="width")
     axes.margins(x=0.01)
@@ -194,8 +198,15 @@ def _line_style(arm: str) -> dict[str, Any]:
 
 
 def _short_title(arm: str) -> str:
-    return _clip(network_label(arm).title, 24)
+    return clip(network_label(arm).title, 24)
 
 
-def _clip(text: str, length: int = 60) -> str:
+def clip(text: str, length: int = 60) -> str:
+    """Return a text whose lines have at most `length` characters; dots stand for what is left out.
+
+    Examples
+    --------
+    >>> clip("layer1.0.conv1", 10)
+    'layer1....'
+    """
     return "\n".join(line if len(line) <= length else f"{line[: length - 3]}..." for line in text.split("\n"))
