@@ -2,9 +2,16 @@
 # Every pruner on 8 x 8 digits, five seeds, for the accuracy right after pruning: digits.sh [OVERRIDE...]
 set -euo pipefail
 cd "$(dirname "$0")"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 study=(dataset.image_size=8 recipe.finetune.epochs=1 arms=[finetune] seed=0,1,2,3,4)
-python -m rethink_prune -m "${study[@]}" pruner=l1,random,thinet,regression,soft_filter,slimming,magnitude \
-    pruner.ratio=0.3 hydra.sweep.dir=digits_runs/ratio "$@"
-# Has no ratio; images this small need less than the default strength.
-python -m rethink_prune -m "${study[@]}" pruner=sss pruner.sparse.strength=0.2 hydra.sweep.dir=digits_runs/strength "$@"
-python -m rethink_prune.report digits_runs --out digits_report
+pruners=l1,random,thinet,regression,soft_filter,slimming,magnitude
+run() { python -m rethink_prune -m "${study[@]}" hydra.sweep.dir="digits_runs/$1" "${@:2}"; }
+run ratio pruner=$pruners pruner.ratio=0.3 "$@"
+# Has no ratio; images this small need less than the recipe's strength.
+run strength pruner=sss pruner.sparse.strength=0.2 "$@"
+run macs pruner=$pruners pruner.ratio=null pruner.target_macs=0.6 "$@"
+# One ranking of all filters, by three numbers: that of l1, and two of rankings.py.
+run ranking pruner.name=l1,rankings:Sums,rankings:Means pruner.ranking=global pruner.ratio=null \
+    pruner.target_macs=0.6 "$@"
+run sparsity pruner=magnitude pruner.ratio=0.95 pruner.distribution=global,uniform,erk,lamp "$@"
+python -m rethink_prune.report digits_runs --by pruner.distribution --by pruner.ranking --out digits_report

@@ -9,6 +9,8 @@ study=(
     dataset.train_limit=2000 dataset.test_limit=2000 recipe.epochs=6 recipe.finetune.epochs=2 seed=0,1
     # So much that in these few steps the norms of filters forget how they were drawn.
     recipe.weight_decay=5e-3
+    # In so few epochs, the published strength would do nothing.
+    recipe.strengths.slimming=0.01
 )
 python -m rethink_prune -m "${study[@]}" pruner=l1,random,thinet,regression,soft_filter,slimming,magnitude \
     pruner.ratio=0.3 hydra.sweep.dir=runs/ratio "${@:2}"

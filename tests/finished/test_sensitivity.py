@@ -126,7 +126,7 @@ def test_a_row_is_what_a_study_finds_that_prunes_that_layer_alone(
         content = scanned(home / "sparse", tmp_path / "out")
     else:
         content = found if pruner == "l1" else scanned(home / "run", tmp_path / "out", "--pruner", pruner)
-    ranking = () if pruner == "thinet" else ("pruner.ranking=layer",)
+    ranking = {"thinet": (), "magnitude": ("pruner.distribution=uniform",)}.get(pruner, ("pruner.ranking=layer",))
     alone = study(home, f"alone-{pruner}", f"pruner={pruner}", *ranking, f"pruner.ratio={{{layer}: 0.5}}")["pruned"]
     it = row(content, layer, 0.5)
     expected = {name: alone[name] for name in ("top1", "top1_recalibrated", "macs")}

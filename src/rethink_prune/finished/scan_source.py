@@ -22,7 +22,7 @@ from rethink_prune.surgery.architecture import Architecture
 # Options that say how much goes; a scan says it itself.
 _AMOUNTS = {
     *("ratio", "variant", "widths", "target_macs", "target_params"),
-    *("ranking", "skip", "min_channels", "min_share", "round_to"),
+    *("ranking", "distribution", "skip", "min_channels", "min_share", "round_to"),
 }
 _DATASET = "--dataset"
 
@@ -116,9 +116,10 @@ def layer_pruner(options: Mapping[str, Any], ratio: float | Mapping[str, float])
     'layer'
     """
     kind = find_pruner(options["name"])
-    ranking = {"ranking": "layer"} if "ranking" in kind.options_type.model_fields else {}
+    fields = kind.options_type.model_fields
+    single = {name: value for name, value in (("ranking", "layer"), ("distribution", "uniform")) if name in fields}
     try:
-        return kind(parse_pruner({**options, **ranking, "ratio": ratio}, kind.options_type))
+        return kind(parse_pruner({**options, **single, "ratio": ratio}, kind.options_type))
     except UserError as error:
         raise UserError(f"--pruner {options['name']}: cannot prune one layer by a ratio: {first_line(error)}") from None
 
