@@ -127,7 +127,7 @@ def test_all_errors_come_in_one_message() -> None:
         (["pruner=slimming", "recipe=imagenet", "model=vgg16_bn_imagenet", "dataset=imagenet"], 1e-5),
         (["pruner=sss", "recipe=paper"], 0.01),
         (["pruner=sss", "pruner.sparse.strength=3"], 3.0),
-        (["pruner=slimming", "recipe.strengths.slimming=0.5"], 0.5),
+        (["pruner=slimming", "recipe=paper", "recipe.strengths.slimming=0.5"], 0.5),
     ],
 )
 def test_a_penalty_has_the_recipes_strength_or_the_published_one(overrides: list[str], strength: float) -> None:

@@ -181,7 +181,7 @@ class RecipeConfig(Phase):
     decay_norms: bool = True
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     augment: bool = True
-    strengths: dict[str, Positive] = {}
+    strengths: dict[str, Positive | None] = {}
     finetune: Phase
 
 
