@@ -14,4 +14,8 @@ run macs pruner=$pruners pruner.ratio=null pruner.target_macs=0.6 "$@"
 run ranking pruner.name=l1,rankings:Sums,rankings:Means pruner.ranking=global pruner.ratio=null \
     pruner.target_macs=0.6 "$@"
 run sparsity pruner=magnitude pruner.ratio=0.95 pruner.distribution=global,uniform,erk,lamp "$@"
-python -m rethink_prune.report digits_runs --by pruner.distribution --by pruner.ranking --out digits_report
+report() { python -m rethink_prune.report "${@:2}" --out "digits_report/$1"; }
+report digits digits_runs/ratio digits_runs/strength digits_runs/macs
+report rankings digits_runs/ranking
+report sparsity digits_runs/sparsity --by pruner.distribution
+for name in digits rankings sparsity; do cp "digits_report/$name/results.json" "$name.json"; done
