@@ -2,7 +2,7 @@
 # make test   install with the development tools and run the tests (about ten minutes on two CPU cores)
 # make slow   run the tests that make test leaves out because each takes tens of seconds
 # make lint   formatting, lint and types
-# make board  TensorBoard over the runs, and the report's means over seeds, at http://127.0.0.1:6006
+# make board  TensorBoard over the runs, means over seeds first; prints the address to open
 # make clean  remove .venv and what the tools leave behind; runs and store stay
 
 PYTHON ?= python3
@@ -31,7 +31,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 board: $(VENV)/installed
-	$(BIN)/tensorboard --logdir_spec runs:runs,report:report/tensorboard --host 127.0.0.1
+	$(BIN)/python -m rethink_prune.board runs
 
 # The environment is installed again only when the dependencies change: the package itself is installed in place, so a
 # change of its code needs nothing. Python stands after the bar, because a newer interpreter alone is no reason either.

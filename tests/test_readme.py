@@ -166,20 +166,23 @@ def smaller(words: list[str], *, first_page: bool) -> list[str]:
     return words + [option for option in SMALL if "dataset=folder" not in words or not option.startswith("dataset.")]
 
 
-def check_board(folder: Path, environment: dict[str, str]) -> None:
-    """Start what ``make board`` starts, and fetch its page."""
-    said = subprocess.run(["make", "board", "-n"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
-    (started,) = [shlex.split(line) for line in said.splitlines() if "tensorboard --logdir" in line]
+def check_board(words: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """Start TensorBoard, or what ``make board`` starts, and fetch its page."""
+    if words[0] == "make":
+        said = subprocess.run(["make", "board", "-n"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+        (words,) = [shlex.split(line) for line in said.splitlines() if "rethink_prune.board" in line]
+    program = [sys.executable] if Path(words[0]).name == "python" else [str(BIN / words[0])]
     board = subprocess.Popen(
-        [str(BIN / "tensorboard"), *started[1:], "--port", "0"],
+        [*program, *words[1:], "--port", "0"],
         cwd=folder,
         env=environment,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
-    assert board.stderr is not None
+    assert board.stdout is not None
     try:
-        for line in board.stderr:
+        for line in board.stdout:
             if address := re.search(r"http://127\.0\.0\.1:\d+/", line):
                 with urllib.request.urlopen(address[0], timeout=30) as page:
                     assert page.status == 200
@@ -229,8 +232,8 @@ def check_command(command: str, folder: Path, environment: dict[str, str], *, fi
         words[0] = "python"
     if any(words[: len(start)] == start for start in INSTALLATIONS):
         return
-    if words[:2] == ["make", "board"]:
-        check_board(folder, environment)
+    if words[:2] == ["make", "board"] or words[0] == "tensorboard" or words[2:3] == ["rethink_prune.board"]:
+        check_board(words, folder, environment)
     elif words[0] == "make":
         subprocess.run([*words, "-n"], cwd=CHECKOUT, check=True, capture_output=True)
     elif words[0].endswith(".sh"):  # experiments run for hours

@@ -34,14 +34,15 @@ def test_arms_overlay_in_tensorboard_by_epoch_and_by_computation(small_study: Ru
         for arm in ("finetune", "scratch_e"):
             entry = summary["arms"][arm]
             read = events(folder / arm)
-            by_epoch = read.Scalars("top1/test")
+            tags = read.Tags()["scalars"]
+            by_epoch = read.Scalars("accuracy top-1 by epoch/test")
             assert [point.step for point in by_epoch] == [1, 2]
             assert by_epoch[-1].value == pytest.approx(entry["top1"])
-            by_flops = read.Scalars("top1_by_gflops/test")
+            by_flops = read.Scalars("accuracy top-1 by training GFLOPs/test")
             assert by_flops[-1].step == round(entry["train_flops_total"] / 1e9)
             assert by_flops[-1].value == pytest.approx(entry["top1"])
-            assert {"loss/test", "loss/train", "top1/train", "lr"} <= set(read.Tags()["scalars"])
-            assert "custom_scalars__config__" in read.Tags()["tensors"]
+            assert {"loss by epoch/test", "loss by epoch/train", "accuracy top-1 by epoch/train", "lr"} <= set(tags)
+            assert sorted(tags)[0].startswith("accuracy top-1 by epoch")
         assert events(folder / "hparams").Scalars("top1/finetune")[0].value == pytest.approx(
             summary["arms"]["finetune"]["top1"]
         )

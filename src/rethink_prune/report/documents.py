@@ -1,4 +1,4 @@
-"""A report's folder: pictures, data, TensorBoard files, and documents from ``templates/``: Markdown, HTML, LaTeX, CSV.
+"""A report's folder: pictures, data, and documents from ``templates/``: Markdown, HTML, LaTeX, CSV.
 
 The page opens from disk: it loads nothing, and runs nothing but its own script.
 """
@@ -7,8 +7,7 @@ import base64
 import csv
 import hashlib
 import io
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,6 @@ from rethink_prune.report.plots import Picture, draw_pictures
 from rethink_prune.report.results import Report
 from rethink_prune.report.statistics import EXACT_UP_TO, RESAMPLES
 from rethink_prune.text import markdown
-from rethink_prune.tracking.tensorboard import write_seed_curves
 
 PAGE_FILE = "report.html"
 TITLE = "Pruning and fine-tuning, or training from scratch"
@@ -43,8 +41,8 @@ _LATEX = str.maketrans(
 def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
     """Write a report into `folder`, over one that is there.
 
-    Writes ``report.html``, ``report.md``, ``results.json``, ``tables.tex``, a CSV file for each table, each picture as
-    PNG and SVG, and ``tensorboard/``: the means over seeds.
+    Writes ``report.html``, ``report.md``, ``results.json``, ``tables.tex``, a CSV file for each table, and each picture
+    as PNG and SVG.
 
     Parameters
     ----------
@@ -58,9 +56,6 @@ def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
     """
     if (folder / SUMMARY_FILE).exists():
         raise UserError(f"--out {folder}: is a run's folder; name another one")
-    # The tensorboard folder is replaced, so it must be a report's.
-    if (folder / "tensorboard").exists() and not (folder / PAGE_FILE).exists():
-        raise UserError(f"--out {folder}: holds a tensorboard folder that no report has made; name another one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,25 +67,9 @@ def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
     runs = [run.model_dump(mode="json", exclude_none=True) for group in groups for run in group.runs]
     header = {"format": FORMAT, "version": FORMAT_VERSION, "made_by": f"rethink-prune {version('rethink-prune')}"}
     write_json(folder / "results.json", {**header, **asdict(report), "runs": runs})
-    write_seed_curves(seed_curves(groups), folder / "tensorboard")
     # The page is the last file: where it stands, the report is whole.
     for name, text in write_documents(report, pictures).items():
         write_atomically(folder / name, text.encode())
-
-
-def seed_curves(groups: Iterable[RunGroup]) -> dict[str, dict[str, list[tuple[float, ...]]]]:
-    """Return each seed's top-1 after every epoch, by the group's label and the arm's name."""
-    labelled = {}
-    for group in groups:
-        settings = (f"{name}={value}" for name, value in group.by)
-        study = (group.study.dataset, group.study.model, group.study.pruner, group.study.target_text, *settings)
-        curves: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-        for run in group.runs:
-            for arm, trained in run.trained.items():
-                if trained.curve is not None:
-                    curves[arm].append(trained.curve)
-        labelled[f"{' '.join(study)} {group.study.recipe} recipe {group.study.budget} budget"] = curves
-    return labelled
 
 
 def write_overview(report: Report) -> str:

@@ -77,7 +77,7 @@ def gather(places: Iterable[Path]) -> GatheredRuns:
     gathered = GatheredRuns()
     for place in places:
         if not place.exists():
-            raise UserError(f"{place}: no such folder")
+            raise UserError(f"{place}: no such folder; run a study first, or name runs or a store")
         if place.is_file():
             gathered.runs += _read_results(place)
         elif (place / "stages").is_dir() and (place / "runs").is_dir():
@@ -162,8 +162,11 @@ def _finite_float(digits: str) -> float | None:
 def _with_curves(content: dict[str, Any], stages: Path | None) -> dict[str, Any]:
     """Return a summary with each training's curve, and with names of stages instead of their folders."""
     bases = {name: _with_curve(content[name], stages) for name in ("large", "sparse", "pruned") if content.get(name)}
-    arms = {name: _with_curve(entry, stages) for name, entry in (content.get("arms") or {}).items()}
-    return {**content, **bases, "arms": arms}
+    parts = {
+        part: {name: _with_curve(entry, stages) for name, entry in (content.get(part) or {}).items()}
+        for part in ("arms", "unfinished")
+    }
+    return {**content, **bases, **parts}
 
 
 def _with_curve(entry: Mapping[str, Any], stages: Path | None) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def group_runs(runs: Sequence[RunRecord], *, by: Sequence[str] = (), mix: bool =
         names = (study.dataset, study.model, study.pruner, study.target_text, study.recipe, study.budget)
         found[names, values].append(run)
     groups, refused = [], []
-    for (_, values), members in sorted(found.items(), key=lambda item: _natural_order(item[0][0])):
+    for (_, values), members in sorted(found.items(), key=lambda item: natural_order(item[0][0])):
         try:
             merged, notes = _merge_seeds(members, mix=mix)
         except UserError as error:
@@ -90,7 +90,7 @@ def group_runs(runs: Sequence[RunRecord], *, by: Sequence[str] = (), mix: bool =
     return groups
 
 
-def _natural_order(names: Sequence[str]) -> tuple[tuple[int, float, str], ...]:
+def natural_order(names: Sequence[str]) -> tuple[tuple[int, float, str], ...]:
     """Return a sort key in which numbers in targets count as numbers."""
     words = [word for name in names for word in name.split()]
     # Numbers and words cannot be compared: the first entry puts numbers before words.

@@ -63,7 +63,7 @@ class TrainedRecord(SummaryPart):
         ``top1`` after each epoch, where the stage is still there.
     """
 
-    status: Literal["done", "failed"] = "done"
+    status: Literal["done", "failed", "unfinished"] = "done"
     reason: Text | None = None
     top1: float | None = None
     top1_best: float | None = None
@@ -149,6 +149,8 @@ class RunRecord(SummaryPart):
     ----------
     name
         The folder as it was found, without what leads to the place that was searched.
+    unfinished
+        What it trains now, or was training when it was stopped: `train_flops` and `epochs` are what is planned.
     """
 
     name: Text
@@ -157,6 +159,7 @@ class RunRecord(SummaryPart):
     sparse: TrainedRecord | None = None
     pruned: PrunedRecord | None = None
     arms: dict[Text, TrainedRecord] = Field(default_factory=dict)
+    unfinished: dict[Text, TrainedRecord] = Field(default_factory=dict)
 
     @property
     def trained(self) -> dict[str, TrainedRecord]:

@@ -279,13 +279,13 @@ def arm_over_seeds(arm: str, runs: Sequence[RunRecord]) -> ArmOverSeeds:
         top1=describe_seeds([entry.top1 for entry in done if entry.top1 is not None]),
         # A mean over some of the seeds would not belong to the other numbers of the arm.
         top1_best=describe_seeds(best) if len(best) == len(done) else None,
-        curve=_curve_over_seeds(done, means["train_flops"], means["flops_before"]),
+        curve=curve_over_seeds(done),
         **means,
     )
 
 
-def _curve_over_seeds(entries: Sequence[TrainedRecord], own: float | None, before: float | None) -> SeedCurve | None:
-    """Return the curve; `own` and `before` are the mean training FLOPs of the arm and of its ancestors."""
+def curve_over_seeds(entries: Sequence[TrainedRecord]) -> SeedCurve | None:
+    """Return the curve of an arm over its seeds; None unless every seed's is known."""
     curves = [entry.curve for entry in entries if entry.curve]
     # A band that leaves some seeds out would look narrower than it is.
     if not curves or len(curves) < len(entries):
@@ -294,6 +294,9 @@ def _curve_over_seeds(entries: Sequence[TrainedRecord], own: float | None, befor
     share = np.linspace(0, 1, max(map(len, curves)) + 1)[1:]
     top1 = np.array([np.interp(share * len(curve), np.arange(1, len(curve) + 1), curve) for curve in curves])
     epochs = share * np.mean([len(curve) for curve in curves])
+    own, before = (
+        _mean_if_known([getattr(entry, cost) for entry in entries]) for cost in ("train_flops", "flops_before")
+    )
     # Ancestors are trained first: by FLOPs, a curve starts where theirs end.
     flops = tuple((before + own * share).tolist()) if own is not None and before is not None else None
     mean, low, high = (tuple(line.tolist()) for line in (top1.mean(axis=0), top1.min(axis=0), top1.max(axis=0)))

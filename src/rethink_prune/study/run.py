@@ -89,6 +89,7 @@ def run_study(
     # The unpruned network, trained plainly, and by some pruners also their own way.
     for title in ("large", "sparse"):
         if title in planned:
+            summary.begin(planned[title], None)
             outcome = runner.run(planned[title])
             summary.add_base(title, outcome)
             if isinstance(outcome, Done):
@@ -111,7 +112,9 @@ def run_study(
         lengths = ", ".join(f"{spec.title} {spec.optimizer.epochs} epochs" for spec in arms if spec.optimizer)
         log.info("pruned: %s parameters, %.4g MACs; %s", f"{pruned.cost.params:,}", pruned.cost.macs, lengths)
     for spec in arms:
-        summary.add_arm(spec.title, runner.run(spec, done.get(spec.parent or "")))
+        parent = done.get(spec.parent or "")
+        summary.begin(spec, parent)
+        summary.add_arm(spec.title, runner.run(spec, parent))
     summary.finish()
     return summary.content
 

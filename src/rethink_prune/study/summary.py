@@ -14,7 +14,8 @@ from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically, write_json
 from rethink_prune.store.stage import Done, Failed
 from rethink_prune.study.arms import ARMS, draws_anew
-from rethink_prune.study.keys import settings
+from rethink_prune.study.keys import settings, stage_name
+from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.prepare import PreparedStudy
 from rethink_prune.study.tables import study_table
 from rethink_prune.study.work import PrunedNetwork
@@ -45,6 +46,29 @@ class Summary:
         self._stages: dict[str, str] = {}
         # Of the trainings that the pruned network's widths had to be found by.
         self._search_flops: int | None = 0
+        self._write()
+
+    def begin(self, spec: StageSpec, parent: Done | None) -> None:
+        """Record a training that starts now, under ``unfinished``: where its metrics grow, and what it will cost.
+
+        Parameters
+        ----------
+        spec : StageSpec
+        parent : Done, optional
+            The stage it starts from.
+        """
+        if spec.key is None or spec.optimizer is None or spec.train_flops is None:
+            return
+        before = parent.flops_total if parent else 0
+        self.content["unfinished"] = {
+            spec.title: {
+                "status": "unfinished",
+                "epochs": spec.optimizer.epochs,
+                "train_flops": spec.train_flops,
+                "train_flops_total": None if before is None else before + spec.train_flops,
+                "stage": str(self.study.store.stage(stage_name(spec.kind, spec.key)).folder),
+            }
+        }
         self._write()
 
     def add_base(self, name: str, outcome: Done | Failed) -> None:
@@ -102,6 +126,7 @@ class Summary:
             raise UserError("; ".join(f"{name} failed: {reason}" for name, reason in failed.items()))
 
     def _entry(self, title: str, outcome: Done | Failed) -> dict[str, Any]:
+        self.content.pop("unfinished", None)
         if isinstance(outcome, Failed):
             return {"status": "failed", "reason": outcome.reason, "epoch": outcome.epoch}
         self._stages[title] = outcome.stage.name

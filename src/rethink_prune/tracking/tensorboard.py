@@ -1,32 +1,45 @@
-"""TensorBoard event files: one run per arm, with tags that overlay the arms of a study, or of many, in one chart.
+"""TensorBoard event files of a study: one run per arm, with tags that overlay the arms in one chart.
 
-``top1/test`` and the like count epochs; ``top1_by_gflops/test`` counts the training GFLOPs spent so far, ancestors
-included, so fine-tuning starts where the large network's training ended.
+``accuracy top-1 by epoch/test`` counts epochs; ``accuracy top-1 by training GFLOPs/test`` counts the training GFLOPs
+spent so far, ancestors included, so fine-tuning starts where the large network's training ended. The names are made by
+:func:`tag_name` alone.
 """
 
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
-from rethink_prune.text import dotted_items, markdown
+from rethink_prune.text import dotted_items
 
-# What the "Custom scalars" tab shows: every arm of a study in one chart, by epoch and by computation.
-_LAYOUT = {
-    "Arms": {
-        "top-1 by epoch": ["Multiline", ["^top1/test$"]],
-        "top-1 by training GFLOPs": ["Multiline", ["^top1_by_gflops/test$"]],
-        "training loss by epoch": ["Multiline", ["^loss/train$"]],
-    }
-}
-_LONGEST_NAME = 60  # of a folder; in bytes it may be four times as long
+# TensorBoard sorts tags by name: accuracies come before losses, and losses before the learning rate.
+_MEASURES = {"top1": "accuracy top-1", "top5": "accuracy top-5", "loss": "loss"}
+_AXES = {"epoch": "epoch", "gflops": "training GFLOPs"}
 
-# Under names of their own: "Custom scalars" draws runs that have all three tags or none of them.
-_BAND_TAGS = {kind: f"seeds/top1_test_{kind}" for kind in ("mean", "least", "greatest")}
-_BAND = {"Seeds: mean, least and greatest": {"top-1 by epoch": ["Margin", list(_BAND_TAGS.values())]}}
+
+def tag_name(measure: str, axis: Literal["epoch", "gflops"]) -> str:
+    """Return the name of a curve's tag, before the part of the images it is about.
+
+    Examples
+    --------
+    >>> tag_name("top1", "epoch"), tag_name("loss", "gflops")
+    ('accuracy top-1 by epoch', 'loss by training GFLOPs')
+    """
+    return f"{_MEASURES[measure]} by {_AXES[axis]}"
+
+
+def gflops_step(flops: float) -> int:
+    """Return a number of FLOPs as the step of an event.
+
+    A step must be a whole number below 2**63, which single FLOPs would leave in long trainings.
+
+    Examples
+    --------
+    >>> gflops_step(1.05e12)
+    1050
+    """
+    return round(flops / 1e9)
 
 
 class ArmEvents:
@@ -48,7 +61,6 @@ class ArmEvents:
 
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = SummaryWriter(str(folder))
-        self._writer.add_custom_scalars(_LAYOUT)
         self._flops = flops_before
         self._per_image = flops_per_image
         self._written = 0
@@ -60,13 +72,13 @@ class ArmEvents:
             self._writer.add_scalar("lr", row["lr"], epoch)
             if self._flops is not None:
                 self._flops += self._per_image * row["images"]
-            for name, measure in product(("test", "validation", "train"), ("top1", "top5", "loss")):
+            for name, measure in product(("test", "validation", "train"), _MEASURES):
                 value = row.get(f"{name}_{measure}")
                 if value is not None:
-                    self._writer.add_scalar(f"{measure}/{name}", value, epoch)
+                    self._writer.add_scalar(f"{tag_name(measure, 'epoch')}/{name}", value, epoch)
                     if self._flops is not None:
-                        # A step must be a whole number below 2**63, which single FLOPs would leave in long trainings.
-                        self._writer.add_scalar(f"{measure}_by_gflops/{name}", value, round(self._flops / 1e9))
+                        by_flops = f"{tag_name(measure, 'gflops')}/{name}"
+                        self._writer.add_scalar(by_flops, value, gflops_step(self._flops))
         self._written = len(rows)
         self._writer.flush()
 
@@ -104,44 +116,3 @@ def write_study(folder: Path, hparams: Mapping[str, Any], metrics: Mapping[str, 
         for name, value in metrics.items():
             writer.add_scalar(name, value)
         writer.add_text("summary", table)
-
-
-def write_seed_curves(groups: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], folder: Path) -> None:
-    """Write the mean, the least and the greatest top-1 over seeds, per arm and epoch.
-
-    Every arm of every group becomes a run ``<group>/<arm>``. Its mean has the tag that single runs have
-    (``top1/test``), so both show in one chart; the "Custom scalars" tab shows it in a band from least to greatest. An
-    epoch counts if all seeds have reached it. The Text tab says how many seeds there are and where they ended.
-
-    Parameters
-    ----------
-    groups
-        By the group's label and the arm's name: of each seed the top-1 in percent after each epoch.
-    folder
-        What is in it is replaced.
-    """
-    # Importing it loads torch.
-    from torch.utils.tensorboard import SummaryWriter
-
-    shutil.rmtree(folder, ignore_errors=True)
-    for number, (label, arms) in enumerate(groups.items()):
-        group = _folder_name(label)
-        # Labels can differ in what a folder's name cannot hold.
-        group_folder = folder / (f"{group} ({number})" if (folder / group).exists() else group)
-        ends = []
-        for arm, seeds in arms.items():
-            # Without `strict`, zip ends with the shortest seed.
-            epochs = [(fmean(values), min(values), max(values)) for values in zip(*seeds, strict=False)]
-            with SummaryWriter(str(group_folder / _folder_name(arm))) as writer:
-                writer.add_custom_scalars(_BAND)
-                for epoch, band in enumerate(epochs, 1):
-                    for tag, value in zip(("top1/test", *_BAND_TAGS.values()), (band[0], *band), strict=True):
-                        writer.add_scalar(tag, value, epoch)
-            if epochs:
-                ends.append([arm, str(len(seeds)), str(len(epochs)), *(f"{value:.2f}" for value in epochs[-1])])
-        with SummaryWriter(str(group_folder)) as writer:
-            writer.add_text("summary", markdown(["arm", "seeds", "epoch", "mean top-1 %", "least", "greatest"], ends))
-
-
-def _folder_name(label: str) -> str:
-    return re.sub(r"[^\w.,=+ -]+", "_", label)[:_LONGEST_NAME].strip(". ") or "_"
