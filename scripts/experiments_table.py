@@ -7,6 +7,7 @@ python scripts/experiments_table.py --check    # tells whether it is up to date
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,10 +45,17 @@ def table() -> str:
         cells(folder, found.dataset, row)
         for folder in sorted(path for path in EXPERIMENTS.iterdir() if path.is_dir())
         for results in sorted(folder.glob("*.json"))
-        for found in compute_report(group_runs(gather([results]).runs), margin=0.5).tables
+        for found in compute_report(group_runs(gather([results]).runs, by=told_apart(results)), margin=0.5).tables
         for row in found.rows
     ]
     return markdown(COLUMNS, rows)
+
+
+def told_apart(results: Path) -> list[str]:
+    """Return the settings by which the report that wrote a file told its groups apart."""
+    content = json.loads(results.read_text())
+    # Reports of earlier versions did not say, and the first ones wrote a list of summaries.
+    return content.get("by", []) if isinstance(content, dict) else []
 
 
 def cells(folder: Path, dataset: str, row: ResultRow) -> list[str]:

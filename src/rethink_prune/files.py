@@ -65,8 +65,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically.
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write `value` as JSON, atomically; indented for readers, or in one line.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def write_json(path: Path, value: Any) -> None:
       "epochs": 160
     }
     """
-    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def file_digest(path: Path) -> str:
