@@ -38,6 +38,8 @@ def verdicts(write_run: WriteRun, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 CONDITIONS = "(paper recipe, paper budget, fp32)"
+PAIR = f"Scratch-B and fine-tuning {CONDITIONS}"
+UNDECIDED = f"Undecided: {PAIR} are shown neither to differ nor to be equivalent within 0.5 points: "
 FINETUNE = [93.0, 93.1, 92.9, 93.2, 92.8, 93.0, 93.1, 92.9]
 
 
@@ -57,30 +59,31 @@ FINETUNE = [93.0, 93.1, 92.9, 93.2, 92.8, 93.0, 93.1, 92.9]
     ),
     (
         (0.1, -0.2, 0.1, -0.1, 0.2, 0.0, 0.1, -0.1),
-        f"Scratch-B and fine-tuning {CONDITIONS} are equivalent within 0.5 points: Scratch-B is ahead by 0.01 points "
+        f"Scratch-B and fine-tuning {CONDITIONS} are equivalent within 0.5 points: Scratch-B has 0.01 points more "
         "[-0.10, 0.13], n = 8.",
     ),
     (
         (2.1, -2.2, 2.5, -2.1, 2.2, -1.0, 1.1, -0.1),
-        f"Scratch-B and fine-tuning {CONDITIONS} are not shown to differ, nor to be equivalent within 0.5 points: "
-        "Scratch-B is ahead by 0.31 points [-1.30, 1.93], n = 8.",
+        f"{UNDECIDED}Scratch-B has 0.31 points more [-1.30, 1.93], n = 8.",
     ),
     (
         (1.0, -1.0, 2.0, -2.0),
-        f"Scratch-B and fine-tuning {CONDITIONS} are not shown to differ, nor to be equivalent within 0.5 points: "
-        "their means are equal: 0.00 points [-2.91, 2.91], n = 4; 4 seeds cannot show a difference: the smallest p "
+        f"{UNDECIDED}their means are equal: 0.00 points [-2.91, 2.91], n = 4; 4 seeds cannot show a difference: the smallest p "
         "they allow is 0.12.",
     ),
     (
+        (0.1, 1.2, 0.3, 1.5, -0.2, 0.9, 1.3, -0.1),
+        f"{UNDECIDED}Scratch-B has 0.62 points more [0.06, 1.19], n = 8; p = 0.062, and 0.05 is needed.",
+    ),
+    (
         (0.1, 0.1, 0.1, 0.1, 0.1, 5.1),
-        f"Scratch-B and fine-tuning {CONDITIONS}: Scratch-B is ahead by 0.93 points [-1.21, 3.08], n = 6; the "
+        f"Scratch-B and fine-tuning {CONDITIONS}: Scratch-B has 0.93 points more [-1.21, 3.08], n = 6; the "
         "permutation test shows a difference (p = 0.031), the interval does not: the differences are spread too "
         "unevenly to say more.",
     ),
     (
         (3.1, 3.2, 3.0),
-        f"Scratch-B and fine-tuning {CONDITIONS} are not shown to differ, nor to be equivalent within 0.5 points: "
-        "Scratch-B is ahead by 3.10 points [2.85, 3.35], n = 3; 3 seeds cannot show a difference: the smallest p they "
+        f"{UNDECIDED}Scratch-B has 3.10 points more [2.85, 3.35], n = 3; 3 seeds cannot show a difference: the smallest p they "
         "allow is 0.25.",
     ),
     (
@@ -151,7 +154,7 @@ def test_pairs_are_the_seeds_that_have_both_arms(write_run: WriteRun, tmp_path: 
     assert comparison.seeds == (0, 3)
     assert comparison.difference is not None
     assert comparison.difference.mean == pytest.approx(0.95)
-    assert row.notes == (
+    assert row.notes[1:] == (
         "seed 2: fine-tuning is not finished",
         "seed 1: Scratch-B failed: the loss became nan in epoch 2",
         "seed 4: Scratch-B has no accuracy (not a number)",

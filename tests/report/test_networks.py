@@ -22,7 +22,15 @@ WriteRun = Callable[..., Path]
 def new_arm(monkeypatch: pytest.MonkeyPatch) -> Arm:
     """Return an arm that the report has never seen, and which is in `ARMS` for this test."""
     style = Style("#D55E00", (0, (2, 7)), "*")
-    arm = Arm("pruned", "inherited", "finetune", title="re-wound", name="training from rewound weights", style=style)
+    arm = Arm(
+        "pruned",
+        "inherited",
+        "finetune",
+        title="re-wound",
+        name="training from rewound weights",
+        meaning="",
+        style=style,
+    )
     monkeypatch.setitem(cast("dict[str, Arm]", ARMS), "rewind", arm)
     return arm
 
@@ -38,7 +46,7 @@ def test_a_new_arm_brings_its_title_name_and_style(new_arm: Arm, write_run: Writ
     assert (differences["arm"], differences["against"]) == ("re-wound", "fine-tuned")
     text = (tmp_path / "report/report.md").read_text()
     pair = "Training from rewound weights and fine-tuning (paper recipe, paper budget, fp32)"
-    assert f"{pair} are not shown to differ" in text
+    assert f"Undecided: {pair} are shown neither to differ" in text
     (curves,) = (tmp_path / "report").glob("curves-*.svg")
     # The band and the line of the curve; dashes are drawn in units of the line's width, 1.5 points.
     assert "fill: #d55e00" in curves.read_text()
@@ -48,7 +56,7 @@ def test_a_new_arm_brings_its_title_name_and_style(new_arm: Arm, write_run: Writ
 def test_a_new_arm_of_the_unpruned_network_is_a_control(
     new_arm: Arm, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control = Arm("large", "fresh", "scratch_b", title="control", name="the control", style=new_arm.style)
+    control = Arm("large", "fresh", "scratch_b", title="control", name="the control", meaning="", style=new_arm.style)
     monkeypatch.setitem(cast("dict[str, Arm]", ARMS), "rewind", control)
     write_run(0, {"finetune": 93.0, "rewind": 99.0, "scratch_b": 94.0}, arms=["finetune", "rewind", "scratch_b"])
     assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0

@@ -62,7 +62,9 @@ def test_the_plan_is_what_runs(small_study: Run) -> None:
 
 def test_an_arm_is_one_entry(small_study: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fine-tuning with Scratch-B's budget: nothing but the entry says so."""
-    arm = Arm("pruned", "inherited", "scratch_b", "fine-tuned longer", "longer fine-tuning", Style("#000000", "-", "x"))
+    arm = Arm(
+        "pruned", "inherited", "scratch_b", "fine-tuned longer", "longer fine-tuning", "", Style("#000000", "-", "x")
+    )
     monkeypatch.setitem(ARMS, "finetune_b", arm)  # type: ignore[arg-type]
     summary = small_study("arms=[finetune_b,scratch_b]")
     longer, scratch = summary["arms"]["finetune_b"], summary["arms"]["scratch_b"]

@@ -136,8 +136,9 @@ def verdict(comparison: ArmComparison, *, margin: float, family: int, conditions
         word = "better than" if shown else "ahead of"
         return f"{start} is {word} {other} by {points} in each of {n} seeds: no spread, no interval{limit}."
     low, high = difference.interval if mean >= 0 else (-difference.interval[1], -difference.interval[0])
-    found = f"{points} [{low:.2f}, {high:.2f}], n = {n}"
-    ahead = f"{first} is ahead by {found}" if mean else f"their means are equal: {found}"
+    interval = f"[{low:.2f}, {high:.2f}], n = {n}"
+    found = f"{points} {interval}"
+    ahead = f"{first} has {points} more {interval}" if mean else f"their means are equal: {found}"
     equivalent = _reaches_level(comparison.p_equivalent_holm)
     # The permutation test assumes no distribution and the interval does, so they can disagree.
     if shown and low <= 0:
@@ -148,7 +149,9 @@ def verdict(comparison: ArmComparison, *, margin: float, family: int, conditions
         return f"{start} is better than {other} by {found}{within}."
     if equivalent:
         return f"{pair} are equivalent within {margin:g} points: {ahead}."
-    return f"{pair} are not shown to differ, nor to be equivalent within {margin:g} points: {ahead}{limit}."
+    return (
+        f"Undecided: {pair} are shown neither to differ nor to be equivalent within {margin:g} points: {ahead}{limit}."
+    )
 
 
 def _limit_of_seeds(comparison: ArmComparison, difference: Difference, family: int) -> str:
@@ -160,8 +163,10 @@ def _limit_of_seeds(comparison: ArmComparison, difference: Difference, family: i
         return f"{cannot}: {least}"
     if not _reaches_level(comparison.p_holm_floor):
         return f"{cannot} among {family} comparisons: {least}, {comparison.p_holm_floor:.2g} after correction"
-    if _reaches_level(difference.p):
-        return f"; p = {difference.p:.2g}, {comparison.p_holm:.2g} after correction for {family} comparisons"
+    # An interval without zero reads as a difference, and it is not corrected.
+    if _reaches_level(difference.p) or (difference.interval and difference.interval[0] * difference.interval[1] > 0):
+        corrected = f", {comparison.p_holm:.2g} after correction for {family} comparisons" if family > 1 else ""
+        return f"; p = {difference.p:.2g}{corrected}, and {LEVEL:g} is needed"
     return ""
 
 

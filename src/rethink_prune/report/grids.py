@@ -7,6 +7,7 @@ from rethink_prune.report.comparisons import ArmComparison
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label
 from rethink_prune.report.results import Report, ResultRow, ResultTable
 from rethink_prune.report.statistics import SeedStatistics
+from rethink_prune.study.arms import ARMS
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class Grid:
 # How to read each kind of table.
 _CAPTIONS = {
     "accuracy": "Top-1 in percent after the last epoch: mean ± standard deviation (n seeds). Bold: the best arm of the "
-    "pruned network, by its mean alone.",
+    "pruned network, by its mean alone. A ratio is the share that goes.",
     "differences": "Points of top-1, paired by seed: paired-t interval; p of the sign-flip permutation test; TOST: "
     "equivalence within {margin:g} points. Holm: corrected for all comparisons of this table; least p: what n allows.",
     "paper": "Top-1 in percent of the best epoch on the test images, which is what the paper reports (Liu et al. 2019, "
     "arXiv:1810.05270v1). It favours arms that are tested more often, so nothing else here rests on it.",
-    "cost": "Means over seeds. MACs are those of convolutions and linear layers for one image; training FLOPs are "
-    "6 x MACs x images; ancestors are the trainings an arm starts from; the search, those that its network's widths "
-    "followed from.",
+    "cost": "Means over seeds. MACs are those of convolutions and linear layers for one image, without masked weights; "
+    "training FLOPs are 6 x MACs x images. With ancestors: with the trainings that a row starts from. With search: "
+    "with those by which the pruned network's widths had to be found; empty where a run did not record it.",
 }
 _P_COLUMNS = ("p", "p (Holm)", "least p (Holm)", "TOST p (Holm)")
 _DIFFERENCE_COLUMNS = ("arm", "against", "n", "difference", "95 % interval", *_P_COLUMNS)
@@ -73,7 +74,7 @@ def report_grids(report: Report) -> list[Grid]:
     for number, table in enumerate(report.tables, 1):
         arms = tuple(network_label(arm).title for arm in table.arms)
         for kind, prefix, columns, find_rows in (
-            ("accuracy", "", (*arms, "MACs kept, %", "parameters, %"), _accuracy_rows),
+            ("accuracy", "", (*arms, "MACs kept, %", "parameters kept, %"), _accuracy_rows),
             ("differences", "Differences: ", _DIFFERENCE_COLUMNS, _difference_rows),
             ("paper", "Beside the paper: ", _PAPER_COLUMNS, _paper_rows),
             ("cost", "Cost: ", _COST_COLUMNS, _cost_rows),
@@ -83,6 +84,9 @@ def report_grids(report: Report) -> list[Grid]:
             if rows:
                 columns = ("network", "pruned by", *columns)
                 caption = _CAPTIONS[kind].format(margin=report.margin)
+                if kind == "accuracy":
+                    meanings = (f"{ARMS[arm].title}: {ARMS[arm].meaning}." for arm in table.arms if arm in ARMS)
+                    caption = " ".join([caption, *meanings])
                 notes = tuple(_notes_about_rows(table)) if kind == "accuracy" else ()
                 grids.append(Grid(f"{kind}-{number}", f"{prefix}{table.title}", columns, rows, caption, notes))
     return grids

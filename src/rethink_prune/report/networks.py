@@ -24,7 +24,9 @@ _UNKNOWN_STYLE = Style("#CC79A7", (0, (6, 2)), "X")
 # Only networks that are no arms: an arm brings its title, name and style in `ARMS`.
 _NOT_ARMS = {
     "large": NetworkLabel("unpruned", "the unpruned network", Style("#000000", (0, (1, 1)), "s")),
-    "sparse": NetworkLabel("sparse", "sparse", Style("#009E73", (0, (3, 1, 1, 1)), "P")),
+    "sparse": NetworkLabel(
+        "trained by the pruner", "the network the pruner trained", Style("#009E73", (0, (3, 1, 1, 1)), "P")
+    ),
     PRUNED: NetworkLabel("pruned, not retrained", "pruned, not retrained", _UNKNOWN_STYLE),
     RECALIBRATED: NetworkLabel(
         "pruned, statistics re-estimated", "pruned, statistics re-estimated", Style("#999999", (0, (1, 3)), "d")

@@ -57,6 +57,9 @@ def paper_row(experiment: str | None, target: Mapping[str, Any]) -> PaperRow | N
 
 def row_notes(runs: Sequence[RunRecord], paper: PaperRow | None) -> Iterator[str]:
     """Yield the notes of a row, from its runs and from what the paper has for it."""
+    images = {run.study.test_images for run in runs} - {None}
+    if len(images) == 1 and (count := images.pop()):
+        yield f"{count:,} test images: one is {100 / count:.2f} points; intervals cover seeds, not the choice of images"
     yield from _missing_networks(runs)
     for stage, seeds in pretrained_networks(runs).items():
         if len(seeds) > 1:

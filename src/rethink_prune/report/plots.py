@@ -28,7 +28,7 @@ _CAPTIONS = {
     "targets": "Top-1 after the last epoch against how much is pruned, mean and standard deviation over seeds",
     "curves": "Top-1 during training: mean over seeds, band from the lowest to the highest seed",
     "ledger": "Where the training FLOPs of each arm went",
-    "widths": "Width of each layer, kept and in full, in channels or, where those are pruned, in single weights",
+    "widths": "Mean width of each layer, kept and in full, in what is pruned: channels, single weights or blocks",
 }
 
 

@@ -45,6 +45,8 @@ class Arm:
         What a table's column is called.
     name : str
         What it is called in a sentence.
+    meaning : str
+        What it is, for readers who do not know it.
     style : Style
         How its curve is drawn. No two may share a colour, dashes or a marker; those of the networks that are no arm
         are in ``report/networks.py``.
@@ -55,16 +57,47 @@ class Arm:
     length: Length
     title: str
     name: str
+    meaning: str
     style: Style
 
 
 ARMS: Mapping[str, Arm] = {
-    "finetune": Arm("pruned", "inherited", "finetune", "fine-tuned", "fine-tuning", Style("#E69F00", "-", "o")),
-    "scratch_e": Arm("pruned", "fresh", "large", "Scratch-E", "Scratch-E", Style("#56B4E9", "--", "^")),
-    "scratch_b": Arm("pruned", "fresh", "scratch_b", "Scratch-B", "Scratch-B", Style("#0072B2", "-.", "D")),
+    "finetune": Arm(
+        network="pruned",
+        weights="inherited",
+        length="finetune",
+        title="fine-tuned",
+        name="fine-tuning",
+        meaning="the pruned network, trained further from the weights that pruning left",
+        style=Style("#E69F00", "-", "o"),
+    ),
+    "scratch_e": Arm(
+        network="pruned",
+        weights="fresh",
+        length="large",
+        title="Scratch-E",
+        name="Scratch-E",
+        meaning="the pruned architecture with new random weights, for as many epochs as the unpruned network",
+        style=Style("#56B4E9", "--", "^"),
+    ),
+    "scratch_b": Arm(
+        network="pruned",
+        weights="fresh",
+        length="scratch_b",
+        title="Scratch-B",
+        name="Scratch-B",
+        meaning="the same for as much computation as the unpruned network's training, so for more epochs",
+        style=Style("#0072B2", "-.", "D"),
+    ),
     # The control: does the unpruned network gain as much from Scratch-B's epochs?
     "large_longer": Arm(
-        "large", "fresh", "scratch_b", "unpruned, longer", "unpruned, longer", Style("#999999", _DASH_DOTS, "v")
+        network="large",
+        weights="fresh",
+        length="scratch_b",
+        title="unpruned, longer",
+        name="unpruned, longer",
+        meaning="the unpruned network for Scratch-B's epochs",
+        style=Style("#999999", _DASH_DOTS, "v"),
     ),
 }
 
