@@ -68,8 +68,8 @@ FINETUNE = [93.0, 93.1, 92.9, 93.2, 92.8, 93.0, 93.1, 92.9]
     ),
     (
         (1.0, -1.0, 2.0, -2.0),
-        f"{UNDECIDED}their means are equal: 0.00 points [-2.91, 2.91], n = 4; 4 seeds cannot show a difference: the smallest p "
-        "they allow is 0.12.",
+        f"{UNDECIDED}their means are equal: 0.00 points [-2.91, 2.91], n = 4; 4 seeds cannot show a difference: the "
+        "smallest p they allow is 0.12.",
     ),
     (
         (0.1, 1.2, 0.3, 1.5, -0.2, 0.9, 1.3, -0.1),
@@ -83,8 +83,8 @@ FINETUNE = [93.0, 93.1, 92.9, 93.2, 92.8, 93.0, 93.1, 92.9]
     ),
     (
         (3.1, 3.2, 3.0),
-        f"{UNDECIDED}Scratch-B has 3.10 points more [2.85, 3.35], n = 3; 3 seeds cannot show a difference: the smallest p they "
-        "allow is 0.25.",
+        f"{UNDECIDED}Scratch-B has 3.10 points more [2.85, 3.35], n = 3; 3 seeds cannot show a difference: "
+        "the smallest p they allow is 0.25.",
     ),
     (
         (0.5, 0.5, 0.5),

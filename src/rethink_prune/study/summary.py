@@ -74,6 +74,8 @@ class Summary:
     def add_base(self, name: str, outcome: Done | Failed) -> None:
         """Add the unpruned network as trained plainly (``large``) or by the pruner (``sparse``)."""
         self.content[name] = self._entry(name, outcome)
+        if name == "sparse":
+            self.content["study"]["warnings"] += collapse_warning(self.content.get("large", {}), self.content["sparse"])
         self._write()
 
     def add_pruned(self, pruned: PrunedNetwork, ledger: Mapping[str, Any], done: Done | None) -> None:
@@ -160,6 +162,25 @@ class Summary:
         write_atomically(self.run_dir / "summary.md", f"{self._table()}\n".encode())
         record = {"run_dir": str(self.run_dir.absolute()), "stages": self._stages, "summary": self.content}
         self.study.store.record_run(self.run_id, record)
+
+
+def collapse_warning(large: Mapping[str, Any], sparse: Mapping[str, Any]) -> list[str]:
+    """Return a line if the pruner's own training ended at less than half the accuracy of the plain one.
+
+    Examples
+    --------
+    >>> collapse_warning({"top1": 99.0}, {"top1": 98.0})
+    []
+    >>> (warning,) = collapse_warning({"top1": 99.0}, {"top1": 26.0})
+    >>> warning.partition(":")[2].partition(":")[0]
+    " the pruner's own training ended at 26.00 %, the plain one at 99.00 %"
+    """
+    plain, own = large.get("top1"), sparse.get("top1")
+    if plain is None or own is None or own >= plain / 2:
+        return []
+    ended = f"the pruner's own training ended at {own:.2f} %, the plain one at {plain:.2f} %"
+    advice = "lower pruner.sparse.strength, or train longer"
+    return [f"sparse: {ended}: what is pruned is a network that did not learn; {advice}"]
 
 
 def describe_study(study: PreparedStudy, experiment: str | None) -> dict[str, Any]:
