@@ -267,6 +267,7 @@ def check_command(command: str, folder: Path, environment: dict[str, str], *, fi
         raise AssertionError(f"{command}: no rule says how to try this command")
 
 
+@pytest.mark.slow
 @by_page
 def test_every_command_works(page: Path, folder: Path, environment: dict[str, str]) -> None:
     first_page = page == ROOT_PAGE

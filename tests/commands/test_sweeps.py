@@ -126,6 +126,7 @@ def test_slurm_away_from_a_cluster_is_one_line(tmp_path: Path) -> None:
 
 
 @needs("hydra_joblib_launcher", "launchers")
+@pytest.mark.slow
 def test_local_processes(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(
         textwrap.dedent("""

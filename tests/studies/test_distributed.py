@@ -252,12 +252,14 @@ def test_an_arm_that_diverges_fails_alone(folder: Path) -> None:
     assert (arms["finetune"]["status"], arms["scratch_e"]["status"]) == ("failed", "done")
 
 
+@pytest.mark.slow
 def test_one_process_of_torchrun_is_an_ordinary_study(folder: Path) -> None:
     done = torchrun(folder, *PLAIN, "hydra.run.dir=run", "arms=[scratch_e]", processes=1)
     assert done.returncode == 0, done.stdout
     assert summary(folder, "run")["arms"]["scratch_e"]["processes"] == [1]
 
 
+@pytest.mark.slow
 def test_sweep_under_torchrun_is_refused(folder: Path) -> None:
     done = torchrun(folder, "-m", "seed=0,1")
     assert done.returncode != 0

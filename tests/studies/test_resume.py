@@ -134,6 +134,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert results(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_multirun(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "rethink_prune", "-m", *ARGUMENTS, "recipe.epochs=100", "seed=0,1"],
