@@ -121,7 +121,7 @@ def test_all_errors_come_in_one_message() -> None:
     ("overrides", "strength"),
     [
         (["pruner=slimming"], 0.01),
-        (["pruner=sss"], 0.25),
+        (["pruner=sss"], 0.15),
         (["pruner=slimming", "recipe=paper", "model=vgg16", "dataset=cifar10"], 1e-4),
         (["pruner=slimming", "recipe=paper", "model=resnet20"], 1e-5),
         (["pruner=slimming", "recipe=imagenet", "model=vgg16_bn_imagenet", "dataset=imagenet"], 1e-5),

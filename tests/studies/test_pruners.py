@@ -61,7 +61,7 @@ def test_every_arm_of_a_study(pruner: str, options: list[str], small_study: Run)
 def test_strengths_remove_something_and_the_network_still_learns(tmp_path: Path) -> None:
     """The default study, but for the size of the images: only a whole training shows what a strength does.
 
-    So small, `sss` needs a little less than its default.
+    So small, `sss` takes a little more than its default.
     """
     for pruner, strength in (("slimming", []), ("sss", ["pruner.sparse.strength=0.2"])):
         config = configure(
