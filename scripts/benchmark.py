@@ -7,10 +7,18 @@
 
 train     Images/s of the whole loop, data included, against the usual script: torchvision's CIFAR10 with
           PIL transforms, a DataLoader (the faster of 0 and 2 workers, on CUDA 2 and 8), float32, contiguous memory.
-          With --device cuda, also: plain steps (accelerate=off), compiled ones, deterministic ones, several
-          trainings at once, as processes and as streams of one; what share of the card's measured bf16 matrix rate
-          and memory bandwidth is used; for vgg16, a whole L1 study and five seeds of it at once, projected from
-          --epochs epochs of each of its two networks, evaluation included.
+          With --device cuda, --lines says what is measured:
+            loop           that, and plain steps (accelerate=off)
+            evaluation     images/s with the evaluation after every epoch
+            card           the card's bf16 matrix rate and memory bandwidth, and what share of them is used
+            compile        as evaluation, with torch.compile
+            processes      --together trainings at once, as processes
+            streams        the same as streams of one process
+            deterministic  what deterministic kernels cost
+            study          for vgg16, a whole L1 study and --together seeds of it at once, projected from --epochs
+                           epochs of each of its two networks, evaluation included
+          The first three are the default. With the default networks they should take less than four minutes on an
+          H100.
 overhead  The whole loop against bare steps (forward, backward, update) on ready tensors of the same memory
           format and precision. Judged by what the loop adds: its time with the bare step taken out, as a share
           of that step, because the steps themselves vary by more than the loop costs.
@@ -27,7 +35,8 @@ startup   Seconds of ``--help``, and until the first training step of the digits
 
 Sides take turns in one process (A B A B ...) after a warm-up round, so that a machine that slows down slows
 them all; ratios are taken within a round. Every line gives the median of n values, and in brackets the least
-and the greatest. Images are random: no speed depends on what they show. Let nothing else run meanwhile.
+and the greatest. Images are random: no speed depends on what they show. Let nothing else run meanwhile. A line is
+printed, and written to --json, as soon as it is known.
 """
 
 from __future__ import annotations
@@ -43,7 +52,7 @@ import sys
 import tarfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -59,7 +68,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from benchmark_gpu import measure_gpu
+from benchmark_gpu import GPU_LINES, measure_gpu
 from benchmark_sides import (
     BATCH_SIZE,
     SPEC,
@@ -84,7 +93,7 @@ from rethink_prune.pruning import PRUNERS, find_pruner
 from rethink_prune.surgery import cut
 from rethink_prune.surgery.channels import analyse
 from rethink_prune.training import train as loop
-from rethink_prune.training.runtime import Runtime, resolve_device
+from rethink_prune.training.runtime import Runtime, prepare_runtime
 from rethink_prune.training.schedule import build_optimizer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,21 +106,24 @@ TRAIN_TARGETS = {
 }
 # The same on CUDA, where these networks are measured.
 CUDA_TARGETS = {("vgg16", "bf16"): 10.0, ("resnet56", "bf16"): 10.0}
-CUDA_NETWORKS = ["vgg16", "resnet56", "resnet110", "preresnet164", "densenet40"]
+CUDA_NETWORKS = ["vgg16", "resnet56"]
+CUDA_LINES = ["loop", "evaluation", "card"]
+# The sides that wait for Python train on a fifth of the steps, as their images/s do not depend on how many.
+SLOW_SHARE = 5
 
 
 def main() -> None:
     options = parse_arguments()
-    device = resolve_device(options.device)
+    device = prepare_runtime(options.device).device
     on_cuda = device.type == "cuda"
     # Full epochs of CIFAR-10 on CUDA, so that recording a step weighs what it weighs in a study.
     options.steps = options.steps or (782 if on_cuda else 20)
-    options.rounds = options.rounds or (3 if on_cuda else 7)
-    torch.backends.cudnn.benchmark = True  # as a study has it; most scripts do, too
+    options.rounds = options.rounds or (2 if on_cuda else 7)
+    torch.backends.cudnn.benchmark = True  # as a long training has it; most scripts do, too
     described = describe_machine(device)
     print("  ".join(f"{name} {value}" for name, value in described.items()))
-    print(f"train, overhead: {options.steps} steps of {BATCH_SIZE} images a round")
-    lines: list[Line] = []
+    print(f"train, overhead: {options.steps} steps of {BATCH_SIZE} images a round", flush=True)
+    content: dict[str, Any] = {"machine": described, "batch_size": BATCH_SIZE, "steps": options.steps, "results": []}
     for part in PARTS if options.part == "all" else [options.part]:
         measure, networks = PARTS[part]
         if part == "data" and options.images is None:
@@ -122,15 +134,13 @@ def main() -> None:
         if part == "train" and on_cuda:
             networks = CUDA_NETWORKS
         for network in options.networks or networks:
-            found = measure(network, device, options)
-            print(*found, sep="\n", flush=True)
-            lines += found
+            for line in measure(network, device, options):
+                print(line, flush=True)
+                content["results"].append(line.record())
+                if options.json is not None:
+                    options.json.write_text(json.dumps(content, indent=2) + "\n")
         if part == "train" and not on_cuda:
             print("train: a whole study is not projected without a GPU")
-    if options.json is not None:
-        content = {"machine": described, "batch_size": BATCH_SIZE, "steps": options.steps}
-        content["results"] = [line.record() for line in lines]
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -139,6 +149,13 @@ def parse_arguments() -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
         return int(text)
 
+    def chosen(text: str) -> list[str]:
+        there = ["loop", *GPU_LINES]
+        names = there if text == "all" else text.split(",")
+        if unknown := sorted(set(names) - set(there)):
+            raise argparse.ArgumentTypeError(f"{','.join(unknown)}: must be of {', '.join(there)}, or all")
+        return names
+
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("part", nargs="?", choices=[*PARTS, "all"], default="all")
@@ -146,7 +163,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--networks", type=lambda text: text.split(","), metavar="A,B", help="other than those promised for"
     )
-    parser.add_argument("--rounds", type=positive, help="n (7; on CUDA 3; memory, pruners, startup at most 3)")
+    parser.add_argument("--rounds", type=positive, help="n (7; on CUDA 2; memory, pruners, startup at most 3)")
+    parser.add_argument(
+        "--lines",
+        type=chosen,
+        metavar="A,B",
+        default=CUDA_LINES,
+        help=f"train on CUDA: what is measured, or all ({','.join(CUDA_LINES)})",
+    )
     parser.add_argument("--steps", type=positive, help="training steps a round (20; on CUDA 782, an epoch of CIFAR-10)")
     parser.add_argument("--epochs", type=positive, default=20, help="train on CUDA: epochs of a study (%(default)s)")
     parser.add_argument("--together", type=positive, default=5, help="train on CUDA: trainings at once (%(default)s)")
@@ -208,37 +232,43 @@ def bare_side(model: nn.Module, split: ImageArray, device: torch.device, precisi
     return run
 
 
-def measure_train(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
+def measure_train(network: str, device: torch.device, options: argparse.Namespace) -> Iterator[Line]:
+    on_cuda = device.type == "cuda"
+    if not on_cuda or "loop" in options.lines:
+        yield from measure_loop(network, device, options)
+    if on_cuda:
+        yield from measure_gpu(network, device, options)
+
+
+def measure_loop(network: str, device: torch.device, options: argparse.Namespace) -> Iterator[Line]:
     on_cuda = device.type == "cuda"
     split = random_images(options.steps * BATCH_SIZE)
+    few = random_images(math.ceil(options.steps / SLOW_SHARE) * BATCH_SIZE) if on_cuda else split
     sides: dict[str, Side] = {}
-    for workers in (2, min(8, os.cpu_count() or 1)) if on_cuda else (0, 2):
-        sides[f"usual, {workers} workers"] = usual_side(build_model(network), split, device, workers)
+    # With a GPU, two workers make it wait.
+    for workers in (min(8, os.cpu_count() or 1),) if on_cuda else (0, 2):
+        sides[f"usual, {workers} workers"] = usual_side(build_model(network), few, device, workers)
     if on_cuda:
-        sides["plain, fp32"] = framework_side(build_model(network), split, device, "fp32", "off")
+        sides["plain, fp32"] = framework_side(build_model(network), few, device, "fp32", "off")
+    images = dict.fromkeys(sides, len(few))
     for precision in precisions(device):
         sides[precision] = framework_side(build_model(network), split, device, precision)
+        images[precision] = len(split)
     seconds = take_turns(sides, options.rounds, device)
-    lines = [
-        Line("train", network, name, "images/s", [len(split) / value for value in values])
-        for name, values in seconds.items()
-    ]
-    usual = min((name for name in sides if "workers" in name), key=lambda name: median(seconds[name]))
+    rates = {name: [images[name] / value for value in values] for name, values in seconds.items()}
+    for name, values in rates.items():
+        yield Line("train", network, name, "images/s", values)
+    usual = max((name for name in sides if "workers" in name), key=lambda name: median(rates[name]))
     targets = CUDA_TARGETS if on_cuda else TRAIN_TARGETS
     for precision in precisions(device):
         target = targets.get((network, precision))
         limit = None if target is None else (">=", target)
-        ratios = quotients(seconds[usual], seconds[precision])
-        lines.append(Line("train", network, f"{precision} / {usual}", "ratio", ratios, limit))
-    if on_cuda:
-        sides.clear()  # the memory and the workers
-        lines += measure_gpu(network, device, options)
-    return lines
+        ratios = quotients(rates[precision], rates[usual])
+        yield Line("train", network, f"{precision} / {usual}", "ratio", ratios, limit)
 
 
-def measure_overhead(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
+def measure_overhead(network: str, device: torch.device, options: argparse.Namespace) -> Iterator[Line]:
     split = random_images(options.steps * BATCH_SIZE)
-    lines = []
     for precision in precisions(device):
         sides: dict[str, Side] = {
             "bare": bare_side(build_model(network), split, device, precision),
@@ -248,12 +278,11 @@ def measure_overhead(network: str, device: torch.device, options: argparse.Names
         seconds = take_turns(sides, options.rounds, device)
         for name, values in seconds.items():
             milliseconds = [1000 * value / options.steps for value in values]
-            lines.append(Line("overhead", network, f"{name}, {precision}", "ms/step", milliseconds))
+            yield Line("overhead", network, f"{name}, {precision}", "ms/step", milliseconds)
         ratios = quotients(seconds["loop"], seconds["bare"])
-        lines.append(Line("overhead", network, f"loop / bare, {precision}", "ratio", ratios))
+        yield Line("overhead", network, f"loop / bare, {precision}", "ratio", ratios)
         added = [100 * share for share in quotients(seconds["loop, empty"], seconds["bare"])]
-        lines.append(Line("overhead", network, f"added by the loop, {precision}", "%", added, ("<=", 3.0)))
-    return lines
+        yield Line("overhead", network, f"added by the loop, {precision}", "%", added, ("<=", 3.0))
 
 
 def measure_surgery(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
@@ -302,10 +331,9 @@ print(time.perf_counter() - start, peak() - before)
 """
 
 
-def measure_pruners(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
+def measure_pruners(network: str, device: torch.device, options: argparse.Namespace) -> Iterator[Line]:
     if not Path("/proc/self/status").exists():
         sys.exit("pruners: the peak is read from /proc, which only Linux has")
-    lines = []
     for pruner in PRUNERS:
         if (network, pruner) == ("densenet40", "sss"):
             continue  # nothing there that it can remove
@@ -317,9 +345,8 @@ def measure_pruners(network: str, device: torch.device, options: argparse.Namesp
             seconds.append(float(values[0]))
             peaks.append(int(values[1]) / 1e9)
         on_cpu = device.type == "cpu" and (network, pruner) == ("vgg16", "thinet")
-        lines.append(Line("pruners", network, pruner, "s", seconds, ("<=", 60.0) if on_cpu else None))
-        lines.append(Line("pruners", network, f"{pruner}, added to the peak", "GB", peaks))
-    return lines
+        yield Line("pruners", network, pruner, "s", seconds, ("<=", 60.0) if on_cpu else None)
+        yield Line("pruners", network, f"{pruner}, added to the peak", "GB", peaks)
 
 
 # torchvision refuses files whose checksum it does not know: here it only looks whether they are there. The peak
@@ -449,12 +476,11 @@ main()
 """
 
 
-def measure_startup(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
+def measure_startup(network: str, device: torch.device, options: argparse.Namespace) -> Iterator[Line]:
     commands = {
         "--help": (["-m", "rethink_prune", "--help"], 3.0),
         "first step of the digits study": (["-c", FIRST_STEP, f"model={network}", f"device={device}"], 10.0),
     }
-    lines = []
     for name, (arguments, limit) in commands.items():
         seconds = []
         for _ in range(min(options.rounds, 3)):
@@ -462,12 +488,11 @@ def measure_startup(network: str, device: torch.device, options: argparse.Namesp
                 start = time.perf_counter()
                 subprocess.run([sys.executable, *arguments], cwd=folder, check=True, capture_output=True)
                 seconds.append(time.perf_counter() - start)
-        lines.append(Line("startup", network, name, "s", seconds, ("<=", limit)))
-    return lines
+        yield Line("startup", network, name, "s", seconds, ("<=", limit))
 
 
 # What is measured, and the networks it is promised for.
-PARTS: dict[str, tuple[Callable[[str, torch.device, argparse.Namespace], list[Line]], list[str]]] = {
+PARTS: dict[str, tuple[Callable[[str, torch.device, argparse.Namespace], Iterable[Line]], list[str]]] = {
     "train": (measure_train, ["resnet20", "vgg16"]),
     "overhead": (measure_overhead, ["resnet20"]),
     "surgery": (measure_surgery, ["resnet110"]),

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,7 @@ from benchmark_sides import (
     quotients,
     random_images,
     take_turns,
+    with_search,
 )
 from rethink_prune import build_model, count_cost, prune
 from rethink_prune.data import EvalBatches, ImageArray
@@ -45,7 +46,7 @@ from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Row
-from rethink_prune.training.runtime import Runtime, prepare_device
+from rethink_prune.training.runtime import Runtime, prepare_runtime
 from rethink_prune.training.schedule import build_optimizer
 from rethink_prune.training.step import build_step
 from rethink_prune.training.train import train
@@ -53,6 +54,8 @@ from rethink_prune.training.train import train
 # The study that is projected: the epochs of `large`, and of `finetune`, `scratch_e` and `scratch_b` together.
 LARGE_EPOCHS, PRUNED_EPOCHS = 160, 40 + 160 + 243
 LEAST_EPOCHS = 20  # from fewer, nothing is projected
+# What is measured on CUDA, beside the training loop; see benchmark.py.
+GPU_LINES = ("evaluation", "card", "compile", "processes", "streams", "deterministic", "study")
 
 
 @dataclass(frozen=True)
@@ -69,61 +72,75 @@ class Training:
     deterministic: bool = False
 
 
-def measure_gpu(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
-    """Return what `benchmark.py` adds for a network on CUDA."""
+def measure_gpu(network: str, device: torch.device, options: argparse.Namespace) -> Iterator[Line]:
+    """Yield what `benchmark.py` adds for a network on CUDA, as far as `options.lines` asks for it."""
+    asked = set(options.lines)
     precision = "bf16" if "bf16" in precisions(device) else "fp32"
     count, images = options.together, options.steps * BATCH_SIZE
     fast = Training(network, str(device), precision, "auto", options.rounds, options.steps)
-    lines = []
 
-    def line(what: str, unit: str, values: list[float], limit: tuple[str, float] | None = None) -> None:
-        lines.append(Line("train", network, what, unit, values, limit))
+    def line(what: str, unit: str, values: list[float]) -> Line:
+        return Line("train", network, what, unit, values)
 
-    def rate(what: str, seconds: list[float], trainings: int = 1) -> list[float]:
-        rates = [trainings * images / value for value in seconds]
-        line(what, "images/s", rates)
-        return rates
+    def rates(seconds: list[float], trainings: int = 1) -> list[float]:
+        return [trainings * images / value for value in seconds]
 
-    one = run_together(fast, 1)
-    rates = rate(f"{precision}, with evaluation", one)
-    rate(f"{precision}, compile, the same", run_together(replace(fast, accelerate="compile"), 1))
-    many = run_together(fast, count)
-    rate(f"{precision}, {count} processes", many, count)
-    streams = take_turns({"": streams_side(network, count, options.steps, device, precision)}, options.rounds, device)
-    rate(f"{precision}, {count} streams", streams[""], count)
-    line("deterministic / not, time", "ratio", quotients(run_together(replace(fast, deterministic=True), 1), one))
+    # Shares of the card and the price of deterministic kernels are told against it.
+    if asked & {"evaluation", "card", "deterministic"}:
+        one = run_together(fast, 1)
+        yield line(f"{precision}, with evaluation", "images/s", rates(one))
+    if "card" in asked:
+        for what, unit, values in card_shares(network, device, precision, rates(one)):
+            yield line(what, unit, values)
+    if "compile" in asked:
+        compiled = run_together(replace(fast, accelerate="compile"), 1)
+        yield line(f"{precision}, compile, the same", "images/s", rates(compiled))
+    if "processes" in asked:
+        yield line(f"{precision}, {count} processes", "images/s", rates(run_together(fast, count), count))
+    if "streams" in asked:
+        sides = {"": streams_side(network, count, options.steps, device, precision)}
+        streams = take_turns(sides, options.rounds, device)[""]
+        yield line(f"{precision}, {count} streams", "images/s", rates(streams, count))
+    if "deterministic" in asked:
+        deterministic = run_together(replace(fast, deterministic=True), 1)
+        yield line("deterministic / not, time", "ratio", quotients(deterministic, one))
+    if "study" in asked and network == "vgg16":
+        yield from measure_study(replace(fast, epochs=options.epochs), count)
 
+
+def card_shares(
+    network: str, device: torch.device, precision: str, rates: list[float]
+) -> Iterator[tuple[str, str, list[float]]]:
+    """Yield name, unit and values of the card's own rates, and the shares of them that so many images/s use."""
     flops, bandwidth = matmul_rate(device), copy_rate(device)
-    line("bf16 matmul of the card", "TFLOP/s", [value / 1e12 for value in flops])
-    line("copy of the card", "GB/s", [value / 1e9 for value in bandwidth])
+    yield "bf16 matmul of the card", "TFLOP/s", [value / 1e12 for value in flops]
+    yield "copy of the card", "GB/s", [value / 1e9 for value in bandwidth]
     model = build_model(network)
     per_image = count_cost(model, (3, 32, 32)).train_flops(1)
-    line("of the matmul rate", "%", [100 * per_image * value / max(flops) for value in rates])
+    yield "of the matmul rate", "%", [100 * per_image * value / max(flops) for value in rates]
     moved = step_traffic(model, device, precision) / BATCH_SIZE
-    line("of the bandwidth, if unfused", "%", [100 * moved * value / max(bandwidth) for value in rates])
-    return lines + (measure_study(replace(fast, epochs=options.epochs), count) if network == "vgg16" else [])
+    yield "of the bandwidth, if unfused", "%", [100 * moved * value / max(bandwidth) for value in rates]
 
 
-def measure_study(large: Training, count: int) -> list[Line]:
-    """Return how long the L1-norm study of VGG-16 would take, alone and `count` at once."""
+def measure_study(large: Training, count: int) -> Iterator[Line]:
+    """Yield how long the L1-norm study of VGG-16 would take, alone and `count` at once."""
     if large.epochs < LEAST_EPOCHS:
         print(f"study: not projected from fewer than {LEAST_EPOCHS} epochs")
-        return []
+        return
 
     def study(trainings: int) -> list[float]:
         seconds = (run_together(training, trainings) for training in (large, replace(large, pruned=True)))
         return [LARGE_EPOCHS * a + PRUNED_EPOCHS * b for a, b in zip(*seconds, strict=True)]
 
-    one, many = study(1), study(count)
-    ratios = quotients(many, one)
     limits: dict[str, tuple[str, float]] = {}
     if torch.device(large.device).type == "cuda":
         limits = {"one": ("<=", 600.0), "many": ("<=", 2.0)}
-    return [
-        Line("train", large.network, "L1 study, projected", "s", one, limits.get("one")),
-        Line("train", large.network, f"{count} seeds at once, projected", "s", many),
-        Line("train", large.network, f"{count} seeds / one, time", "ratio", ratios, limits.get("many")),
-    ]
+    one = study(1)
+    yield Line("train", large.network, "L1 study, projected", "s", one, limits.get("one"))
+    many = study(count)
+    yield Line("train", large.network, f"{count} seeds at once, projected", "s", many)
+    ratios = quotients(many, one)
+    yield Line("train", large.network, f"{count} seeds / one, time", "ratio", ratios, limits.get("many"))
 
 
 def run_together(training: Training, count: int) -> list[float]:
@@ -158,8 +175,8 @@ def run_together(training: Training, count: int) -> list[float]:
 
 def work(training: Training) -> None:
     """Train; print ``ready``, wait for a line, print the seconds of every further epoch."""
-    device = torch.device(training.device)
-    prepare_device(device, deterministic=training.deterministic)
+    runtime = prepare_runtime(training.device, training.precision, deterministic=training.deterministic)
+    device = runtime.device
     model = build_model(training.network)
     if training.pruned:
         model = prune(model, "l1", example=torch.zeros(1, 3, 32, 32), variant="A").model
@@ -172,13 +189,13 @@ def work(training: Training) -> None:
             sys.stdin.readline()
         ends.append(time.perf_counter())  # an evaluation has just waited for the device
 
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, with_search():
         train(
             model,
             batches_of(random_images(training.steps * BATCH_SIZE), device),
             {"test": EvalBatches(DeviceImages(_test_images(training), normalize), batch_size=256)},
             replace(SPEC, epochs=1 + training.epochs),
-            runtime=Runtime(device, training.precision, training.accelerate),
+            runtime=replace(runtime, accelerate=training.accelerate),
             hooks=TrainingHooks(),
             seed=0,
             checkpoints=Checkpoints(Path(folder)),

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,12 @@ from torchvision.datasets import CIFAR10, VisionDataset
 from rethink_prune.data import ImageArray, TrainBatches
 from rethink_prune.data.device_images import DeviceImages
 from rethink_prune.data.normalization import Normalization
+from rethink_prune.training import runtime as runtime_module
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress
-from rethink_prune.training.runtime import Runtime, resolve_precision
+from rethink_prune.training.runtime import Runtime, prepare_runtime
 from rethink_prune.training.schedule import OptimizerSpec
 from rethink_prune.training.train import train
 
@@ -68,7 +70,7 @@ class Line:
 
 def precisions(device: torch.device) -> list[str]:
     """Return float32, and bfloat16 where the hardware computes in it."""
-    return sorted({"fp32", resolve_precision("auto", device)}, reverse=True)
+    return sorted({"fp32", prepare_runtime(str(device)).precision}, reverse=True)
 
 
 def take_turns(sides: Mapping[str, Side], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -102,6 +104,11 @@ def batches_of(split: ImageArray, device: torch.device) -> TrainBatches:
     return TrainBatches(DeviceImages(split, normalize, pad=4, flip=True, seed=0), BATCH_SIZE)
 
 
+def with_search() -> Any:
+    """Return a context in which cuDNN searches, as in a study: the trainings here are too short for it."""
+    return mock.patch.object(runtime_module, "SEARCH_STEPS", 0)
+
+
 def framework_side(
     model: nn.Module, split: ImageArray, device: torch.device, precision: str, accelerate: str = "auto"
 ) -> Side:
@@ -111,7 +118,7 @@ def framework_side(
 
     def run() -> Progress:
         # A new folder each time, so that no round goes on from a checkpoint of the one before.
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, with_search():
             return train(
                 model,
                 batches,

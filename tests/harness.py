@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from rethink_prune.config import StudyConfig
 from rethink_prune.files import conf_dir
@@ -136,6 +137,34 @@ def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]
 
 def _dropped_positions(kept: Iterable[int], size: int) -> list[int]:
     return sorted(set(range(size)) - set(kept))
+
+
+class FakeRecorder:
+    """Stands for a `CudaRecorder`: keeps work, and does it in each replay, on the recording's tensors, into its own."""
+
+    def __init__(self, *, random: bool = False, fails: str | None = None) -> None:
+        self.draws = random
+        self.fails = fails
+        self.recorded = self.replayed = self.warmed = 0
+        self._made: Any = ()
+
+    def warm_up(self, work: Callable[[], Any]) -> Any:
+        self.warmed += 1
+        self._made = work()
+        return self._made
+
+    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if self.fails:
+            raise RuntimeError(self.fails)
+        self.recorded += 1
+        # A recording computes nothing: that of the warm-up tells the shapes.
+        outputs = tree_map(torch.zeros_like, self._made)
+
+        def launch() -> None:
+            self.replayed += 1
+            tree_map(lambda kept, new: kept.copy_(new), outputs, work())
+
+        return launch, outputs
 
 
 def run_forked(

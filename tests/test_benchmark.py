@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -205,6 +205,64 @@ def test_a_training_that_fails_ends_the_benchmark(gpu: ModuleType) -> None:
         gpu.run_together(gpu.Training("resnet21", "cpu", "fp32", "auto", epochs=1, steps=1), 1)
 
 
+def test_a_line_is_printed_and_written_before_the_next_is_measured(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    seen: list[tuple[int, int]] = []
+
+    def measure(network: str, device: torch.device, options: argparse.Namespace) -> Iterator[Any]:
+        printed = 0
+        for number in range(3):
+            printed += capsys.readouterr().out.count(f"{network} ")
+            seen.append((printed, len(json.loads(file.read_text())["results"]) if number else 0))
+            yield script.Line("train", network, "fp32", "images/s", [1.0 + number])
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # so that it is put back
+    monkeypatch.setitem(script.PARTS, "train", (measure, ["vgg16"]))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", "--rounds=1", "--steps=1", f"--json={file}"])
+    script.main()
+    assert seen == [(0, 0), (1, 1), (2, 2)]
+    assert [line["median"] for line in json.loads(file.read_text())["results"]] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], ["loop", "evaluation", "card"]), (["--lines=study,card"], ["study", "card"])],
+)
+def test_what_is_measured_on_a_gpu_can_be_chosen(
+    arguments: list[str], expected: list[str], script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *arguments])
+    assert script.parse_arguments().lines == expected
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", "--lines=all"])
+    assert script.parse_arguments().lines == ["loop", *script.GPU_LINES]
+
+
+def test_a_line_that_does_not_exist_is_refused(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", "--lines=loop,speed"])
+    with pytest.raises(SystemExit):
+        script.parse_arguments()
+    assert "argument --lines: speed: must be of loop, evaluation, card" in capsys.readouterr().err
+
+
+def test_short_trainings_are_timed_with_the_kernels_of_long_ones(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+    forward = Counting.forward
+
+    def noticing(self: Counting, x: torch.Tensor) -> torch.Tensor:
+        found.append(torch.backends.cudnn.benchmark)
+        return forward(self, x)
+
+    monkeypatch.setattr(Counting, "forward", noticing)
+    script.framework_side(Counting(), script.random_images(script.BATCH_SIZE), CPU, "fp32")()
+    assert found == [True]
+
+
 def test_a_study_is_projected_from_both_of_its_networks(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_together(training: Any, count: int) -> list[float]:
         return [(0.5 if training.pruned else 1.0) * (1.5 if count > 1 else 1.0)] * training.epochs
@@ -221,7 +279,7 @@ def test_a_study_is_projected_from_both_of_its_networks(gpu: ModuleType, monkeyp
 
 
 def test_too_few_epochs_project_nothing(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.measure_study(gpu.Training("vgg16", "cpu", "fp32", "auto", epochs=19, steps=1), 5) == []
+    assert list(gpu.measure_study(gpu.Training("vgg16", "cpu", "fp32", "auto", epochs=19, steps=1), 5)) == []
     assert capsys.readouterr().out == "study: not projected from fewer than 20 epochs\n"
 
 
@@ -240,7 +298,7 @@ def test_every_rate_on_the_card_is_told_with_its_share(gpu: ModuleType, monkeypa
     monkeypatch.setattr(gpu, "matmul_rate", lambda device: [1e12, 2e12])
     monkeypatch.setattr(gpu, "copy_rate", lambda device: [1e9, 2e9])
     monkeypatch.setattr(gpu, "step_traffic", lambda *arguments: 64 * 1_000_000)
-    options = argparse.Namespace(together=4, steps=10, rounds=3, epochs=1)
+    options = argparse.Namespace(together=4, steps=10, rounds=3, epochs=1, lines=gpu.GPU_LINES)
     lines = {line.what: line for line in gpu.measure_gpu("resnet20", CPU, options)}
     precision = gpu.precisions(CPU)[-1] if len(gpu.precisions(CPU)) == 1 else "bf16"
     assert lines[f"{precision}, with evaluation"].values == [640.0] * 3
@@ -250,6 +308,11 @@ def test_every_rate_on_the_card_is_told_with_its_share(gpu: ModuleType, monkeypa
     assert lines["of the matmul rate"].values == pytest.approx([100 * 640 * flops / 2e12] * 3)
     assert lines["of the bandwidth, if unfused"].values == pytest.approx([100 * 640e6 / 2e9] * 3)
     assert not any("study" in what for what in lines), "only vgg16's is projected"
+    options.lines = ["loop", "deterministic"]
+    asked = [line.what for line in gpu.measure_gpu("resnet20", CPU, options)]
+    assert asked == [f"{precision}, with evaluation", "deterministic / not, time"]
+    options.lines = ["loop", "study"]
+    assert list(gpu.measure_gpu("resnet20", CPU, options)) == []
 
 
 def build_model_flops(network: str) -> int:

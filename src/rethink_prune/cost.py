@@ -10,7 +10,7 @@ Conventions:
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -27,6 +27,7 @@ from rethink_prune.errors import UserError, first_line
 from rethink_prune.seeds import seeded
 
 TRAIN_FLOPS_PER_MAC = 6
+Forward = Callable[[torch.Tensor], object]
 _WARM_UP_PASSES = 3
 _TURN_SECONDS = 0.2
 _MOST_PASSES_PER_TURN = 100
@@ -157,13 +158,13 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def time_passes(models: Mapping[str, nn.Module], images: torch.Tensor, *, rounds: int) -> dict[str, list[float]]:
+def time_passes(models: Mapping[str, Forward], images: torch.Tensor, *, rounds: int) -> dict[str, list[float]]:
     """Time forward passes of networks that take turns: a machine that slows down slows all of them.
 
     Parameters
     ----------
-    models : mapping of str to torch.nn.Module
-        In evaluation mode, on the device of `images`, with its type of numbers.
+    models : mapping of str to callable
+        Networks in evaluation mode, on the device of `images`, with its type of numbers; or their recorded passes.
     images : torch.Tensor
         One batch, N x C x H x W.
     rounds : int
@@ -254,7 +255,7 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _time_pass(model: nn.Module, images: torch.Tensor) -> float:
+def _time_pass(model: Forward, images: torch.Tensor) -> float:
     start = time.perf_counter()
     model(images)
     if images.is_cuda:

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +74,18 @@ def _export(options: argparse.Namespace, factory: Callable[..., Any] | None) -> 
 def _test(options: argparse.Namespace, factory: Callable[..., Any] | None) -> None:
     """Evaluate or measure the network; print what was found, and write it to the files that shall have it."""
     from rethink_prune.finished import evaluate, load, measure
-    from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision
+    from rethink_prune.training.runtime import prepare_runtime
 
     if options.out is not None or options.onnx is not None:
         raise UserError("--out and --onnx: do not go with --evaluate and --cost, which export nothing")
-    device = resolve_device(options.device)
-    prepare_device(device, deterministic=False)
-    precision = resolve_precision(options.precision, device)
+    runtime = replace(prepare_runtime(options.device, options.precision), show_progress=sys.stderr.isatty())
     is_run = options.cost and (options.stage / SUMMARY_FILE).is_file()
     stage = load.pruned_stage(options.stage) if is_run else load.single_stage(options.stage)
     if options.cost:
+        device, precision = runtime.device, runtime.precision
         content = measure.measure_stage(stage, device, precision, rounds=options.rounds, factory=factory)
         print(measure.cost_table(content))
     else:
-        runtime = Runtime(device, precision, show_progress=sys.stderr.isatty())
         content = evaluate.evaluate_stage(stage, options.evaluate, runtime, factory)
         print(evaluate.evaluation_text(content))
     if is_run:

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rethink_prune.errors import UserError
@@ -65,18 +66,15 @@ def _scan_and_show(options: argparse.Namespace, ratios: tuple[float, ...]) -> No
     # Imported here: --help and wrong arguments need no torch.
     from rethink_prune.finished import scan_source, sensitivity
     from rethink_prune.report.sensitivity_plot import draw_sensitivity
-    from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision
+    from rethink_prune.training.runtime import prepare_runtime
 
     factory = import_object(options.factory, "--factory") if options.factory else None
     source = scan_source.scan_source(
         options.source, pruner=options.pruner, dataset=options.dataset, limit=options.limit
     )
     sensitivity.check_scan_folder(options.out, source)
-    device = resolve_device(options.device)
-    prepare_device(device, deterministic=False)
-    runtime = Runtime(
-        device,
-        resolve_precision(options.precision, device),
+    runtime = replace(
+        prepare_runtime(options.device, options.precision),
         # A network of one's own may take no channels-last images.
         contiguous=factory is not None and not options.factory.startswith("torchvision.models:"),
         show_progress=sys.stderr.isatty(),

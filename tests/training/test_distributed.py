@@ -8,7 +8,7 @@ from harness import configure
 from rethink_prune.errors import UserError
 from rethink_prune.study.prepare import prepare_study
 from rethink_prune.training.distributed import ALONE, Processes
-from rethink_prune.training.runtime import _device_of, resolve_device
+from rethink_prune.training.runtime import _device_of, prepare_runtime
 
 CUDA = torch.device("cuda")
 
@@ -79,7 +79,7 @@ def test_every_process_has_a_cuda_device_of_its_own() -> None:
     )
     # One process on each of several machines may name its device.
     assert _device_of(Processes(rank=1, world=2, machine=1), "cuda:1", 2) == torch.device("cuda:1")
-    assert resolve_device("cpu", second) == torch.device("cpu")
+    assert prepare_runtime("cpu", processes=second).device == torch.device("cpu")
 
 
 def test_one_process_alone_sends_nothing() -> None:

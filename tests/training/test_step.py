@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import nn
 
+from harness import FakeRecorder
 from rethink_prune.errors import UserError
 from rethink_prune.models import build_model
 from rethink_prune.pruning.factors import ScalingFactors
 from rethink_prune.pruning.slimming import ScalePenalty
 from rethink_prune.training.hooks import HeldMasks, TrainingHooks
+from rethink_prune.training.recording import WARM_UP
 from rethink_prune.training.runtime import Runtime
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer
-from rethink_prune.training.step import WARM_UP, LossAndLogits, PlainStep, RecordedStep, Step, build_step
+from rethink_prune.training.step import PlainStep, Step, build_step, record_step
 
 CPU = torch.device("cpu")
 SPEC = OptimizerSpec("sgd", 0.05, 0.9, False, 1e-4, "constant", 1, (), ())
@@ -83,34 +85,8 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, hooks: TrainingHoo
     return build_step(model, optimizer, hooks, runtime=Runtime(device, "fp32", "off"))
 
 
-class FakeRecorder:
-    """Keeps the work and does it when it is replayed, as a recording would: on its own tensors, into its own."""
-
-    def __init__(self, *, random: bool = False, fails: str | None = None) -> None:
-        self.draws = random
-        self.fails = fails
-        self.recorded = self.replayed = self.warmed = 0
-
-    def warm_up(self, work: Callable[[], LossAndLogits]) -> LossAndLogits:
-        self.warmed += 1
-        return work()
-
-    def record(self, work: Callable[[], LossAndLogits]) -> tuple[Callable[[], None], LossAndLogits]:
-        if self.fails:
-            raise RuntimeError(self.fails)
-        self.recorded += 1
-        loss, logits = torch.zeros(()), torch.zeros(16, 4)
-
-        def launch() -> None:
-            self.replayed += 1
-            for kept, new in zip((loss, logits), work(), strict=True):
-                kept.copy_(new)
-
-        return launch, (loss, logits)
-
-
 def recorded(recorder: FakeRecorder) -> Callable[[nn.Module, torch.optim.Optimizer, TrainingHooks], Step]:
-    return lambda model, optimizer, hooks: RecordedStep(plain(model, optimizer, hooks), model, optimizer, recorder)
+    return lambda model, optimizer, hooks: record_step(plain(model, optimizer, hooks), model, optimizer, recorder)
 
 
 def same_bits(a: nn.Module, b: nn.Module) -> bool:
@@ -154,7 +130,7 @@ def test_what_cannot_be_recorded_goes_on_plainly_and_says_why_once(
     expected, found = Trained(plain, TrainingHooks()), Trained(recorded(recorder), TrainingHooks())
     assert found.losses == expected.losses
     assert [record.getMessage() for record in caplog.records] == [
-        f"accelerate: no CUDA graph, because {reason}; kernels are launched one by one"
+        f"accelerate: no CUDA graph of training steps, because {reason}; kernels are launched one by one"
     ]
 
 

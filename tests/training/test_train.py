@@ -73,6 +73,7 @@ def run(
     interrupts: Interrupts | None = None,
     seconds: float = 1e9,
     hooks: TrainingHooks = NO_HOOKS,
+    deterministic: bool = False,
     **changes: object,
 ) -> Progress:
     return train(
@@ -80,7 +81,7 @@ def run(
         TrainBatches(DeviceImages(images(), NORMALIZE, pad=1, flip=True, seed=0), batch_size=16),
         {"test": EvalBatches(DeviceImages(images(), NORMALIZE), batch_size=32)},
         spec(**changes),
-        runtime=Runtime(CPU, "fp32", checkpoint_seconds=seconds),
+        runtime=Runtime(CPU, "fp32", deterministic=deterministic, checkpoint_seconds=seconds),
         hooks=hooks,
         seed=0,
         checkpoints=Checkpoints(folder),
@@ -380,6 +381,24 @@ def test_top5_counts_every_image_whose_class_is_among_five() -> None:
         result = evaluate(Fixed(), batches, runtime=Runtime(CPU, "fp32"))
         assert result.top5 == top5
         assert result.top1 == 100 * len(range(0, 50, classes)) / 50
+
+
+@pytest.mark.parametrize(
+    ("least", "deterministic", "expected"), [(11, False, True), (12, False, False), (11, True, False)]
+)
+def test_kernels_are_searched_in_trainings_of_enough_steps(
+    least: int, deterministic: bool, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noticing(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found.add(torch.backends.cudnn.benchmark)
+            return super().forward(x)
+
+    found: set[bool] = set()
+    monkeypatch.setattr("rethink_prune.training.runtime.SEARCH_STEPS", least)
+    # Three epochs of four steps.
+    run(Noticing(nn.Flatten(), nn.Linear(192, 4)), tmp_path, deterministic=deterministic)
+    assert found == {expected}
 
 
 def test_adamw_is_torchs() -> None:

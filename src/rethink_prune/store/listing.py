@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rethink_prune.errors import UserError
-from rethink_prune.store.metrics import read_metrics
+from rethink_prune.store.metrics import read_metrics, steady_pace
 from rethink_prune.store.ownership import STALE_SECONDS
 from rethink_prune.store.stage import Stage
 from rethink_prune.store.store import Store
@@ -35,7 +35,7 @@ class StageState:
     epoch, epochs : int
         Done, and to be done; 0 if it trains nothing.
     remaining : float or None
-        Seconds of training that are left, at the pace so far; None where that is not known.
+        Seconds of training that are left, at its steady pace; None where that is not known, as in the first two epochs.
     disk : int
         Bytes in its folder.
     note : str
@@ -122,14 +122,14 @@ def _read_stage(stage: Stage, referenced: bool) -> StageState:
     process = f"process {status.get('pid')} on {status.get('host')}"
     notes = {"failed": str(status.get("reason", "")), "running": f"{process} works on it", "stale": f"{process} died"}
     epochs = int(((config.get("key") or {}).get("training") or {}).get("epochs", 0))
-    timed = state == "running" and rows and epochs
+    pace = steady_pace(rows) if state == "running" and epochs else None
     return StageState(
         folder=stage.folder,
         state=state,
         network=f"{(config.get('network') or {}).get('name', '')} ({config['title']})" if "title" in config else "",
         epoch=len(rows),
         epochs=epochs,
-        remaining=rows[-1]["seconds"] / len(rows) * (epochs - len(rows)) if timed else None,
+        remaining=None if pace is None else pace * (epochs - len(rows)),
         disk=_folder_bytes(stage.folder),
         note=notes.get(state, ""),
         referenced=referenced,

@@ -1,9 +1,11 @@
-"""A stage's ``metrics.csv``: one row an epoch."""
+"""A stage's ``metrics.csv``, one row an epoch; and the pace of a training, which the rows tell."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median_low
 
 from rethink_prune.files import write_atomically
 
@@ -40,3 +42,19 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         return []
     with path.open(newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def steady_pace(rows: Sequence[Mapping[str, float]]) -> float | None:
+    """Return the seconds that an epoch takes once the training runs steadily; None before two epochs are done.
+
+    The first epoch is left out: a GPU starts, kernels are chosen, steps are recorded or compiled. Of the others the
+    median is taken, and of two the lower one, because the first epoch after a stop is slow as well.
+
+    Examples
+    --------
+    >>> rows = [{"seconds": 8.2}, {"seconds": 9.6}, {"seconds": 11.0}]
+    >>> steady_pace(rows[:1]), round(steady_pace(rows), 2)
+    (None, 1.4)
+    """
+    epochs = [after["seconds"] - before["seconds"] for before, after in pairwise(rows)]
+    return median_low(epochs) if epochs else None

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rethink_prune.study.pretrained import Checkpoint, read_checkpoint
 from rethink_prune.study.trial import try_training
 from rethink_prune.surgery.cut import reshape
 from rethink_prune.training.distributed import ALONE, Processes
-from rethink_prune.training.runtime import Runtime, prepare_device, resolve_device, resolve_precision
+from rethink_prune.training.runtime import Runtime, prepare_runtime
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,12 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
     """
     _check_batch_size(config.recipe.batch_size, processes.world)
     store = Store(Path(config.store.root))
-    runtime = _prepare_runtime(config, processes)
+    runtime = replace(
+        prepare_runtime(config.device, config.precision, deterministic=config.deterministic, processes=processes),
+        accelerate=config.accelerate,
+        checkpoint_seconds=config.store.checkpoint_seconds,
+        show_progress=sys.stderr.isatty() and processes.is_first,
+    )
     inputs = Inputs(config.dataset, config.recipe, config.seed, runtime, processes, store.cache)
     pruner = find_pruner(config.pruner.name)(config.pruner)
     networks = Networks(config.model, inputs.info, config.seed)
@@ -130,15 +135,3 @@ def _check_batch_size(batch_size: int, processes: int) -> None:
             f"recipe.batch_size={batch_size}: too few for {processes} processes, which need "
             f"two images each; start at most {max(1, batch_size // 2)}"
         )
-
-
-def _prepare_runtime(config: StudyConfig, processes: Processes) -> Runtime:
-    device = resolve_device(config.device, processes)
-    prepare_device(device, deterministic=config.deterministic)
-    return Runtime(
-        device=device,
-        precision=resolve_precision(config.precision, device),
-        accelerate=config.accelerate,
-        checkpoint_seconds=config.store.checkpoint_seconds,
-        show_progress=sys.stderr.isatty() and processes.is_first,
-    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rethink_prune.errors import Interrupted
-from rethink_prune.store.metrics import read_metrics, write_metrics
+from rethink_prune.store.metrics import read_metrics, steady_pace, write_metrics
 from rethink_prune.store.stage import MODEL_FILE, SAMPLE_FILE, Done, Failed, Stage
 from rethink_prune.store.weights import save_weights
 from rethink_prune.study.keys import stage_name
@@ -141,17 +141,18 @@ class Runner:
         return closing(ArmEvents(folder, flops_before=done_before, flops_per_image=spec.cost.train_flops(1)))
 
     def _log_time_left(self, spec: StageSpec, rows: list[Row]) -> None:
-        """Say how long the rest of the study will take, the first time that a stage has rows."""
-        if spec.title in self._timed or spec.cost is None:
+        """Say how long the rest of the study will take, once in each stage, when it has found its pace."""
+        pace = steady_pace(rows)
+        if pace is None or spec.title in self._timed or spec.cost is None:
             return
         self._timed.add(spec.title)
         titles = list(self._planned_flops)
         left = [self._planned_flops[title] for title in titles[titles.index(spec.title) :]]
         trained = sum(spec.cost.train_flops(int(row["images"])) for row in rows)
-        seconds = rows[-1]["seconds"] / trained * (sum(flops or 0 for flops in left) - trained)
-        per_epoch = rows[-1]["seconds"] / len(rows)
+        per_epoch = spec.cost.train_flops(int(rows[-1]["images"]))
+        seconds = pace / per_epoch * (sum(flops or 0 for flops in left) - trained)
         rest = f"about {duration(seconds)} more" + (", and what follows pruning" if None in left else "")
-        log.info("%s: epoch %d took %.1f s; the study will take %s", spec.title, len(rows), per_epoch, rest)
+        log.info("%s: an epoch takes %.1f s; the study will take %s", spec.title, pace, rest)
 
     def _what_is_missing(self, spec: StageSpec) -> str:
         """Return why a stage cannot run: a training that failed before it."""

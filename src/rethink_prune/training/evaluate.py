@@ -1,6 +1,7 @@
 """Loss and accuracy of a network over a set of images."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from rethink_prune.data.batches import EvalBatches
 from rethink_prune.outputs import main_output
 from rethink_prune.seeds import seeded
 from rethink_prune.training.distributed import ALONE, Processes
+from rethink_prune.training.hooks import TrainingHooks
+from rethink_prune.training.recording import CudaRecorder, Outputs, Recorded, Work, why_not_recorded
 from rethink_prune.training.runtime import Runtime
 
 
@@ -33,10 +36,18 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: EvalBatches, *, runtime: Runtime, processes: Processes = ALONE) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    batches: EvalBatches,
+    *,
+    runtime: Runtime,
+    processes: Processes = ALONE,
+    score: Work | None = None,
+) -> Evaluation:
     """Evaluate `model` on every image of `batches`; each image is counted once, by one of the processes.
 
-    The network is left in evaluation mode.
+    The network is left in evaluation mode. `score` is what `build_score` gave for the network: it pays where the
+    network is evaluated again and again.
 
     Examples
     --------
@@ -53,24 +64,65 @@ def evaluate(model: nn.Module, batches: EvalBatches, *, runtime: Runtime, proces
     75.0
     """
     model.eval()
+    score = score or partial(_score_batch, model, runtime)
     # Loss, top-1 and top-5, summed on the device: reading a number per batch would make the host wait for it.
     totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     classes = 0
     # A network that draws random numbers in evaluation mode, too, draws the same ones wherever it is evaluated.
     with seeded(0):
         for images, labels in batches.part(processes.shard):
-            with runtime.autocast():
-                logits = main_output(model(runtime.take(images)))
+            sums, logits = score(runtime.take(images), labels)
             classes = logits.shape[1]
-            totals[:2] += loss_and_correct(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
-            best = logits.topk(min(5, classes), dim=1).indices
-            totals[2] += (best == labels[:, None]).any(1).sum()
+            totals += sums
     loss_sum, correct, within_top5 = processes.sum(totals).tolist()
     # A process whose part has no image has seen no logits.
     (classes,) = processes.max(classes)
     images_seen = len(batches)
     top5 = 100.0 * within_top5 / images_seen if classes > 5 else None
     return Evaluation(loss_sum / images_seen, 100.0 * correct / images_seen, top5)
+
+
+def build_score(model: nn.Module, hooks: TrainingHooks, *, runtime: Runtime) -> Work:
+    """Return what `evaluate` does with a batch: on CUDA recorded, wherever the steps of the training can be.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        On the device. Its weights may change in place.
+    hooks : TrainingHooks
+        Of its training.
+
+    Examples
+    --------
+    >>> score = build_score(nn.Identity(), TrainingHooks(), runtime=Runtime(torch.device("cpu"), "fp32"))
+    >>> logits = torch.tensor([[0.0, 9.0, 1.0], [5.0, 0.0, 1.0]])
+    >>> sums, _ = score(logits, torch.tensor([1, 1]))  # loss, and images among the best and the five best
+    >>> [round(value, 2) for value in sums.tolist()]
+    [5.03, 1.0, 2.0]
+    """
+    plain = partial(_score_batch, model, runtime)
+    if not runtime.accelerates_cuda or why_not_recorded(hooks):
+        return plain
+    return record_score(plain, model, CudaRecorder(runtime.device))
+
+
+def record_score(plain: Work, model: nn.Module, recorder: CudaRecorder) -> Work:
+    """Return the same work, replayed for full batches from where the tensors of `model` lie."""
+
+    def addresses() -> list[float]:
+        return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+
+    return Recorded("evaluation", plain, recorder, constants=addresses)
+
+
+def _score_batch(model: nn.Module, runtime: Runtime, images: torch.Tensor, labels: torch.Tensor) -> Outputs:
+    """Return the summed loss, how many images are right, and right among five, as one tensor; and the logits."""
+    with runtime.autocast():
+        logits = main_output(model(images))
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    within_top5 = (best == labels[:, None]).any(1).sum()
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return torch.cat([loss_and_correct(loss, logits, labels), within_top5.double()[None]]), logits
 
 
 def loss_and_correct(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

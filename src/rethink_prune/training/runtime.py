@@ -4,7 +4,8 @@ import logging
 import os
 import platform
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 # The sizes of work space with which cuBLAS sums in the same order every time.
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")
+# cuDNN's search takes about 8 s a process (on an H100), the time of 4,500 steps of VGG-16 there. Of a training of more
+# steps than these, that is less than a quarter.
+SEARCH_STEPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,10 @@ class Runtime:
     ----------
     precision : {"fp32", "bf16"}
     accelerate : {"auto", "compile", "off"}
-        ``auto`` takes the channels-last memory format and, on CUDA, a fused optimiser and recorded steps
-        (:mod:`rethink_prune.training.step`); ``compile`` takes ``torch.compile`` as well.
+        ``auto`` takes the channels-last memory format and, on CUDA, a fused optimiser, recorded steps and recorded
+        evaluation (:mod:`rethink_prune.training.recording`); ``compile`` takes ``torch.compile`` as well.
+    deterministic : bool
+        Only deterministic kernels run.
     contiguous : bool
         Take the contiguous memory format whatever `accelerate` says, for a network that runs on no other.
     checkpoint_seconds : float
@@ -52,13 +58,14 @@ class Runtime:
     device: torch.device
     precision: str
     accelerate: str = "auto"
+    deterministic: bool = False
     contiguous: bool = False
     checkpoint_seconds: float = 60.0
     show_progress: bool = False
 
     @property
     def accelerates_cuda(self) -> bool:
-        """Whether a CUDA device runs the fused optimiser and recorded steps."""
+        """Whether a CUDA device runs the fused optimiser, recorded steps and recorded evaluation."""
         return self.accelerate != "off" and self.device.type == "cuda"
 
     @property
@@ -81,21 +88,46 @@ class Runtime:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def resolve_device(name: str, processes: Processes = ALONE) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is there.
+def prepare_runtime(
+    device: str, precision: str = "auto", *, deterministic: bool = False, processes: Processes = ALONE
+) -> Runtime:
+    """Find the device and the precision, and set what PyTorch keeps for the whole process.
 
-    Processes that train together take one CUDA device each, by their numbers on the machine.
+    This is the only way to ask for either, because both questions can start CUDA, and ``deterministic`` has to be set
+    before.
+
+    Parameters
+    ----------
+    device : {"auto", "cpu", "cuda", "cuda:N"}
+        Processes that train together take one CUDA device each, by their numbers on the machine.
+    precision : {"auto", "fp32", "bf16"}
+        ``auto`` is ``bf16`` where the hardware computes in bfloat16, else ``fp32``.
+    deterministic : bool
+        Let only deterministic kernels run.
+    processes : Processes
+        Those that train together.
 
     Raises
     ------
     UserError
-        If a CUDA device is named and there is none of that number, or fewer devices than processes.
+        If a CUDA device is named and there is none of that number, or fewer devices than processes; or if CUDA has
+        started already in a way that is not deterministic.
 
     Examples
     --------
-    >>> resolve_device("cpu")
-    device(type='cpu')
+    >>> runtime = prepare_runtime("cpu", "fp32")
+    >>> runtime.device, runtime.precision
+    (device(type='cpu'), 'fp32')
     """
+    # First: cuBLAS reads the variable once, when CUDA starts, so setting it later changes nothing.
+    if deterministic and device != "cpu" and not torch.cuda.is_initialized():
+        os.environ.setdefault(_CUBLAS, _DETERMINISTIC_CUBLAS[0])
+    found = _resolve_device(device, processes)
+    _set_process(found, deterministic=deterministic)
+    return Runtime(found, _resolve_precision(precision, found), deterministic=deterministic)
+
+
+def _resolve_device(name: str, processes: Processes = ALONE) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
@@ -129,14 +161,7 @@ def describe_device(device: torch.device) -> str:
     return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def resolve_precision(name: str, device: torch.device) -> str:
-    """Turn ``auto`` into ``bf16`` where the hardware computes in bfloat16, else ``fp32``.
-
-    Examples
-    --------
-    >>> resolve_precision("bf16", torch.device("cpu"))
-    'bf16'
-    """
+def _resolve_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     # Look for the instructions, not for whether torch can run the type: emulated bfloat16 is slower than float32.
@@ -147,23 +172,9 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
-def prepare_device(device: torch.device, *, deterministic: bool) -> None:
-    """Set what PyTorch keeps for the whole process: the current device, and whether only deterministic kernels run.
-
-    Raises
-    ------
-    UserError
-        If CUDA has started already in a way that is not deterministic.
-
-    Examples
-    --------
-    >>> prepare_device(torch.device("cpu"), deterministic=False)
-    """
+def _set_process(device: torch.device, *, deterministic: bool) -> None:
     if device.type == "cuda" and deterministic:
-        # cuBLAS reads the variable once, when CUDA starts: setting it later changes nothing.
         value = os.environ.get(_CUBLAS)
-        if value is None and not torch.cuda.is_initialized():
-            value = os.environ[_CUBLAS] = _DETERMINISTIC_CUBLAS[0]
         if value not in _DETERMINISTIC_CUBLAS:
             found = f"{_CUBLAS} is {value}" if value else f"CUDA has started without {_CUBLAS}"
             raise UserError(f"deterministic=true: {found}; start again with {_CUBLAS}={_DETERMINISTIC_CUBLAS[0]} set")
@@ -173,8 +184,31 @@ def prepare_device(device: torch.device, *, deterministic: bool) -> None:
         torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
-    # cuDNN times its kernels and takes the fastest, which may be another one in the next run.
-    torch.backends.cudnn.benchmark = not deterministic
+
+
+@contextmanager
+def search_algorithms(steps: float, *, deterministic: bool = False) -> Iterator[None]:
+    """Let cuDNN time its kernels in the body and take the fastest, where the body has enough steps for that to pay.
+
+    Parameters
+    ----------
+    steps : float
+        Planned steps of the body: it searches if they are more than `SEARCH_STEPS`.
+    deterministic : bool
+        Never search: the fastest kernel may be another one in the next run.
+
+    Examples
+    --------
+    >>> with search_algorithms(steps=125_000):
+    ...     torch.backends.cudnn.benchmark
+    True
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = steps > SEARCH_STEPS and not deterministic
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -1,7 +1,6 @@
 """One step of training: plain, through ``torch.compile``, or as a recorded CUDA graph.
 
-A small network at a small batch leaves a GPU waiting for Python, so with ``accelerate=auto`` a step on CUDA is recorded
-once as a CUDA graph and then replayed: the same kernels in the same order, launched together. With
+With ``accelerate=auto`` a step on CUDA is recorded once and then replayed: see `recording.py`. With
 ``accelerate=compile`` the network goes through ``torch.compile`` as well, on any device. Where either is not possible,
 the step is done plainly, and one line of the log says why.
 """
@@ -11,8 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -23,13 +21,11 @@ from rethink_prune.errors import UserError, first_line
 from rethink_prune.outputs import main_output, output_loss
 from rethink_prune.training.distributed import is_connection_error
 from rethink_prune.training.hooks import TrainingHooks
+from rethink_prune.training.recording import CudaRecorder, Recorded, warn_not_recorded, why_not_recorded
 from rethink_prune.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-# Plain steps before a recording: they create the optimiser's state and cuBLAS's work space, and let cuDNN choose.
-WARM_UP = 3
-_NOT_RECORDED = "accelerate: no CUDA graph, because %s; kernels are launched one by one"
 LossAndLogits = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -75,14 +71,10 @@ def build_step(
     step = CompiledStep(plain) if runtime.accelerate == "compile" else plain
     if not runtime.accelerates_cuda:
         return step
-    if not hooks.replayable:
-        why_not = f"{type(hooks).__name__} does not say that its steps can be replayed (replayable = True)"
-    elif torch.distributed.is_available() and torch.distributed.is_initialized():
-        why_not = "several processes train together"
-    else:
-        return RecordedStep(step, model, optimizer, CudaRecorder(runtime.device))
-    log.warning(_NOT_RECORDED, why_not)
-    return step
+    if why_not := why_not_recorded(hooks):
+        warn_not_recorded("this training", why_not)
+        return step
+    return record_step(step, model, optimizer, CudaRecorder(runtime.device))
 
 
 class Step(Protocol):
@@ -167,111 +159,32 @@ class CompiledStep:
         return self._plain(images, labels, weight)
 
 
-@dataclass
-class RecordedStep:
-    """Replays a step for full batches; others, such as the last of an epoch, are done by the step itself.
+def record_step(step: Step, model: nn.Module, optimizer: Optimizer, recorder: CudaRecorder) -> Step:
+    """Return a step that is replayed for full batches; see :class:`~rethink_prune.training.recording.Recorded`.
 
-    A full batch is one whose shape has come `WARM_UP` times in a row: these are ordinary steps, so that recording
-    changes nothing. Learning rates are part of a recording, which is made anew when they have changed. Gradients are
-    None before and after a step, recorded or not, so the two can alternate.
+    Gradients are None before and after a step, recorded or not, so the two can alternate.
 
-    Networks that draw random numbers (dropout) are not recorded: the draws of every step have a seed of their own. Nor
-    are steps of several processes, so a recorded step's weight is one.
-
-    Attributes
+    Parameters
     ----------
     step : Step
         Has to launch the same work for every batch, and wait for nothing.
     model : torch.nn.Module
         What it trains.
     optimizer : Optimizer
-        Has the learning rates.
+        Has the learning rates, which a recording holds as constants.
+    recorder : CudaRecorder
     """
+    recorded = Recorded(
+        "training steps",
+        step,
+        recorder,
+        constants=lambda: [group["lr"] for group in optimizer.param_groups],
+        # A recording that broke off may leave gradients.
+        clean_up=lambda: model.zero_grad(set_to_none=True),
+    )
 
-    step: Step
-    model: nn.Module
-    optimizer: Optimizer
-    recorder: CudaRecorder
-    _shape: torch.Size | None = None
-    _warm: int = 0
-    _rates: list[float] = field(default_factory=list)
-    _replay: Callable[[torch.Tensor, torch.Tensor], LossAndLogits] | None = None
-    _given_up: bool = False
+    def replayed(images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossAndLogits:
+        # Steps of several processes are not recorded, so the weight is one.
+        return recorded(images, labels)
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossAndLogits:
-        """Train on one batch."""
-        if self._replay is None and images.shape != self._shape:
-            self._shape, self._warm = images.shape, 0
-        if self._given_up or images.shape != self._shape:
-            return self.step(images, labels, weight)
-        if self._warm < WARM_UP:
-            self._warm += 1
-            return self.recorder.warm_up(partial(self.step, images, labels, weight))
-        # A graph holds the learning rates as constants.
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        if self._replay is None or self._rates != rates:
-            self._rates = rates
-            self._record(images.clone(), labels.clone())
-        return (self._replay or self.step)(images, labels)
-
-    def _record(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Record the step on these tensors, from whose addresses every replay reads; or give up and say why."""
-        # Frees the memory of the old recording before the new one takes its own.
-        self._replay = None
-        try:
-            if self.recorder.draws:
-                raise RuntimeError("the network draws random numbers")
-            launch, outputs = self.recorder.record(partial(self.step, images, labels))
-        except RuntimeError as error:
-            # A recording that broke off may leave gradients.
-            self.model.zero_grad(set_to_none=True)
-            self._given_up = True
-            log.warning(_NOT_RECORDED, first_line(error))
-            return
-
-        def replay(new_images: torch.Tensor, new_labels: torch.Tensor) -> LossAndLogits:
-            images.copy_(new_images)
-            labels.copy_(new_labels)
-            launch()
-            return outputs
-
-        self._replay = replay
-
-
-class CudaRecorder:
-    """Records work on a CUDA device as a CUDA graph.
-
-    Attributes
-    ----------
-    draws : bool
-        Whether work that was warmed up took random numbers.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        # CUDA records no work of the default stream. Warm-up runs here as well, so that memory is reused.
-        self._stream = torch.cuda.Stream(device)
-        self.draws = False
-
-    def warm_up(self, work: Callable[[], LossAndLogits]) -> LossAndLogits:
-        """Do the work for real, on the stream where it will be recorded, in turn with that of the current one."""
-        current = torch.cuda.current_stream(self._device)
-        offset = self._random_offset()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            outputs = work()
-        current.wait_stream(self._stream)
-        self.draws |= self._random_offset() != offset
-        return outputs
-
-    def record(self, work: Callable[[], LossAndLogits]) -> tuple[Callable[[], None], LossAndLogits]:
-        """Return what launches the graph, and the tensors that a launch fills; nothing is computed yet."""
-        graph = torch.cuda.CUDAGraph()
-        # The default mode, global, would also fail on what other threads do meanwhile, such as loading images.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = work()
-        return graph.replay, outputs
-
-    def _random_offset(self) -> int:
-        index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        return torch.cuda.default_generators[index].get_offset()
+    return replayed

@@ -10,11 +10,11 @@ from rethink_prune.data.batches import EvalBatches, TrainBatches
 from rethink_prune.seeds import derive_seed, seed_generators
 from rethink_prune.training.checkpoint import Checkpoints, Parts, TrainingSaver
 from rethink_prune.training.distributed import ALONE, Processes
-from rethink_prune.training.evaluate import Evaluation, evaluate, loss_and_correct
+from rethink_prune.training.evaluate import Evaluation, build_score, evaluate, loss_and_correct
 from rethink_prune.training.hooks import TrainingFailed, TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress, Row, progress_bar
-from rethink_prune.training.runtime import Runtime
+from rethink_prune.training.runtime import Runtime, search_algorithms
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
 from rethink_prune.training.step import build_step
 
@@ -112,10 +112,13 @@ def train(
     # After the state is restored, because wrapping sends the first process's weights to the others.
     forward = processes.wrap(model, runtime.device, static=runtime.accelerate != "compile")
     step = build_step(model, optimizer, hooks, runtime=runtime, forward=forward, label_smoothing=spec.label_smoothing)
+    score = build_score(model, hooks, runtime=runtime)
+    # What a resumed training does not do again counts as well, so that it computes as it did before.
+    search = search_algorithms(spec.epochs * batches.steps_per_epoch, deterministic=runtime.deterministic)
     shard, own_batches = processes.shard, batches.part(processes.shard)
     bar = progress_bar(progress, batches, epochs=spec.epochs, title=title, shown=runtime.show_progress)
     # A signal does not break a step: `saver.pause` looks for it where the training can stop.
-    with bar as drawn, interrupts.deferred(), processes.translate_connection_errors():
+    with bar as drawn, search, interrupts.deferred(), processes.translate_connection_errors():
         while progress.epoch < spec.epochs:
             # Evaluation has left the network in evaluation mode.
             model.train()
@@ -145,7 +148,7 @@ def train(
             _check_finite("training", trained, progress, lr)
             row: Row = {"epoch": progress.epoch + 1, "lr": lr, "images": count, **trained.columns("train")}
             for name, batches_of_set in evaluations.items():
-                evaluation = evaluate(model, batches_of_set, runtime=runtime, processes=processes)
+                evaluation = evaluate(model, batches_of_set, runtime=runtime, processes=processes, score=score)
                 _check_finite(name, evaluation, progress, lr)
                 row |= evaluation.columns(name)
             row |= {**noticed, "processes": processes.world, "seconds": saver.seconds()}
