@@ -247,3 +247,18 @@ def test_the_precision_stands_in_tables_and_verdicts(write_run: WriteRun, tmp_pa
         assert f"(paper recipe, paper budget, {precision})" in row.comparisons[0].verdict
         unlike = "trained in bf16; the paper's are trained in fp32"
         assert (unlike in row.notes) == (precision == "bf16")
+
+
+def test_a_new_report_leaves_nothing_of_the_one_before(write_run: WriteRun, tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+
+    def report(ratio: float) -> set[str]:
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        write_run(0, {"large": 94.0, "finetune": 93.0}, target={"ratio": ratio})
+        assert main([str(tmp_path / "runs"), "--out", str(folder)]) == 0
+        return {path.name for path in folder.iterdir()}
+
+    first = report(0.3)
+    (folder / "my notes.txt").write_text("mine")
+    assert "curves-01-vgg16-l1-ratio-0-3.png" in first
+    assert report(0.5) == {name.replace("ratio-0-3", "ratio-0-5") for name in first} | {"my notes.txt"}

@@ -7,10 +7,12 @@ import base64
 import csv
 import hashlib
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
@@ -61,17 +63,35 @@ def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be made ({error.strerror}); name a folder you can write") from None
     pictures = draw_pictures(report)
-    for picture in pictures:
-        write_atomically(folder / f"{picture.name}.png", picture.png)
-        write_atomically(folder / f"{picture.name}.svg", picture.svg)
+    files = {f"{picture.name}.png": picture.png for picture in pictures}
+    files |= {f"{picture.name}.svg": picture.svg for picture in pictures}
+    documents = {name: text.encode() for name, text in write_documents(report, pictures).items()}
+    for name in _files_of_earlier_report(folder) - {*files, *documents}:
+        (folder / name).unlink(missing_ok=True)
+    for name, data in files.items():
+        write_atomically(folder / name, data)
     runs = [run.model_dump(mode="json", exclude_none=True) for group in groups for run in group.runs]
-    header = {"format": FORMAT, "version": FORMAT_VERSION, "made_by": f"rethink-prune {version('rethink-prune')}"}
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "made_by": f"rethink-prune {version('rethink-prune')}",
+    }
     # What told groups apart, for whoever reads the runs again; in one line, which takes half the room.
     by = list(dict.fromkeys(name for group in groups for name, _ in group.by))
-    write_json(folder / "results.json", {**header, "by": by, **asdict(report), "runs": runs}, indent=None)
+    header |= {"by": by, "files": sorted({*files, *documents})}
+    write_json(folder / "results.json", {**header, **asdict(report), "runs": runs}, indent=None)
     # The page is the last file: where it stands, the report is whole.
-    for name, text in write_documents(report, pictures).items():
-        write_atomically(folder / name, text.encode())
+    for name, data in documents.items():
+        write_atomically(folder / name, data)
+
+
+def _files_of_earlier_report(folder: Path) -> set[str]:
+    """Return the names of what a report left in a folder, as far as it said: its pictures would pass for new ones."""
+    try:
+        files = json.loads((folder / "results.json").read_text())["files"]
+        return {name for name in files if Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def write_overview(report: Report) -> str:
