@@ -202,7 +202,7 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
     wait_for(lambda: list(tmp_path.rglob("metrics.csv")), process)
     (metrics,) = tmp_path.rglob("metrics.csv")
     os.kill(json.loads((metrics.parent / "status.json").read_text())["pid"], signal.SIGUSR2)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 1
     assert [line.strip() for line in errors.splitlines()[2:]] == [WRONG]
     assert len(tops(tmp_path)) == 1

@@ -282,11 +282,11 @@ class Board:
 
     def tensorboard(self, path: str) -> Any:
         """Return what TensorBoard's back end answers."""
-        with urllib.request.urlopen(f"{self.root}data/{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.root}data/{path}", timeout=60) as answer:
             return json.load(answer)
 
     def wait_for(self, path: str, done: Callable[[Any], bool]) -> Any:
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 120
         while not done(content := self.tensorboard(path)):
             assert time.monotonic() < deadline, content
             time.sleep(0.3)
@@ -304,14 +304,14 @@ def started(runs: Path, out: Path) -> Iterator[Board]:
     )
     assert process.stdout is not None
     # A board that says nothing would keep the test waiting.
-    watchdog = threading.Timer(60, process.kill)
+    watchdog = threading.Timer(180, process.kill)
     watchdog.start()
     try:
         found = re.match(r"Open (http://127\.0\.0\.1:\d+/\S+)", process.stdout.readline())
         assert found
         yield Board(process, found[1])
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
     finally:
         watchdog.cancel()
         process.kill()
@@ -355,7 +355,7 @@ def test_the_first_page_shows_four_lines_with_bands_for_each_group(
     with started(tmp_path / "runs", tmp_path / "board") as board:
         board.wait_for("runs", lambda runs: len(runs) == 4 * (1 + seeds))
         page = browser.new_page(viewport={"width": 1500, "height": 1000})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(120_000)
         page.goto(board.address)
         charts = page.locator("tf-custom-scalar-margin-chart-card")
         # The last chart is the last to be drawn.
