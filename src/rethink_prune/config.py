@@ -164,11 +164,17 @@ class Phase(Frozen):
         return self
 
 
+class Strengths(Frozen):
+    """Strengths of the penalties of pruners that train their own way; None leaves them as published."""
+
+    slimming: Positive | None = None
+    sss: Positive | None = None
+
+
 class RecipeConfig(Phase):
     """How networks are trained; `epochs` is the length of ``large``.
 
-    `strengths` are those of pruners' penalties, by the pruner's name, where this training is too short for the
-    published ones.
+    `strengths` are for a training that is too short for the published ones.
     """
 
     name: str
@@ -181,7 +187,7 @@ class RecipeConfig(Phase):
     decay_norms: bool = True
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     augment: bool = True
-    strengths: dict[str, Positive | None] = {}
+    strengths: Strengths = Strengths()
     finetune: Phase
 
 
@@ -412,7 +418,7 @@ def parse_config(
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    recommended = config.recipe.strengths.get(config.pruner.name)
+    recommended = getattr(config.recipe.strengths, config.pruner.name, None)
     filled = config.pruner.with_strength(recommended, network=config.model.name, dataset=config.dataset.name)
     return config.model_copy(update={"pruner": filled})
 

@@ -460,3 +460,9 @@ def test_convolutions_of_other_dimensions_take_part() -> None:
     kept = sum(layer.kept for layer in result.report.layers)
     assert kept == 54 - 28
     assert count_cost(result.model, (2, 8), masks=result.architecture.masks).macs == 8 * kept
+
+
+@pytest.mark.parametrize("distribution", ["global", "uniform"])
+def test_a_ratio_that_a_minimum_share_keeps_from_is_said(distribution: str) -> None:
+    result = thin(built("resnet20"), distribution=distribution, ratio=0.9, min_share=0.5)
+    assert "pruner.ratio=0.9: only 50 % go, because of min_share, min_channels or round_to" in result.report.warnings

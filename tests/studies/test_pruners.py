@@ -157,3 +157,13 @@ def test_soft_filters_grow_again_and_the_summary_says_how_many(small_study: Call
     assert [int(row["epoch"]) for row in rows if "regrown" in row] == [2, 3, 4]
     assert max(shares) > 5
     assert run["sparse"]["regrown"] == pytest.approx(sum(shares) / 3)
+
+
+@pytest.mark.parametrize("pruner", ["thinet", "regression"])
+def test_the_number_of_sampled_images_decides_what_is_pruned(pruner: str, small_study: Run) -> None:
+    few, all_images = (
+        small_study(f"pruner={pruner}", "arms=[finetune]", "pruner.ratio=0.2", f"pruner.images={images}")
+        for images in (64, "null")
+    )
+    assert few["pruned"]["stage"] != all_images["pruned"]["stage"]
+    assert few["large"]["stage"] == all_images["large"]["stage"]

@@ -121,7 +121,8 @@ def layer_pruner(options: Mapping[str, Any], ratio: float | Mapping[str, float])
     try:
         return kind(parse_pruner({**options, **single, "ratio": ratio}, kind.options_type))
     except UserError as error:
-        raise UserError(f"--pruner {options['name']}: cannot prune one layer by a ratio: {first_line(error)}") from None
+        why = f"cannot prune one layer by a ratio ({first_line(error)})"
+        raise UserError(f"{options['name']}: {why}; name another pruner, such as --pruner l1") from None
 
 
 def _read_settings(run_dir: Path) -> dict[str, Any]:

@@ -131,11 +131,11 @@ class ChannelTarget(Target):
             if not (isinstance(values, torch.Tensor) and values.shape == (size,) and torch.isfinite(values).all()):
                 raise UserError(f"pruner: scores of {name} must be a tensor of {size} finite numbers")
         if self.widths is not None:
-            return Choice(selection.drop_lowest(scores, self.widths))
+            return Choice(selection.drop_lowest(scores, self.widths), tuple(self._shortfall(self.widths)))
         widths, emptied = self._ranked_widths(scores)
         self._check_removal(widths)
         warnings = [f"{name}: the threshold would have emptied it; its best {widths[name]} stay" for name in emptied]
-        warnings += selection.describe_thin(widths, self._sizes)
+        warnings += [*selection.describe_thin(widths, self._sizes), *self._shortfall(widths)]
         if self._wanted is not None:
             warnings += self._wanted.describe_miss(self._cost_at(widths))
         return Choice(selection.drop_lowest(scores, widths), tuple(warnings))
@@ -159,6 +159,10 @@ class ChannelTarget(Target):
         reason = f"not for {self._options.name}, which leaves it alone"
         frozen = {**self.channels.frozen, **{group.name: reason for group in untouched}}
         return PruneReport(layers, frozen, (*self._warnings, *warnings))
+
+    def _shortfall(self, widths: Mapping[str, int]) -> list[str]:
+        options = self._options
+        return selection.describe_shortfall(options.ratio, widths, self._sizes, skip=options.skip, limits=self._limits)
 
     def _check_removal(self, widths: Mapping[str, int]) -> None:
         if all(widths[name] == size for name, size in self._sizes.items()):

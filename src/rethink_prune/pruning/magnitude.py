@@ -41,6 +41,7 @@ from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneRepor
 from rethink_prune.pruning.selection import (
     Limits,
     PerLayer,
+    describe_shortfall,
     describe_thin,
     matching_layers,
     wanted_cost,
@@ -151,11 +152,12 @@ class MagnitudeTarget(Target):
         else:
             counts = self._wanted.find_widths(lambda ratio: distribute(ratio)[0], self._cost_of)
             emptied = [name for name, count in counts.items() if count == 1 < self.layers[name]]
+        short = describe_shortfall(options.ratio, counts, self.layers, skip=options.skip, limits=limits)
         if not together:
-            return counts, []
+            return counts, short
         stay = {name: "weight stays" if counts[name] == 1 else f"{counts[name]} weights stay" for name in emptied}
         said = [f"{name}: the threshold would have emptied it; its largest {what}" for name, what in stay.items()]
-        return counts, [*said, *describe_thin(counts, self.layers)]
+        return counts, [*said, *describe_thin(counts, self.layers), *short]
 
     def _uniform(self, ratio: PerLayer) -> dict[str, int]:
         return widths_for_ratio(ratio, self.layers, skip=self._options.skip, limits=self._limits)

@@ -168,6 +168,25 @@ def describe_thin(widths: Mapping[str, int], sizes: Mapping[str, int]) -> list[s
     return [f"less than 10 % of {listed}; pruner.min_share=0.1 keeps a share of every layer"] if thin else []
 
 
+def describe_shortfall(
+    ratio: object, widths: Mapping[str, int], sizes: Mapping[str, int], *, skip: Collection[str], limits: Limits
+) -> list[str]:
+    """Return a line if bounds keep clearly more than one ratio for all layers says; nothing for other ratios.
+
+    Examples
+    --------
+    >>> describe_shortfall(0.9, {"a": 8, "b": 8}, {"a": 16, "b": 16}, skip=(), limits=Limits(min_share=0.5))
+    ['pruner.ratio=0.9: only 50 % go, because of min_share, min_channels or round_to']
+    """
+    pruned = sizes.keys() - matching_layers("skip", skip, sizes)
+    if not isinstance(ratio, float) or not pruned or limits == Limits():
+        return []
+    gone = 1 - sum(widths[name] for name in pruned) / sum(sizes[name] for name in pruned)
+    if gone > ratio - TOLERANCE:
+        return []
+    return [f"pruner.ratio={ratio:g}: only {100 * gone:.3g} % go, because of min_share, min_channels or round_to"]
+
+
 def global_threshold(values: Iterable[torch.Tensor], ratio: float) -> torch.Tensor:
     """Return the value at index ``int(n * ratio)`` of all `n` values in ascending order.
 

@@ -139,6 +139,7 @@ class SSSTarget(Target):
         self, options: SSSOptions, remaining: Remaining | None, model: nn.Module, example: torch.Tensor, network: str
     ) -> None:
         super().__init__(model, example)
+        self._strength = options.strength
         self._channels = analyse(model, example)
         blocks, problem = find_blocks(model, example)
         layers, left_whole = find_layers(model, self._channels.groups("inner"))
@@ -189,7 +190,8 @@ class SSSTarget(Target):
             # How near the weakest came tells the user how much stronger the penalty has to be.
             weakest = min(magnitudes, key=lambda name: magnitudes[name].min().item())
             raise UserError(
-                "pruner.name=sss: no factor reached zero, so there is nothing to remove; raise pruner.sparse.strength "
+                "pruner.name=sss: no factor reached zero, so there is nothing to remove; raise "
+                f"pruner.sparse.strength={self._strength:g} "
                 f"(the largest weight behind the weakest factor is {magnitudes[weakest].min():.2g}, of {weakest})"
             )
         return zeros

@@ -106,6 +106,8 @@ def key_parts(
             **({"revision": pruner.revision} if pruner.revision > 1 else {}),
             "source": source,
             "seed": config.seed,
+            # An option of the same name says how many are sampled.
+            **({"sampled": config.pruner.key()["images"]} if "images" in config.pruner.key() else {}),
             "images": {**data, "batch_size": batch_size} if pruner.needs_data else None,
         },
         sparse={"name": config.pruner.name, "source": source, **hooks.key} if hooks else None,

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rethink_prune.config import TARGET_OPTIONS
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically, write_json
 from rethink_prune.store.stage import Done, Failed
@@ -75,7 +76,8 @@ class Summary:
         """Add the unpruned network as trained plainly (``large``) or by the pruner (``sparse``)."""
         self.content[name] = self._entry(name, outcome)
         if name == "sparse":
-            self.content["study"]["warnings"] += collapse_warning(self.content.get("large", {}), self.content["sparse"])
+            large, sparse = self.content.get("large", {}), self.content["sparse"]
+            self.content["study"]["warnings"] += collapse_warning(large, sparse, strength=self._strength)
         self._write()
 
     def add_pruned(self, pruned: PrunedNetwork, ledger: Mapping[str, Any], done: Done | None) -> None:
@@ -141,8 +143,14 @@ class Summary:
 
     def _table(self) -> str:
         described = self.content["study"]
-        strength = described["settings"]["pruner"].get("sparse", {}).get("strength")
-        chosen = {**described["target"], **({"strength": strength} if strength is not None else {})}
+        options = self.study.config.pruner
+        chosen = dict(described["target"])
+        if self._strength is not None:
+            chosen["strength"] = self._strength
+        for name, field in type(options).model_fields.items():
+            value = getattr(options, name)
+            if name not in ("name", "sparse", *TARGET_OPTIONS) and value != field.default:
+                chosen[name] = value if not isinstance(value, tuple) else list(value)
         target = ", ".join(f"{name}={value}" for name, value in chosen.items())
         title = (
             f"{described['model']} on {described['dataset']}, {described['pruner']} {target}, "
@@ -157,6 +165,12 @@ class Summary:
         notes = [f"Note: {warning}." for warning in described["warnings"]]
         return "\n\n".join([title, study_table(self.content), *failures, *notes])
 
+    @property
+    def _strength(self) -> float | None:
+        """Of the penalty with which the pruner trains, if it has one."""
+        strength: float | None = self.content["study"]["settings"]["pruner"].get("sparse", {}).get("strength")
+        return strength
+
     def _write(self) -> None:
         write_json(self.run_dir / "summary.json", self.content)
         write_atomically(self.run_dir / "summary.md", f"{self._table()}\n".encode())
@@ -164,7 +178,9 @@ class Summary:
         self.study.store.record_run(self.run_id, record)
 
 
-def collapse_warning(large: Mapping[str, Any], sparse: Mapping[str, Any]) -> list[str]:
+def collapse_warning(
+    large: Mapping[str, Any], sparse: Mapping[str, Any], *, strength: float | None = None
+) -> list[str]:
     """Return a line if the pruner's own training ended at less than half the accuracy of the plain one.
 
     Examples
@@ -179,7 +195,7 @@ def collapse_warning(large: Mapping[str, Any], sparse: Mapping[str, Any]) -> lis
     if plain is None or own is None or own >= plain / 2:
         return []
     ended = f"the pruner's own training ended at {own:.2f} %, the plain one at {plain:.2f} %"
-    advice = "lower pruner.sparse.strength, or train longer"
+    advice = "train longer" + (f", or lower pruner.sparse.strength={strength:g}" if strength else "")
     return [f"sparse: {ended}: what is pruned is a network that did not learn; {advice}"]
 
 
