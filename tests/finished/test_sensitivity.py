@@ -245,7 +245,7 @@ def test_a_scan_is_written_over_an_earlier_one_of_its_own_alone(
         (("--ratios", "nan"), "--ratios nan: must be shares in (0, 1)"),
         (("--ratios", "1e-12"), "removes nothing"),
         (("--pruner", "nonsense"), "pruner.name=nonsense: no such pruner"),
-        (("--pruner", "sss"), "--pruner sss: cannot prune one layer by a ratio: pruner.ratio=0.5: sss takes no ratio"),
+        (("--pruner", "sss"), "sss: cannot prune one layer by a ratio (pruner.ratio=0.5: sss takes no ratio"),
         (("--pruner", "soft_filter"), "--pruner soft_filter: prunes networks that it has trained its own way; give a "),
         (("--limit", "1000"), "--limit 1000: there are only 100 test images"),
         (("--dataset", "dataset=cifar10"), "has 32 pixels a side (dataset.image_size), not 8"),
