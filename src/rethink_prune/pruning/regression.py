@@ -211,16 +211,16 @@ class Regression(ReconstructionPruner[RegressionOptions]):
         features = stays.repeat_interleave(sample.weight.shape[2])
         removal = sample.weight * stays[:, None]
         old = removal.flatten(1)[:, features].T.cpu().numpy()
-        fit, held_out, whole = sample.fit, sample.held_out, sample.whole
+        fit, held_out = sample.fit, sample.held_out
         if sample.intercept:
             # An intercept moves the means to zero; on held-out images, it is that of the fit.
             means = fit.means
             fit, held_out = fit.about(*means), held_out.about(*means)
         ridge = self.options.ridge or best_ridge(old, fit.of(features), held_out.of(features))
         # The ridge is chosen; from here on, the held-out images are fitted as well.
-        x_mean, y_mean = whole.means
-        if sample.intercept:
-            whole = whole.about(x_mean, y_mean)
+        sampled = sample.whole  # made once: it can take 2 GiB
+        x_mean, y_mean = sampled.means
+        whole = sampled.about(x_mean, y_mean) if sample.intercept else sampled
         part = whole.of(features)
         fitted = ridge_towards(old, part.xx.cpu().numpy(), part.xy.cpu().numpy(), ridge)
         new = torch.zeros_like(removal)
@@ -231,7 +231,7 @@ class Regression(ReconstructionPruner[RegressionOptions]):
         if bias is not None:
             bias += y_mean - new.flatten(1) @ x_mean
         current.rewrite(reader.layer, weight, bias)
-        errors = sample.whole.error(removal), whole.error(new)
+        errors = sampled.error(removal), whole.error(new)
         message = "%s: keeps %d input channels; error %.4f after removal, %.4f after reconstruction (ridge %.0e)"
         log.info(message, reader.layer, int(stays.sum()), *errors, ridge)
 

@@ -91,6 +91,7 @@ def key_parts(
     }
     if ":" in (init or ""):
         network["init_source"] = source_digest(initialiser(str(init)), str(init))
+    options = config.pruner.key()
     source = None if config.pruner.name in PRUNERS else source_digest(type(pruner), config.pruner.name)
     hooks = pruner.sparse(target) if pruner.trains_sparse else None
     training = {
@@ -102,12 +103,12 @@ def key_parts(
     return KeyParts(
         training={"data": data, "training": training, "seed": config.seed, "network": network},
         pruner={
-            **config.pruner.key(),
+            **options,
             **({"revision": pruner.revision} if pruner.revision > 1 else {}),
             "source": source,
             "seed": config.seed,
             # An option of the same name says how many are sampled.
-            **({"sampled": config.pruner.key()["images"]} if "images" in config.pruner.key() else {}),
+            **({"sampled": options["images"]} if "images" in options else {}),
             "images": {**data, "batch_size": batch_size} if pruner.needs_data else None,
         },
         sparse={"name": config.pruner.name, "source": source, **hooks.key} if hooks else None,
