@@ -1,13 +1,13 @@
 """``python -m rethink_prune.export STAGE``: take a network out of its store, test it elsewhere, or measure it."""
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rethink_prune.commands.network import add_network_arguments, check_device
 from rethink_prune.errors import UserError
 from rethink_prune.files import COST_FILE, SUMMARY_FILE, write_json
 from rethink_prune.imports import import_object
@@ -34,7 +34,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     description = "Take the network of a finished stage out of its store; or test it on other images; or measure it."
     evaluate = "instead, evaluate it on the test images of a data set, given as for a study: dataset=cifar10 ..."
     cost = "instead, measure it against the unpruned network, while nothing else should run; for a run, also into its "
-    factory = "what builds a network of your own, or torchvision's"
     parser = argparse.ArgumentParser(prog="rethink-prune-export", description=description)
     parser.add_argument("stage", type=Path, help="the stage's folder, STORE/stages/<kind>-<key>; for --cost also a run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where weights and architecture go (export/<stage>)")
@@ -42,14 +41,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--evaluate", nargs="+", metavar="OVERRIDE", help=evaluate)
     instead.add_argument("--cost", action="store_true", help=f"{cost}{COST_FILE}")
-    parser.add_argument("--factory", metavar="path.to.module:factory", help=factory)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    add_network_arguments(parser)
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="of --cost (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what --evaluate or --cost found")
     options = parser.parse_args(arguments)
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", options.device) is None:
-        parser.error(f"argument --device: {options.device}: must be auto, cpu, cuda or cuda:N")
+    check_device(parser, options.device)
     if options.rounds < 1:
         parser.error(f"argument --rounds: {options.rounds}: must be a whole number from 1")
     return options

@@ -1,12 +1,12 @@
 """``python -m rethink_prune.sensitivity RUN_OR_STAGE``: what pruning each layer alone does to a finished network."""
 
 import argparse
-import re
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+from rethink_prune.commands.network import add_network_arguments, check_device
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically
 from rethink_prune.imports import import_object
@@ -32,7 +32,6 @@ def _parse_scan(arguments: list[str] | None) -> argparse.Namespace:
     ratios = "shares to remove, between commas (%(default)s)"
     pruner = "a pruner's name, or path.to.module:Class (the run's; l1 for a stage)"
     dataset = "the images, given as for a study: dataset=cifar10 dataset.root=... (the run's)"
-    factory = "what builds a network of your own, or torchvision's"
     parser = argparse.ArgumentParser(prog="rethink-prune-sensitivity", description=description)
     parser.add_argument("source", type=Path, metavar="RUN_OR_STAGE", help="a run's folder, or that of a stage large")
     parser.add_argument("--ratios", default="0.1,0.3,0.5,0.7,0.9", metavar="R,R,...", help=ratios)
@@ -40,12 +39,9 @@ def _parse_scan(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", nargs="+", default=[], metavar="OVERRIDE", help=dataset)
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate on N test images (all)")
     parser.add_argument("--out", type=Path, default=Path("sensitivity"), metavar="FOLDER", help="(%(default)s)")
-    parser.add_argument("--factory", metavar="path.to.module:factory", help=factory)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    add_network_arguments(parser)
     options = parser.parse_args(arguments)
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", options.device) is None:
-        parser.error(f"argument --device: {options.device}: must be auto, cpu, cuda or cuda:N")
+    check_device(parser, options.device)
     if options.limit is not None and options.limit < 1:
         parser.error(f"argument --limit: {options.limit}: must be a whole number from 1")
     return options
