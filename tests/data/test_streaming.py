@@ -417,6 +417,21 @@ def test_workers_outlive_the_signals_that_tell_a_study_to_stop(photographs: Imag
     assert len(first + list(passing)) == 9
 
 
+def test_workers_outlive_the_same_signals_while_they_start(
+    photographs: ImageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install = workers_module._outlive_signals
+
+    def late(worker: int) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
+        install(worker)
+
+    monkeypatch.setattr(workers_module, "_outlive_signals", late)
+    assert len(list(train_batches(photographs, batch_size=2, workers=2).epoch(0))) == 9
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
+
+
 @pytest.mark.slow
 def test_a_process_with_workers_ends_at_once_and_leaves_none(photographs: ImageFiles, tmp_path: Path) -> None:
     program = f"""

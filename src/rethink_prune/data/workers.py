@@ -24,6 +24,7 @@ from rethink_prune.seeds import derive_generator
 
 _PREFETCH = 2  # batches under way per worker
 _MOST_WORKERS = 16
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # what tells a study to finish its step and save
 _GRACE = 10  # seconds for which a worker goes on after a SIGTERM
 _DYING = 2.0  # seconds that a dying worker may take
 
@@ -209,9 +210,12 @@ class WorkerPool:
         others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
         if getattr(handler, "__module__", "").startswith("torch."):  # of a loader before
             handler = signal.SIG_DFL
+        # A worker that is told to stop before it can outlive that would end without a word.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             iterator = iter(self._loader)
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             if threading.current_thread() is threading.main_thread():  # others may not set handlers
                 signal.signal(signal.SIGCHLD, handler)
         self._processes += [process for process in multiprocessing.active_children() if process not in others]
@@ -236,3 +240,4 @@ def _outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)  # blocked while workers start
