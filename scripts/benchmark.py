@@ -89,6 +89,7 @@ from rethink_prune.data.normalization import Normalization
 from rethink_prune.data.streamed_images import StreamedImages
 from rethink_prune.data.workers import BatchReader
 from rethink_prune.errors import UserError
+from rethink_prune.outputs import loss_and_correct
 from rethink_prune.pruning import PRUNERS, find_pruner
 from rethink_prune.surgery import cut
 from rethink_prune.surgery.channels import analyse
@@ -202,9 +203,12 @@ def empty_side(model: nn.Module, split: ImageArray, device: torch.device, precis
     run = framework_side(model, split, device, precision)
     loss, logits = torch.zeros((), device=device), torch.zeros(BATCH_SIZE, 10, device=device)
 
+    def no_step(images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        return loss_and_correct(loss, logits[: len(labels)], labels)
+
     def run_empty() -> object:
         with (
-            mock.patch.object(loop, "build_step", return_value=lambda *batch: (loss, logits)),
+            mock.patch.object(loop, "build_step", side_effect=lambda *parts, **options: no_step),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # that the schedule advances without the optimiser

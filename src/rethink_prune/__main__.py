@@ -22,7 +22,11 @@ def run(tree: DictConfig) -> None:
     job = HydraConfig.get()
     # With hydra.job.chdir=true a job starts in its own folder, but paths are relative to where the command was started.
     os.chdir(job.runtime.cwd)
-    with sweeps.record_outcome(job), sweeps.wait_for_requeue(), Interrupts(sweeps.stop_signals()) as interrupts:
+    with (
+        sweeps.record_outcome(job) as outcome,
+        sweeps.wait_for_requeue(),
+        Interrupts(sweeps.stop_signals()) as interrupts,
+    ):
         # Imported here: Hydra's --help and its errors need no torch.
         from rethink_prune.study.prepare import check_config
         from rethink_prune.study.run import run_study
@@ -31,7 +35,11 @@ def run(tree: DictConfig) -> None:
         plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
         plain["device"] = sweeps.choose_device(plain["device"], job)
         folder, experiment = Path(job.runtime.output_dir), job.runtime.choices.get("experiment")
-        run_study(check_config(plain), folder, interrupts, experiment=experiment, processes=this_process())
+        config = check_config(plain)
+        if sweeps.is_packed(plain, job):
+            outcome.update(state=sweeps.PLANNED, study=plain, experiment=experiment)
+            return
+        run_study(config, folder, interrupts, experiment=experiment, processes=this_process())
 
 
 def run_as_one_of_several(*, is_first: bool) -> None:

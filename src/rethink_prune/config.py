@@ -362,6 +362,7 @@ class StudyConfig(Frozen):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     accelerate: Literal["auto", "compile", "off"] = "auto"
+    together: Literal["auto"] | Count = "auto"
     deterministic: bool = False
     sync_batchnorm: bool = True
     dry_run: bool = False

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,7 +22,6 @@ def main_output(output: Any) -> Any:
 
     Examples
     --------
-    >>> import torch
     >>> main_output({"aux": torch.zeros(1), "out": torch.ones(1)})
     tensor([1.])
     >>> main_output((torch.ones(1), torch.zeros(1)))
@@ -51,6 +51,18 @@ def output_loss(output: Any, labels: Tensor, *, label_smoothing: float = 0.0) ->
         if logits is not None:  # of a head that is switched off
             loss = loss + weight * cross_entropy(logits)
     return loss
+
+
+def loss_and_correct(loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed loss of a batch and how many of its images are classified correctly, on their device.
+
+    Examples
+    --------
+    >>> loss_and_correct(torch.tensor(1.5), torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+    tensor([1.5000, 1.0000], dtype=torch.float64)
+    """
+    # Double, because in float32 the sum over an epoch of a million images loses digits.
+    return torch.stack([loss_sum.double(), (logits.argmax(1) == labels).sum().double()])
 
 
 def unused_outputs(output: Any) -> bool:

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rethink_prune.errors import UserError
-from rethink_prune.training.runtime import SEARCH_STEPS, Runtime, prepare_runtime, search_algorithms
+from rethink_prune.training.runtime import COMPILE_STEPS, SEARCH_STEPS, Runtime, Speed, prepare_runtime
 
 CPU = torch.device("cpu")
 
@@ -139,11 +141,18 @@ def test_a_whole_study_sets_deterministic_before_it_asks_for_the_device(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("steps", "deterministic", "expected"),
-    [(SEARCH_STEPS, False, False), (SEARCH_STEPS + 1, False, True), (SEARCH_STEPS + 1, True, False)],
+    ("steps", "options", "expected"),
+    [
+        (SEARCH_STEPS, {}, Speed(compiles=False, searches=False)),
+        (SEARCH_STEPS + 1, {}, Speed(compiles=False, searches=True)),
+        (COMPILE_STEPS + 1, {}, Speed(compiles=True, searches=True)),
+        (COMPILE_STEPS + 1, {"accelerate": "off"}, Speed(compiles=False, searches=True)),
+        (COMPILE_STEPS + 1, {"deterministic": True}, Speed(compiles=False, searches=False)),
+        (COMPILE_STEPS + 1, {"device": torch.device("cpu")}, Speed(compiles=False, searches=False)),
+        (1, {"accelerate": "compile"}, Speed(compiles=True, searches=False)),
+    ],
 )
-def test_kernels_are_searched_where_a_training_is_long_enough(steps: int, deterministic: bool, expected: bool) -> None:
-    before = torch.backends.cudnn.benchmark
-    with search_algorithms(steps, deterministic=deterministic):
-        assert torch.backends.cudnn.benchmark is expected
-    assert torch.backends.cudnn.benchmark is before
+def test_what_takes_time_at_first_is_for_trainings_that_are_long_enough(
+    steps: int, options: dict[str, Any], expected: Speed
+) -> None:
+    assert replace(Runtime(torch.device("cuda"), "bf16"), **options).choose(steps) == expected

@@ -21,7 +21,7 @@ from rethink_prune.training.evaluate import evaluate
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress, Row
-from rethink_prune.training.runtime import Runtime
+from rethink_prune.training.runtime import Runtime, Speed
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
 from rethink_prune.training.step import build_step
 from rethink_prune.training.train import Diverged, train
@@ -364,7 +364,7 @@ def test_labels_are_smoothed_in_training_alone(tmp_path: Path) -> None:
         runtime=Runtime(CPU, "fp32"),
         label_smoothing=0.5,
     )
-    loss, _ = step(logits, labels)
+    loss, _ = step(logits, labels) / 6
     chances = torch.full((6, 4), 0.5 / 4) + 0.5 * nn.functional.one_hot(labels, 4)
     assert loss == pytest.approx((-chances * model(logits).log_softmax(1)).sum(1).mean().item(), rel=1e-5)
 
@@ -383,22 +383,26 @@ def test_top5_counts_every_image_whose_class_is_among_five() -> None:
         assert result.top1 == 100 * len(range(0, 50, classes)) / 50
 
 
-@pytest.mark.parametrize(
-    ("least", "deterministic", "expected"), [(11, False, True), (12, False, False), (11, True, False)]
-)
-def test_kernels_are_searched_in_trainings_of_enough_steps(
-    least: int, deterministic: bool, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_training_of_so_many_steps_takes_is_set_again_before_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Noticing(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            found.add(torch.backends.cudnn.benchmark)
+            if self.training:
+                found.append(torch.backends.cudnn.benchmark)
+                torch.backends.cudnn.benchmark = False  # as another training would in its turn
             return super().forward(x)
 
-    found: set[bool] = set()
-    monkeypatch.setattr("rethink_prune.training.runtime.SEARCH_STEPS", least)
-    # Three epochs of four steps.
-    run(Noticing(nn.Flatten(), nn.Linear(192, 4)), tmp_path, deterministic=deterministic)
-    assert found == {expected}
+    def choose(runtime: Runtime, steps: int) -> Speed:
+        asked.append(steps)
+        return Speed(compiles=False, searches=True)
+
+    found: list[bool] = []
+    asked: list[int] = []
+    monkeypatch.setattr(Runtime, "choose", choose)
+    run(Noticing(nn.Flatten(), nn.Linear(192, 4)), tmp_path)
+    assert asked == [12], "three epochs of four steps"
+    assert found == [True] * 12
 
 
 def test_adamw_is_torchs() -> None:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rethink_prune.training.interrupts import SIGNALS
 log = logging.getLogger(__name__)
 
 OUTCOME_FILE = "outcome.json"
+PLANNED = "planned"  # the state of a job that is left for the end of its multirun
 
 
 def job_device(number: int, gpus: int) -> str:
@@ -71,27 +72,34 @@ class StartSweep(Callback):
 
 
 @contextmanager
-def record_outcome(run: HydraConf) -> Iterator[None]:
+def record_outcome(run: HydraConf) -> Iterator[dict[str, Any]]:
     """Run the body as a job of a multirun: write an error to the log and to ``outcome.json`` instead of raising it.
 
-    Outside of a multirun, errors pass.
+    Outside of a multirun, errors pass. What the body puts into the mapping that it gets is written as well.
     """
     if run.mode != RunMode.MULTIRUN:
-        yield
+        yield {}
         return
-    file = Path(run.runtime.output_dir) / OUTCOME_FILE
-    job = {"job": run.job.num, "overrides": list(run.overrides.task)}
+    with write_outcome(Path(run.runtime.output_dir), run.job.num, list(run.overrides.task)) as outcome:
+        yield outcome
+
+
+@contextmanager
+def write_outcome(folder: Path, number: int, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Run the body as a job, and write to ``outcome.json`` in its folder what became of it."""
+    file, job = folder / OUTCOME_FILE, {"job": number, "overrides": list(overrides)}
+    outcome = {"state": "done"}
     # A job whose process is killed leaves this.
     write_json(file, {**job, "state": "running"})
     try:
-        yield
+        yield outcome
     except Exception as error:
         is_user_error = isinstance(error, UserError)
         reason = str(error) if is_user_error else f"{type(error).__name__}: {error}"
-        log.error("job %s failed: %s", run.job.num, reason, exc_info=not is_user_error)
+        log.error("job %s failed: %s", number, reason, exc_info=not is_user_error)
         write_json(file, {**job, "state": "failed", "reason": reason})
     else:
-        write_json(file, {**job, "state": "done"})
+        write_json(file, {**job, **outcome})
 
 
 @contextmanager
@@ -101,16 +109,23 @@ def raise_if_jobs_failed() -> Iterator[None]:
         yield
     except SystemExit:
         # A launcher gave up, and Hydra has printed why.
-        _check_outcomes()
+        _end_sweep()
         raise
-    _check_outcomes()
+    _end_sweep()
 
 
-def _check_outcomes() -> None:
+def _end_sweep() -> None:
+    """Run the studies that were left for the end, and raise if any job failed."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return
-    files = Path(HydraConfig.get().sweep.dir).rglob(OUTCOME_FILE)
-    jobs = [{**json.loads(file.read_text()), "folder": file.parent} for file in files]
+    sweep = Path(HydraConfig.get().sweep.dir)
+    planned = [job for job in _outcomes(sweep) if job["state"] == PLANNED]
+    if planned:
+        # Imported here: it needs torch.
+        from rethink_prune.commands.packing import run_packed
+
+        run_packed(sorted(planned, key=lambda job: job["job"]))
+    jobs = _outcomes(sweep)
     failed = sorted((job for job in jobs if job["state"] != "done"), key=lambda job: job["job"])
     if failed:
         lines = [f"{len(failed)} of {len(jobs)} jobs failed; the same command again does only what is missing:"]
@@ -118,6 +133,19 @@ def _check_outcomes() -> None:
             reason = job.get("reason", f"ended without a word (killed, or out of memory?); see {job['folder']}")
             lines += [f"#{job['job']} {' '.join(job['overrides'])}", *(f"    {line}" for line in reason.splitlines())]
         raise UserError("\n".join(lines))
+
+
+def _outcomes(sweep: Path) -> list[dict[str, Any]]:
+    return [{**json.loads(file.read_text()), "folder": file.parent} for file in sweep.rglob(OUTCOME_FILE)]
+
+
+def is_packed(plain: Mapping[str, Any], run: HydraConf) -> bool:
+    """Tell whether a job is left for the end of its multirun, to share a device with others in one process."""
+    if run.mode != RunMode.MULTIRUN or run.runtime.choices["hydra/launcher"] != "joblib" or plain["dry_run"]:
+        return False
+    if plain["together"] == "auto":
+        return plain["device"] != "cpu" and _count_gpus() > 0
+    return isinstance(plain["together"], int) and plain["together"] > 1
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

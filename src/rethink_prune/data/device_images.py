@@ -1,4 +1,4 @@
-"""Batches from images that live on the device as bytes, augmented there a whole batch at a time.
+"""Batches from images that live on the device as bytes, augmented there a whole batch, or many, at a time.
 
 The draws of an epoch (order, crop offsets, flips) are made at once and belong to positions in the epoch, not to
 batches. So they are the same for every batch size, and for an epoch that is resumed in its middle.
@@ -12,6 +12,9 @@ import torch
 from rethink_prune.data.normalization import Batch, Normalization
 from rethink_prune.data.source import ImageArray
 from rethink_prune.seeds import derive_generator
+
+# Of normalised images that are made at once on a GPU: some 80 batches of 64 images of CIFAR.
+_BYTES_AT_ONCE = 64 << 20
 
 
 class EpochDraws(NamedTuple):
@@ -49,6 +52,23 @@ def draw_epoch(images: int, *, pad: int, flip: bool, seed: int, epoch: int) -> E
     return EpochDraws(order, top, left, mirrored & flip)
 
 
+def blocks_of(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Group the sizes of batches that follow each other, each group with at most `limit` images or a single batch.
+
+    Examples
+    --------
+    >>> blocks_of([4, 4, 4, 2], 8), blocks_of([4, 2], 0)
+    ([[4, 4], [4, 2]], [[4], [2]])
+    """
+    blocks: list[list[int]] = []
+    for size in sizes:
+        if blocks and sum(blocks[-1]) + size <= limit:
+            blocks[-1].append(size)
+        else:
+            blocks.append([size])
+    return blocks
+
+
 class DeviceImages:
     """Images on the device, with the usual augmentation: zero padding, random crop, horizontal flip.
 
@@ -84,6 +104,9 @@ class DeviceImages:
         self._flip = flip
         self._seed = seed
         self._padded_size = images.images.shape[1] + 2 * pad  # images are square
+        # A GPU takes as long to start the work for one batch as for many. A CPU is fastest with what fits its caches.
+        of_image = images.images[0].numel() * torch.float32.itemsize
+        self._at_once = _BYTES_AT_ONCE // of_image if self._pixels.is_cuda else 0
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -96,34 +119,40 @@ class DeviceImages:
 
     def train(self, epoch: int, parts: Sequence[slice]) -> Iterator[Batch]:
         """Yield a batch for every part of the shuffled and augmented epoch."""
-        order, windows = self._plan(epoch, parts)
-        for part in parts:
-            pixels = self._pixels.index_select(0, order[part])
+        blocks = blocks_of([part.stop - part.start for part in parts], self._at_once)
+        orders, windows = self._plan(epoch, parts, [sum(block) for block in blocks])
+        for block, order, window in zip(blocks, orders, windows, strict=True):
+            pixels = self._pixels.index_select(0, order)
             if self._pad or self._flip:
-                pixels = self._augment(pixels, windows[part])
-            yield self._normalize(pixels), self._labels.index_select(0, order[part])
+                pixels = self._augment(pixels, window)
+            labels = self._labels.index_select(0, order)
+            yield from zip(self._normalize(pixels).split(block), labels.split(block), strict=True)
 
-    def _plan(self, epoch: int, parts: Sequence[slice]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the order of an epoch and, for `_augment`, the pixel at which each image's crop starts."""
+    def _plan(
+        self, epoch: int, parts: Sequence[slice], sizes: Sequence[int]
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """Return, for blocks of these sizes, which images they hold and, for `_augment`, where each one's crop starts.
+
+        The blocks follow each other in the sequence of `parts`.
+        """
         draws = draw_epoch(len(self), pad=self._pad, flip=self._flip, seed=self._seed, epoch=epoch)
-        # Crops are cut out of one batch: what counts is an image's place in the batch that this process makes.
-        place = torch.zeros(len(self), dtype=torch.int64)
-        for part in parts:
-            place[part] = torch.arange(part.stop - part.start)
+        positions = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+        # Crops are cut out of one block: what counts is an image's place there.
+        place = torch.cat([torch.arange(size) for size in sizes])
         if self._flip:
-            place = 2 * place + draws.flip
-        windows = (place * self._padded_size + draws.top) * self._padded_size + draws.left
-        plan = torch.stack([draws.order, windows])
+            place = 2 * place + draws.flip[positions]
+        windows = (place * self._padded_size + draws.top[positions]) * self._padded_size + draws.left[positions]
+        plan = torch.stack([draws.order[positions], windows])
         if self._pixels.is_cuda:
             # Pinned, so that the host does not wait for the copy, which is the only one in an epoch.
             plan = plan.pin_memory().to(self._pixels.device, non_blocking=True)
-        return plan[0], plan[1]
+        return plan[0].split(list(sizes)), plan[1].split(list(sizes))
 
     def _augment(self, images: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """Cut every image's crop out of the padded batch: uint8, B x H x W x C, in and out.
+        """Cut every image's crop out of the padded block: uint8, B x H x W x C, in and out.
 
-        A crop is a window of the padded batch that starts at a certain pixel and steps down by padded rows. With flips,
-        the padded batch holds each image next to its mirror image, and the window chooses between them.
+        A crop is a window of the padded block that starts at a certain pixel and steps down by padded rows. With flips,
+        the padded block holds each image next to its mirror image, and the window chooses between them.
         """
         batch, height, width, channels = images.shape
         size, variants = self._padded_size, 2 if self._flip else 1

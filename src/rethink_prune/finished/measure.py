@@ -4,7 +4,6 @@
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from statistics import median
@@ -22,7 +21,7 @@ from rethink_prune.surgery.architecture import Architecture, apply_masks
 from rethink_prune.surgery.cut import reshape
 from rethink_prune.text import markdown, size
 from rethink_prune.training.recording import WARM_UP, CudaRecorder, warn_not_recorded
-from rethink_prune.training.runtime import describe_device, search_algorithms
+from rethink_prune.training.runtime import Speed, describe_device
 
 log = logging.getLogger(__name__)
 
@@ -89,26 +88,26 @@ def measure_stage(
         return made.contiguous(memory_format=torch.channels_last)
 
     # Networks in use run for long, so that cuDNN's search pays.
-    with search_algorithms(math.inf):
-        full = None
-        recorder = usable_recorder(CudaRecorder(device), models, images(1)) if device.type == "cuda" else None
-        batch_sizes = dict.fromkeys(BATCH_SIZES)
-        if device.type == "cuda":
-            full = full_batch(partial(_rates, models, images, recorder), BATCH_SIZES[-1])
-            batch_sizes[full] = None
-        for batch_size in batch_sizes:
-            batch = images(batch_size)
-            times = time_networks(models, batch, recorder, rounds=rounds)
-            for name, model in models.items():
-                networks[name]["batches"][str(batch_size)] = {
-                    "seconds": _spread(times[name]),
-                    "images_per_second": _spread(batch_size / seconds for seconds in times[name]),
-                    "peak_memory_bytes": pass_memory(model, batch),
-                }
-            if "pruned" in times:
-                # Round by round: the networks take turns, so a slow moment of the machine slows both.
-                pairs = zip(times["large"], times["pruned"], strict=True)
-                speedup[str(batch_size)] = _spread(large / pruned for large, pruned in pairs)
+    Speed(compiles=False, searches=True).apply()
+    full = None
+    recorder = usable_recorder(CudaRecorder(device), models, images(1)) if device.type == "cuda" else None
+    batch_sizes = dict.fromkeys(BATCH_SIZES)
+    if device.type == "cuda":
+        full = full_batch(partial(_rates, models, images, recorder), BATCH_SIZES[-1])
+        batch_sizes[full] = None
+    for batch_size in batch_sizes:
+        batch = images(batch_size)
+        times = time_networks(models, batch, recorder, rounds=rounds)
+        for name, model in models.items():
+            networks[name]["batches"][str(batch_size)] = {
+                "seconds": _spread(times[name]),
+                "images_per_second": _spread(batch_size / seconds for seconds in times[name]),
+                "peak_memory_bytes": pass_memory(model, batch),
+            }
+        if "pruned" in times:
+            # Round by round: the networks take turns, so a slow moment of the machine slows both.
+            pairs = zip(times["large"], times["pruned"], strict=True)
+            speedup[str(batch_size)] = _spread(large / pruned for large, pruned in pairs)
     return {
         "format": "rethink-prune cost 1",
         "stage": stage.name,

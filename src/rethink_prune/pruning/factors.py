@@ -290,7 +290,7 @@ class ScalingFactors(TrainingHooks):
             factor, before = module.factor, module.factor_before
             if factor.grad is None:  # its layer took no part in this step
                 continue
-            proximal = F.softshrink(factor - lr * factor.grad, lr * self._strength).clamp_(min=0)
+            proximal = (factor - lr * factor.grad - lr * self._strength).clamp_(min=0)
             factor.copy_((proximal + self._momentum * (proximal - before)).clamp_(min=0))
             before.copy_(proximal)
             factor.grad = None

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_json
+from rethink_prune.turns import turn_given_away
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,8 @@ class OwnedFolder:
                 heartbeat, since = status.get("heartbeat"), now
             elif now - since >= STALE_SECONDS:
                 self._take_over(heartbeat)
-            time.sleep(POLL_SECONDS)
+            with turn_given_away():
+                time.sleep(POLL_SECONDS)
 
     def _take_over(self, heartbeat: float | None) -> None:
         # A killed process's lock can live on in its children, and on some network file systems. Removing the lock file

@@ -93,7 +93,7 @@ class Store:
 
     @property
     def cache(self) -> Path:
-        """Folder for what can be made again at any time: decoded images."""
+        """Folder for what can be made again at any time: decoded images, compiled code."""
         return self.root / "cache"
 
     def stage(self, name: str) -> Stage:

@@ -1,5 +1,6 @@
 """From a configuration to the parts of a study, with everything checked that can be wrong before any training."""
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -102,6 +103,8 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
         checkpoint_seconds=config.store.checkpoint_seconds,
         show_progress=sys.stderr.isatty() and processes.is_first,
     )
+    # What torch.compile makes is kept for other processes; elsewhere, a system clears it away.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(store.cache / "compiled"))
     inputs = Inputs(config.dataset, config.recipe, config.seed, runtime, processes, store.cache)
     pruner = find_pruner(config.pruner.name)(config.pruner)
     networks = Networks(config.model, inputs.info, config.seed)

@@ -9,6 +9,7 @@ if its key is there, and is computed otherwise. Where several processes train to
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rethink_prune.errors import UserError
 from rethink_prune.files import write_json
 from rethink_prune.store.stage import Done
 from rethink_prune.study.keys import add_keys, shared_by_processes
-from rethink_prune.study.plan import plan_arms, plan_content
+from rethink_prune.study.plan import StageSpec, plan_arms, plan_content
 from rethink_prune.study.prepare import check_config, prepare_study
 from rethink_prune.study.stages import Runner
 from rethink_prune.study.summary import Summary
@@ -27,6 +28,7 @@ from rethink_prune.surgery.cut import reshape
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.runtime import describe_device
+from rethink_prune.training.together import arms_at_once, train_together
 from rethink_prune.training.train import Diverged
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ def run_study(
     auto = " (auto)" if config.precision == "auto" else ""
     log.info("%s, precision %s%s", describe_device(study.runtime.device), study.runtime.precision, auto)
     planned = {spec.title: spec for spec in add_keys(stages, study.parts, {})}
+    at_once = arms_at_once(config.together, study.runtime.device, processes, study.inputs.train_batches)
     runner = Runner(study, run_dir, interrupts, list(planned.values()))
     summary = Summary(run_dir, study, experiment)
     done: dict[str, Done] = {}
@@ -111,10 +114,13 @@ def run_study(
     if pruned.cost is not None and not study.target.known:
         lengths = ", ".join(f"{spec.title} {spec.optimizer.epochs} epochs" for spec in arms if spec.optimizer)
         log.info("pruned: %s parameters, %.4g MACs; %s", f"{pruned.cost.params:,}", pruned.cost.macs, lengths)
-    for spec in arms:
+
+    def run_arm(spec: StageSpec) -> None:
         parent = done.get(spec.parent or "")
         summary.begin(spec, parent)
         summary.add_arm(spec.title, runner.run(spec, parent))
+
+    train_together([partial(run_arm, spec) for spec in arms], at_once=at_once, device=study.runtime.device)
     summary.finish()
     return summary.content
 

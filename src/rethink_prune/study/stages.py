@@ -6,6 +6,7 @@ The runner alone knows locks, heartbeats, checkpoints and progress. What a stage
 import logging
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from rethink_prune.tracking.tensorboard import ArmEvents
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Row
-from rethink_prune.training.runtime import peak_memory, reset_peak_memory
+from rethink_prune.training.runtime import describe_device, peak_memory, reset_peak_memory
+from rethink_prune.training.schedule import OptimizerSpec
 from rethink_prune.training.train import Diverged
+from rethink_prune.turns import number_at_once
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +51,13 @@ class Runner:
         self._study = study
         self._run_dir = run_dir
         self._interrupts = interrupts
-        self._planned_flops: dict[str, int | None] = {}
+        self._flops_left: dict[str, int | None] = {}
         self._timed: set[str] = set()
         self.replan(stages)
 
     def replan(self, stages: Sequence[StageSpec]) -> None:
         """Take stages as they are planned by now, to say how much time is left."""
-        self._planned_flops |= {spec.title: spec.train_flops for spec in stages}
+        self._flops_left |= {spec.title: spec.train_flops for spec in stages}
 
     def run(self, spec: StageSpec, parent: Done | None = None) -> Done | Failed:
         """Return a stage from the store, or do its work.
@@ -87,6 +90,7 @@ class Runner:
                 with stage.hold():
                     # Another process may have finished it while this one waited for the lock.
                     result = stage.result(started) or self._do(spec, stage, parent, events)
+            self._flops_left[spec.title] = 0
             if isinstance(result, Failed):
                 return result
             if events is not None:
@@ -103,6 +107,8 @@ class Runner:
         images = {"mean": list(dataset.mean), "std": list(dataset.std)}
         config = {"network": network, "images": images, "key": dict(spec.key or {}), "title": spec.title}
         config["seed"] = self._study.config.seed
+        if spec.optimizer is not None:
+            config["computed"] = self._how_computed(spec.optimizer)
         stage.begin(config, parent.started if parent else None)
 
         def on_epoch(rows: list[Row]) -> None:
@@ -126,7 +132,7 @@ class Runner:
         except Interrupted:
             stage.stop()
             raise
-        result = {**product.result, "peak_memory_bytes": peak_memory(device)}
+        result = {**product.result, "peak_memory_bytes": peak_memory(device), **_shared()}
         stage.finish(result, files=(MODEL_FILE, SAMPLE_FILE, "architecture.json"))
         # Only now: a kill before this line goes on from the last checkpoint.
         checkpoints.clear()
@@ -142,17 +148,26 @@ class Runner:
 
     def _log_time_left(self, spec: StageSpec, rows: list[Row]) -> None:
         """Say how long the rest of the study will take, once in each stage, when it has found its pace."""
+        if spec.cost is None or spec.train_flops is None:
+            return
+        trained = sum(spec.cost.train_flops(int(row["images"])) for row in rows)
+        self._flops_left[spec.title] = spec.train_flops - trained
         pace = steady_pace(rows)
-        if pace is None or spec.title in self._timed or spec.cost is None:
+        if pace is None or spec.title in self._timed:
             return
         self._timed.add(spec.title)
-        titles = list(self._planned_flops)
-        left = [self._planned_flops[title] for title in titles[titles.index(spec.title) :]]
-        trained = sum(spec.cost.train_flops(int(row["images"])) for row in rows)
         per_epoch = spec.cost.train_flops(int(rows[-1]["images"]))
-        seconds = pace / per_epoch * (sum(flops or 0 for flops in left) - trained)
+        left = self._flops_left.values()
+        # The others that train at once are as fast as this one.
+        seconds = pace / per_epoch * sum(flops or 0 for flops in left) / number_at_once()
         rest = f"about {duration(seconds)} more" + (", and what follows pruning" if None in left else "")
         log.info("%s: an epoch takes %.1f s; the study will take %s", spec.title, pace, rest)
+
+    def _how_computed(self, optimizer: OptimizerSpec) -> dict[str, Any]:
+        """Return what a training does for speed; nothing of it is part of a key."""
+        runtime, batches = self._study.runtime, self._study.inputs.train_batches
+        speed = runtime.choose(optimizer.epochs * batches.steps_per_epoch)
+        return {"device": describe_device(runtime.device), "precision": runtime.precision, **asdict(speed), **_shared()}
 
     def _what_is_missing(self, spec: StageSpec) -> str:
         """Return why a stage cannot run: a training that failed before it."""
@@ -160,3 +175,9 @@ class Runner:
         if spec.optimizer is None or spec.architecture is None:
             return f"{failed} failed, so it is not known what is pruned"
         return f"{failed} failed, so there is no pruned network to start from"
+
+
+def _shared() -> dict[str, int]:
+    """Return how many trainings shared the device, whose time and memory are those of all; nothing for one alone."""
+    number = number_at_once()
+    return {"together": number} if number > 1 else {}

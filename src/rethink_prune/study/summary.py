@@ -61,14 +61,12 @@ class Summary:
         if spec.key is None or spec.optimizer is None or spec.train_flops is None:
             return
         before = parent.flops_total if parent else 0
-        self.content["unfinished"] = {
-            spec.title: {
-                "status": "unfinished",
-                "epochs": spec.optimizer.epochs,
-                "train_flops": spec.train_flops,
-                "train_flops_total": None if before is None else before + spec.train_flops,
-                "stage": str(self.study.store.stage(stage_name(spec.kind, spec.key)).folder),
-            }
+        self.content.setdefault("unfinished", {})[spec.title] = {
+            "status": "unfinished",
+            "epochs": spec.optimizer.epochs,
+            "train_flops": spec.train_flops,
+            "train_flops_total": None if before is None else before + spec.train_flops,
+            "stage": str(self.study.store.stage(stage_name(spec.kind, spec.key)).folder),
         }
         self._write()
 
@@ -113,7 +111,9 @@ class Summary:
             # Fine-tuning has the search among its ancestors already.
             search = self._search_flops if ARMS[name].network == "pruned" and ARMS[name].weights == "fresh" else 0
             entry["train_flops_with_search"] = None if total is None or search is None else total + search
-        self.content["arms"][name] = entry
+        # Those that trained at once end in an order of their own.
+        ended = {**self.content["arms"], name: entry}
+        self.content["arms"] = {arm: ended[arm] for arm in self.study.config.arms if arm in ended}
         self._write()
 
     def finish(self) -> None:
@@ -130,7 +130,9 @@ class Summary:
             raise UserError("; ".join(f"{name} failed: {reason}" for name, reason in failed.items()))
 
     def _entry(self, title: str, outcome: Done | Failed) -> dict[str, Any]:
-        self.content.pop("unfinished", None)
+        self.content.get("unfinished", {}).pop(title, None)
+        if not self.content.get("unfinished"):
+            self.content.pop("unfinished", None)
         if isinstance(outcome, Failed):
             return {"status": "failed", "reason": outcome.reason, "epoch": outcome.epoch}
         self._stages[title] = outcome.stage.name

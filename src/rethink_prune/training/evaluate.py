@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from rethink_prune.data.batches import EvalBatches
-from rethink_prune.outputs import main_output
+from rethink_prune.outputs import loss_and_correct, main_output
 from rethink_prune.seeds import seeded
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.hooks import TrainingHooks
-from rethink_prune.training.recording import CudaRecorder, Outputs, Recorded, Work, why_not_recorded
+from rethink_prune.training.recording import CudaRecorder, Recorded, Work, why_not_recorded
 from rethink_prune.training.runtime import Runtime
+
+Outputs = tuple[torch.Tensor, torch.Tensor]
+Score = Work[Outputs]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def evaluate(
     *,
     runtime: Runtime,
     processes: Processes = ALONE,
-    score: Work | None = None,
+    score: Score | None = None,
 ) -> Evaluation:
     """Evaluate `model` on every image of `batches`; each image is counted once, by one of the processes.
 
@@ -82,7 +85,7 @@ def evaluate(
     return Evaluation(loss_sum / images_seen, 100.0 * correct / images_seen, top5)
 
 
-def build_score(model: nn.Module, hooks: TrainingHooks, *, runtime: Runtime) -> Work:
+def build_score(model: nn.Module, hooks: TrainingHooks, *, runtime: Runtime) -> Score:
     """Return what `evaluate` does with a batch: on CUDA recorded, wherever the steps of the training can be.
 
     Parameters
@@ -106,10 +109,10 @@ def build_score(model: nn.Module, hooks: TrainingHooks, *, runtime: Runtime) -> 
     return record_score(plain, model, CudaRecorder(runtime.device))
 
 
-def record_score(plain: Work, model: nn.Module, recorder: CudaRecorder) -> Work:
+def record_score(plain: Score, model: nn.Module, recorder: CudaRecorder) -> Score:
     """Return the same work, replayed for full batches from where the tensors of `model` lie."""
 
-    def addresses() -> list[float]:
+    def addresses() -> list[int]:
         return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
 
     return Recorded("evaluation", plain, recorder, constants=addresses)
@@ -123,15 +126,3 @@ def _score_batch(model: nn.Module, runtime: Runtime, images: torch.Tensor, label
     within_top5 = (best == labels[:, None]).any(1).sum()
     loss = F.cross_entropy(logits.float(), labels, reduction="sum")
     return torch.cat([loss_and_correct(loss, logits, labels), within_top5.double()[None]]), logits
-
-
-def loss_and_correct(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the summed loss of a batch and how many of its images are classified correctly, on their device.
-
-    Examples
-    --------
-    >>> loss_and_correct(torch.tensor(1.5), torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
-    tensor([1.5000, 1.0000], dtype=torch.float64)
-    """
-    # Double, because in float32 the sum over an epoch of a million images loses digits.
-    return torch.stack([loss_sum.double(), (logits.argmax(1) == labels).sum().double()])

@@ -31,7 +31,7 @@ class Interrupts:
     def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
         self.signals = signals
         self.requested: int | None = None
-        self._deferring = False
+        self._deferring = 0  # pieces of work that save and stop by themselves
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
@@ -47,11 +47,11 @@ class Interrupts:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Set `requested` at a signal, instead of raising, while the body runs."""
-        self._deferring = True
+        self._deferring += 1
         try:
             yield
         finally:
-            self._deferring = False
+            self._deferring -= 1
 
     def stop(self, where: str) -> None:
         """Raise `Interrupted` for the signal in `requested`; `where` says in which piece of work."""

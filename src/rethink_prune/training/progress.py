@@ -9,6 +9,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rethink_prune.data.batches import TrainBatches
+from rethink_prune.turns import number_at_once
 
 Row = dict[str, float]
 
@@ -58,5 +59,5 @@ def progress_bar(progress: Progress, batches: TrainBatches, *, epochs: int, titl
     bar = tqdm(
         total=epochs * images, initial=done, desc=title, unit="img", unit_scale=True, leave=False, disable=not shown
     )
-    with bar, logging_redirect_tqdm() if shown else nullcontext():
+    with bar, logging_redirect_tqdm() if shown and number_at_once() == 1 else nullcontext():
         yield bar

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -22,13 +22,12 @@ log = logging.getLogger(__name__)
 
 # Plain passes before a recording: they create the optimiser's state and cuBLAS's work space, and let cuDNN choose.
 WARM_UP = 3
-Outputs = tuple[torch.Tensor, torch.Tensor]
-Work = Callable[[torch.Tensor, torch.Tensor], Outputs]
 Made = TypeVar("Made")
+Work = Callable[[torch.Tensor, torch.Tensor], Made]
 
 
 @dataclass
-class Recorded:
+class Recorded(Generic[Made]):
     """Replays work on full batches; on others, such as the last of an epoch, the work is done plainly.
 
     A full batch is one whose shape has come `WARM_UP` times in a row: these are done plainly as well, so that recording
@@ -41,9 +40,13 @@ class Recorded:
     what : str
         Names the work in the log.
     work : callable
-        Takes images and labels, and gives two tensors. It has to launch the same kernels for every batch, and to wait
-        for nothing.
+        Takes images and labels, and gives tensors. It has to launch the same kernels for every batch, and to wait for
+        nothing.
     recorder : CudaRecorder
+    recorded : callable, optional
+        The same work as it is recorded, if that differs.
+    refresh : callable
+        Brings what a replay reads from the device up to date.
     constants : callable
         Gives what a recording holds as constants, such as addresses: it is made anew when this has changed.
     clean_up : callable
@@ -51,17 +54,19 @@ class Recorded:
     """
 
     what: str
-    work: Work
+    work: Work[Made]
     recorder: CudaRecorder
-    constants: Callable[[], list[float]]
+    recorded: Work[Made] | None = None
+    refresh: Callable[[], None] = lambda: None
+    constants: Callable[[], list[int]] = list
     clean_up: Callable[[], None] = lambda: None
     _shape: torch.Size | None = None
     _warm: int = 0
-    _constants: list[float] | None = None
-    _replay: Work | None = None
+    _constants: list[int] | None = None
+    _replay: Work[Made] | None = None
     _given_up: bool = False
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Outputs:
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Made:
         """Do the work on one batch; the next call may overwrite what this one returns."""
         if self._replay is None and images.shape != self._shape:
             self._shape, self._warm = images.shape, 0
@@ -70,6 +75,7 @@ class Recorded:
         if self._warm < WARM_UP:
             self._warm += 1
             return self.recorder.warm_up(partial(self.work, images, labels))
+        self.refresh()
         constants = self.constants()
         if self._replay is None or self._constants != constants:
             self._constants = constants
@@ -83,14 +89,14 @@ class Recorded:
         try:
             if self.recorder.draws:
                 raise RuntimeError("the network draws random numbers")
-            launch, outputs = self.recorder.record(partial(self.work, images, labels))
+            launch, outputs = self.recorder.record(partial(self.recorded or self.work, images, labels))
         except RuntimeError as error:
             self.clean_up()
             self._given_up = True
             warn_not_recorded(self.what, first_line(error))
             return
 
-        def replay(new_images: torch.Tensor, new_labels: torch.Tensor) -> Outputs:
+        def replay(new_images: torch.Tensor, new_labels: torch.Tensor) -> Made:
             images.copy_(new_images)
             labels.copy_(new_labels)
             launch()

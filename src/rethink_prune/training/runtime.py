@@ -4,8 +4,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,29 @@ _DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")
 # cuDNN's search takes about 8 s a process (on an H100), the time of 4,500 steps of VGG-16 there. Of a training of more
 # steps than these, that is less than a quarter.
 SEARCH_STEPS = 20_000
+# torch.compile takes 5 s for VGG-16 and saves 0.3 ms a step (on an H100), 47 s and 1.1 ms for ResNet-56: what it takes
+# is saved after 17,000 and 43,000 steps.
+COMPILE_STEPS = 50_000
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What makes a training on a device fast, by its length; recorded in the ``config.yaml`` of its stage.
+
+    Attributes
+    ----------
+    compiles : bool
+        The network goes through ``torch.compile``.
+    searches : bool
+        cuDNN times its kernels and takes the fastest.
+    """
+
+    compiles: bool
+    searches: bool
+
+    def apply(self) -> None:
+        """Set what PyTorch keeps for the whole process: another training may have had a turn."""
+        torch.backends.cudnn.benchmark = self.searches
 
 
 @dataclass(frozen=True)
@@ -34,7 +56,8 @@ class Runtime:
     precision : {"fp32", "bf16"}
     accelerate : {"auto", "compile", "off"}
         ``auto`` takes the channels-last memory format and, on CUDA, a fused optimiser, recorded steps and recorded
-        evaluation (:mod:`rethink_prune.training.recording`); ``compile`` takes ``torch.compile`` as well.
+        evaluation (:mod:`rethink_prune.training.recording`), and ``torch.compile`` where a training is long enough;
+        ``compile`` always takes that.
     deterministic : bool
         Only deterministic kernels run.
     contiguous : bool
@@ -73,6 +96,21 @@ class Runtime:
         """How images and weights lie in memory."""
         # The fastest convolutions of cuDNN and oneDNN read images in the channels-last format.
         return torch.contiguous_format if self.contiguous or self.accelerate == "off" else torch.channels_last
+
+    def choose(self, steps: int) -> Speed:
+        """Return what pays in a training of so many steps.
+
+        Examples
+        --------
+        >>> Runtime(torch.device("cuda"), "bf16").choose(30_000), Runtime(torch.device("cpu"), "bf16").choose(99_999)
+        (Speed(compiles=False, searches=True), Speed(compiles=False, searches=False))
+        """
+        # With deterministic=true neither: the fastest kernel may be another one in the next run.
+        long_enough = self.accelerates_cuda and not self.deterministic
+        return Speed(
+            compiles=self.accelerate == "compile" or (long_enough and steps > COMPILE_STEPS),
+            searches=self.device.type == "cuda" and not self.deterministic and steps > SEARCH_STEPS,
+        )
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move `model` to the device, in the memory format in which its convolutions are fastest."""
@@ -184,31 +222,6 @@ def _set_process(device: torch.device, *, deterministic: bool) -> None:
         torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
-
-
-@contextmanager
-def search_algorithms(steps: float, *, deterministic: bool = False) -> Iterator[None]:
-    """Let cuDNN time its kernels in the body and take the fastest, where the body has enough steps for that to pay.
-
-    Parameters
-    ----------
-    steps : float
-        Planned steps of the body: it searches if they are more than `SEARCH_STEPS`.
-    deterministic : bool
-        Never search: the fastest kernel may be another one in the next run.
-
-    Examples
-    --------
-    >>> with search_algorithms(steps=125_000):
-    ...     torch.backends.cudnn.benchmark
-    True
-    """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = steps > SEARCH_STEPS and not deterministic
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def reset_peak_memory(device: torch.device) -> None:

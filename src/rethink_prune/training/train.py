@@ -10,13 +10,14 @@ from rethink_prune.data.batches import EvalBatches, TrainBatches
 from rethink_prune.seeds import derive_seed, seed_generators
 from rethink_prune.training.checkpoint import Checkpoints, Parts, TrainingSaver
 from rethink_prune.training.distributed import ALONE, Processes
-from rethink_prune.training.evaluate import Evaluation, build_score, evaluate, loss_and_correct
+from rethink_prune.training.evaluate import Evaluation, build_score, evaluate
 from rethink_prune.training.hooks import TrainingFailed, TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress, Row, progress_bar
-from rethink_prune.training.runtime import Runtime, search_algorithms
+from rethink_prune.training.runtime import Runtime
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
 from rethink_prune.training.step import build_step
+from rethink_prune.turns import pass_turn
 
 
 class Diverged(Exception):
@@ -109,16 +110,24 @@ def train(
     progress = saver.restore()
     if progress.rows:
         on_epoch(progress.rows)
-    # After the state is restored, because wrapping sends the first process's weights to the others.
-    forward = processes.wrap(model, runtime.device, static=runtime.accelerate != "compile")
-    step = build_step(model, optimizer, hooks, runtime=runtime, forward=forward, label_smoothing=spec.label_smoothing)
-    score = build_score(model, hooks, runtime=runtime)
     # What a resumed training does not do again counts as well, so that it computes as it did before.
-    search = search_algorithms(spec.epochs * batches.steps_per_epoch, deterministic=runtime.deterministic)
+    speed = runtime.choose(spec.epochs * batches.steps_per_epoch)
+    # After the state is restored, because wrapping sends the first process's weights to the others.
+    forward = processes.wrap(model, runtime.device, static=not speed.compiles)
+    step = build_step(
+        model,
+        optimizer,
+        hooks,
+        runtime=runtime,
+        forward=forward,
+        label_smoothing=spec.label_smoothing,
+        compiles=speed.compiles,
+    )
+    score = build_score(model, hooks, runtime=runtime)
     shard, own_batches = processes.shard, batches.part(processes.shard)
     bar = progress_bar(progress, batches, epochs=spec.epochs, title=title, shown=runtime.show_progress)
     # A signal does not break a step: `saver.pause` looks for it where the training can stop.
-    with bar as drawn, search, interrupts.deferred(), processes.translate_connection_errors():
+    with bar as drawn, interrupts.deferred(), processes.translate_connection_errors():
         while progress.epoch < spec.epochs:
             # Evaluation has left the network in evaluation mode.
             model.train()
@@ -130,14 +139,16 @@ def train(
                 _seed_noise(seed, progress, shard.rank, runtime.device)
                 # The parts of a batch may differ in size: weighted, their mean gradient is that of the whole batch.
                 weight = shard.weight(len(labels), size)
+                speed.apply()
                 # Forward, loss, backward, optimizer.step() and optimizer.zero_grad(): see PlainStep in step.py.
-                loss, logits = step(runtime.take(images), labels, weight)
-                progress.totals += loss_and_correct(loss * len(labels), logits, labels) / shard.copies(size)
+                sums = step(runtime.take(images), labels, weight)
+                progress.totals += sums / shard.copies(size)
                 progress.step += 1
                 drawn.update(size)
                 # The end of an epoch is no place to stop: its row is not written yet.
                 if progress.step < batches.steps_per_epoch and progress.step % processes.steps_together == 0:
                     saver.pause(progress, title, spec.epochs)
+                pass_turn()
             noticed = _ask_hooks(hooks, model, progress)
             # Running statistics of batch norms differ between processes; the first one's are evaluated and saved.
             processes.share_state(model)
