@@ -22,11 +22,12 @@ train     Images/s of the whole loop, data included, against the usual script: t
 overhead  The whole loop against bare steps (forward, backward, update) on ready tensors of the same memory
           format and precision. Judged by what the loop adds: its time with the bare step taken out, as a share
           of that step, because the steps themselves vary by more than the loop costs.
+evaluate  Images/s of evaluation, recorded as a CUDA graph or not; the same on a CPU, which records nothing.
 surgery   Seconds of channel analysis, of cutting, and of a whole ``prune`` call.
 pruners   Seconds of a whole ``prune`` call of each pruner, and what it adds to the peak resident memory of its
           process: half of what it ranks goes, of a network with random weights, scales and images (1,000 of
           32 x 32 for those that look at images). `sss` removes what its training has set to zero: here, every
-          other unit.
+          other unit. --pruners says which.
 memory    Peak resident memory of a process that loads CIFAR-10, trains, prunes and fine-tunes.
 data      Images/s of one core that makes ImageNet batches of the photographs in --images FOLDER_OR_TAR, mirroring and
           normalising included, against the usual script: torchvision's ImageFolder, RandomResizedCrop,
@@ -71,7 +72,9 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from benchmark_gpu import GPU_LINES, measure_gpu
 from benchmark_sides import (
     BATCH_SIZE,
+    MEAN,
     SPEC,
+    STD,
     Line,
     Side,
     batches_of,
@@ -84,7 +87,8 @@ from benchmark_sides import (
 )
 from rethink_prune import build_model, prune
 from rethink_prune.config import parse_pruner
-from rethink_prune.data import ImageArray, ImageFiles, TrainBatches
+from rethink_prune.data import EvalBatches, ImageArray, ImageFiles, TrainBatches
+from rethink_prune.data.device_images import DeviceImages
 from rethink_prune.data.normalization import Normalization
 from rethink_prune.data.streamed_images import StreamedImages
 from rethink_prune.data.workers import BatchReader
@@ -94,6 +98,8 @@ from rethink_prune.pruning import PRUNERS, find_pruner
 from rethink_prune.surgery import cut
 from rethink_prune.surgery.channels import analyse
 from rethink_prune.training import train as loop
+from rethink_prune.training.evaluate import build_score, evaluate
+from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.runtime import Runtime, prepare_runtime
 from rethink_prune.training.schedule import build_optimizer
 
@@ -150,12 +156,14 @@ def parse_arguments() -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
         return int(text)
 
-    def chosen(text: str) -> list[str]:
-        there = ["loop", *GPU_LINES]
-        names = there if text == "all" else text.split(",")
-        if unknown := sorted(set(names) - set(there)):
-            raise argparse.ArgumentTypeError(f"{','.join(unknown)}: must be of {', '.join(there)}, or all")
-        return names
+    def chosen_of(*there: str) -> Callable[[str], list[str]]:
+        def chosen(text: str) -> list[str]:
+            names = list(there) if text == "all" else text.split(",")
+            if unknown := sorted(set(names) - set(there)):
+                raise argparse.ArgumentTypeError(f"{','.join(unknown)}: must be of {', '.join(there)}, or all")
+            return names
+
+        return chosen
 
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
@@ -167,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, help="n (7; on CUDA 2; memory, pruners, startup at most 3)")
     parser.add_argument(
         "--lines",
-        type=chosen,
+        type=chosen_of("loop", *GPU_LINES),
         metavar="A,B",
         default=CUDA_LINES,
         help=f"train on CUDA: what is measured, or all ({','.join(CUDA_LINES)})",
@@ -175,6 +183,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="training steps a round (20; on CUDA 782, an epoch of CIFAR-10)")
     parser.add_argument("--epochs", type=positive, default=20, help="train on CUDA: epochs of a study (%(default)s)")
     parser.add_argument("--together", type=positive, default=5, help="train on CUDA: trainings at once (%(default)s)")
+    parser.add_argument(
+        "--pruners",
+        type=chosen_of(*PRUNERS),
+        metavar="A,B",
+        default=list(PRUNERS),
+        help="pruners: which of them (all)",
+    )
     parser.add_argument("--train-limit", type=positive, metavar="N", help="memory: train on so many images")
     parser.add_argument("--images", type=Path, metavar="FOLDER_OR_TAR", help="data: JPEG files in folders of classes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every value there")
@@ -289,6 +304,29 @@ def measure_overhead(network: str, device: torch.device, options: argparse.Names
         yield Line("overhead", network, f"added by the loop, {precision}", "%", added, ("<=", 3.0))
 
 
+def evaluation_side(model: nn.Module, split: ImageArray, device: torch.device, precision: str, recorded: bool) -> Side:
+    """Return an evaluation of all images; recorded, as `train` evaluates, or not."""
+    runtime = Runtime(device, precision)
+    model = runtime.place(model)
+    batches = EvalBatches(DeviceImages(split, Normalization(MEAN, STD, image_size=32, device=device)), batch_size=256)
+    score = build_score(model, TrainingHooks(), runtime=runtime) if recorded else None
+    return lambda: evaluate(model, batches, runtime=runtime, score=score)
+
+
+def measure_evaluation(network: str, device: torch.device, options: argparse.Namespace) -> Iterator[Line]:
+    split = random_images(options.steps * BATCH_SIZE)
+    for precision in precisions(device):
+        sides = {
+            f"{name}, {precision}": evaluation_side(build_model(network), split, device, precision, name == "recorded")
+            for name in ("recorded", "not recorded")
+        }
+        seconds = take_turns(sides, options.rounds, device)
+        for name, values in seconds.items():
+            yield Line("evaluate", network, name, "images/s", [len(split) / value for value in values])
+        recorded, plain = seconds.values()
+        yield Line("evaluate", network, f"recorded / not, {precision}", "ratio", quotients(plain, recorded))
+
+
 def measure_surgery(network: str, device: torch.device, options: argparse.Namespace) -> list[Line]:
     model, example = build_model(network), torch.zeros(1, 3, 32, 32)
     l1 = find_pruner("l1")
@@ -338,7 +376,7 @@ print(time.perf_counter() - start, peak() - before)
 def measure_pruners(network: str, device: torch.device, options: argparse.Namespace) -> Iterator[Line]:
     if not Path("/proc/self/status").exists():
         sys.exit("pruners: the peak is read from /proc, which only Linux has")
-    for pruner in PRUNERS:
+    for pruner in options.pruners:
         if (network, pruner) == ("densenet40", "sss"):
             continue  # nothing there that it can remove
         seconds, peaks = [], []
@@ -499,6 +537,7 @@ def measure_startup(network: str, device: torch.device, options: argparse.Namesp
 PARTS: dict[str, tuple[Callable[[str, torch.device, argparse.Namespace], Iterable[Line]], list[str]]] = {
     "train": (measure_train, ["resnet20", "vgg16"]),
     "overhead": (measure_overhead, ["resnet20"]),
+    "evaluate": (measure_evaluation, ["vgg16", "resnet56"]),
     "surgery": (measure_surgery, ["resnet110"]),
     "pruners": (measure_pruners, ["vgg16", "resnet56", "densenet40"]),
     "memory": (measure_memory, ["resnet20"]),

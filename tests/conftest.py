@@ -17,6 +17,12 @@ from rethink_prune.training.interrupts import Interrupts
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked ``cuda`` where there is no such device."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def small_study(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Run a small study with the test's own store; further arguments override its configuration."""

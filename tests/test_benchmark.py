@@ -121,6 +121,28 @@ def test_every_round_of_a_side_trains_on_every_image(script: ModuleType, side: C
     assert not torch.equal(model.fc.weight, before)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_every_round_evaluates_every_image_and_leaves_the_network_alone(script: ModuleType, recorded: bool) -> None:
+    model, split = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), script.random_images(300)
+    before = model[1].weight.detach().clone()
+    run = script.evaluation_side(model, split, CPU, "fp32", recorded)
+    seen: list[int] = []
+    model[1].register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    first, second = run(), run()
+    assert seen == 2 * [256, 44]
+    assert first == second
+    assert torch.equal(model[1].weight, before)
+
+
+def test_a_pruner_that_does_not_exist_is_refused(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "pruners", "--pruners=l1,l2"])
+    with pytest.raises(SystemExit):
+        script.parse_arguments()
+    assert "argument --pruners: l2: must be of l1, thinet" in capsys.readouterr().err
+
+
 def test_both_sides_make_batches_of_every_photograph(script: ModuleType, tmp_path: Path) -> None:
     for i in range(5):
         folder = tmp_path / "photographs" / f"class {i % 2}"

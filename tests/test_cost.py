@@ -74,7 +74,7 @@ def test_memory_of_a_real_network_follows_the_batch_and_the_type_of_its_numbers(
         assert pass_memory(model, images) == weights + images.nbytes + 5 * batch * stream
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_on_cuda_a_pass_is_timed_until_it_is_done_and_its_memory_is_the_allocators() -> None:
     model = build_model("vgg16").cuda().eval()
     images = torch.zeros(128, 3, 32, 32, device="cuda")

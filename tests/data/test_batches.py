@@ -190,7 +190,7 @@ def test_evaluation_sees_every_image_once_in_order() -> None:
     assert torch.equal(images, torch.stack([usual(image) for image in split.images]))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_epoch_on_cuda_equals_cpu_and_never_waits() -> None:
     split = make_split(50)
     expected, expected_labels = whole_epoch(train_batches(split), epoch=1)

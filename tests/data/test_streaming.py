@@ -472,7 +472,7 @@ def test_one_worker_for_every_core_a_process_has(monkeypatch: pytest.MonkeyPatch
     assert default_workers() == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_epoch_on_cuda_equals_cpu(photographs: ImageFiles) -> None:
     images, labels = joined(train_batches(photographs).epoch(1))
     there = joined(train_batches(photographs, device=torch.device("cuda"), workers=2).epoch(1))

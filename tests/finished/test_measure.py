@@ -118,7 +118,7 @@ def test_a_gpu_is_measured_recorded_and_full(small_study: Run, monkeypatch: pyte
     assert "CUDA graphs" not in cost_table(on_cpu)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_a_gpu_is_faster_at_the_batch_that_fills_it(small_study: Run) -> None:
     folder = Path(small_study("arms=[finetune]")["arms"]["finetune"]["stage"])
     content = measure_stage(Stage(folder), torch.device("cuda"), "fp32", rounds=3)

@@ -148,7 +148,7 @@ def test_a_training_records_its_steps_and_its_evaluation_once(tmp_path: Path, mo
     assert recorders["evaluate"].replayed == 3 * 2 * FULL - WARM_UP
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_cuda_graphs_evaluate_as_plain_passes_do(precision: str, caplog: pytest.LogCaptureFixture) -> None:
     device = torch.device("cuda")

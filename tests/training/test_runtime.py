@@ -47,7 +47,7 @@ def test_a_device_that_is_not_there() -> None:
         prepare_runtime(f"cuda:{count}")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_auto_takes_the_gpu() -> None:
     assert prepare_runtime("auto").device.type == "cuda"
 

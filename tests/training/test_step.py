@@ -24,7 +24,6 @@ from rethink_prune.training.step import PlainStep, Step, build_step, record_step
 CPU = torch.device("cpu")
 SPEC = OptimizerSpec("sgd", 0.05, 0.9, False, 1e-4, "constant", 1, (), ())
 NO_HOOKS = TrainingHooks()
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def network() -> nn.Module:
@@ -233,7 +232,7 @@ def accelerated(model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Train
     return build_step(model, optimizer, hooks, runtime=Runtime(device, "fp32"))
 
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("hooks", HOOKS)
 def test_cuda_graphs_train_as_plain_steps_to_one_in_a_thousand(
@@ -248,7 +247,7 @@ def test_cuda_graphs_train_as_plain_steps_to_one_in_a_thousand(
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3, msg=name)
 
 
-@cuda
+@pytest.mark.cuda
 def test_a_network_with_dropout_is_not_recorded_on_cuda(caplog: pytest.LogCaptureFixture) -> None:
     device = torch.device("cuda")
     model = nn.Sequential(nn.Dropout(0.5), network()).to(device)
