@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +43,13 @@ def run(tree: DictConfig) -> None:
         run_study(config, folder, interrupts, experiment=experiment, processes=this_process())
 
 
+def _run_what_is_left(jobs: Sequence[sweeps.Outcome]) -> None:
+    # Imported here: it needs torch.
+    from rethink_prune.commands.packing import run_packed
+
+    run_packed(jobs)
+
+
 def run_as_one_of_several(*, is_first: bool) -> None:
     """Run the study as the first of the processes that ``torchrun`` has started, or take part in it as another."""
     from rethink_prune.study.run import join_study
@@ -69,7 +77,7 @@ def main() -> None:
             run_as_one_of_several(is_first=is_first)
             return
         check_arguments(sys.argv, Path(conf_dir()))
-        with Interrupts(), sweeps.raise_if_jobs_failed():
+        with Interrupts(), sweeps.raise_if_jobs_failed(_run_what_is_left):
             run()
     except UserError as error:
         sys.exit(str(error))

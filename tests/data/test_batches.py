@@ -129,6 +129,21 @@ def test_batches_do_not_depend_on_batch_size() -> None:
         assert torch.equal(labels, others[1])
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_do_not_depend_on_how_many_are_made_at_once(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = train_batches(make_split(22), batch_size=4)
+    for rank in range(world):
+        part = batches.part(Shard(rank, world))
+        one_by_one = list(part.epoch(3))
+        monkeypatch.setattr(batches.images, "_at_once", 10)
+        in_blocks = list(part.epoch(3))
+        monkeypatch.undo()
+        assert len(in_blocks) == 6
+        for (images, labels), (others, other_labels) in zip(one_by_one, in_blocks, strict=True):
+            assert torch.equal(images, others)
+            assert torch.equal(labels, other_labels)
+
+
 def test_resumed_epoch_goes_on_where_it_was() -> None:
     batches = train_batches(make_split(18))
     images, labels = whole_epoch(batches, epoch=2)

@@ -6,12 +6,14 @@ import csv
 import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from harness import SMALL, configure
 from rethink_prune import build_model, load_model
@@ -26,6 +28,44 @@ Run = Callable[..., dict[str, Any]]
 def stages(tmp_path: Path) -> dict[str, float]:
     """Return when each stage's weights were written."""
     return {path.parent.name: path.stat().st_mtime for path in (tmp_path / "store/stages").glob("*/model.safetensors")}
+
+
+COMPILED = """
+    from rethink_prune.__main__ import main
+
+    main()
+    # Imported here: the folder of compiled code is chosen when it is first looked at.
+    from torch._dynamo.utils import counters
+
+    print("compiled", counters["inductor"]["fxgraph_cache_miss"], "found", counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_compiled_code_is_kept_with_the_store_for_other_processes(tmp_path: Path) -> None:
+    words = [
+        *SMALL,
+        "dataset.image_size=32",
+        "model=vgg11",
+        "arms=[scratch_e]",
+        "recipe.epochs=1",
+        "accelerate=compile",
+    ]
+    printed = []
+    for seed in (0, 1):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(COMPILED), *words, f"seed={seed}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout.splitlines()[-1])
+    assert printed == ["compiled 2 found 0", "compiled 0 found 2"]
+    (stage, *_) = (tmp_path / "store/stages").iterdir()
+    assert yaml.safe_load((stage / "config.yaml").read_text())["computed"]["compiles"] is True
 
 
 def test_what_a_study_records(small_study: Run, tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ launcher is through: those of one device in one process, as many at once as ``to
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from rethink_prune.commands.sweeps import write_outcome
+from rethink_prune.commands.sweeps import Outcome, write_outcome
 from rethink_prune.study.prepare import check_config
 from rethink_prune.study.run import run_study
 from rethink_prune.training.interrupts import Interrupts
@@ -21,10 +20,8 @@ from rethink_prune.training.together import MOST_AT_ONCE, train_together
 
 _FORMAT = "[%(asctime)s][%(threadName)s][%(name)s][%(levelname)s] - %(message)s"
 
-Job = Mapping[str, Any]
 
-
-def run_packed(jobs: Sequence[Job]) -> None:
+def run_packed(jobs: Sequence[Outcome]) -> None:
     """Run studies that were left for the end of a multirun; what becomes of each is in its ``outcome.json``.
 
     Parameters
@@ -32,7 +29,7 @@ def run_packed(jobs: Sequence[Job]) -> None:
     jobs : sequence of mapping
         The contents of their ``outcome.json``, and ``folder``.
     """
-    packs: dict[tuple[str, bool], list[Job]] = defaultdict(list)
+    packs: dict[tuple[str, bool], list[Outcome]] = defaultdict(list)
     for job in jobs:
         # Whether operations are deterministic is set for a whole process.
         packs[job["study"]["device"], job["study"]["deterministic"]].append(job)
@@ -48,7 +45,7 @@ def run_packed(jobs: Sequence[Job]) -> None:
     Parallel(n_jobs=len(devices))(delayed(run_pack)(pack) for pack in in_order)
 
 
-def run_pack(jobs: Sequence[Job]) -> None:
+def run_pack(jobs: Sequence[Outcome]) -> None:
     """Run studies in this process, some at once."""
     study = jobs[0]["study"]
     runtime = prepare_runtime(study["device"], study["precision"], deterministic=study["deterministic"])
@@ -61,7 +58,7 @@ def run_pack(jobs: Sequence[Job]) -> None:
         train_together(works, at_once=at_once, device=runtime.device)
 
 
-def _run_job(job: Job, interrupts: Interrupts) -> None:
+def _run_job(job: Outcome, interrupts: Interrupts) -> None:
     folder: Path = job["folder"]
     thread = threading.current_thread()
     name, thread.name = thread.name, f"#{job['job']}"  # as Hydra numbers it; the log says it in every line

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from rethink_prune.training.interrupts import SIGNALS
 
 log = logging.getLogger(__name__)
 
+Outcome = Mapping[str, Any]
 OUTCOME_FILE = "outcome.json"
 PLANNED = "planned"  # the state of a job that is left for the end of its multirun
 
@@ -103,27 +104,29 @@ def write_outcome(folder: Path, number: int, overrides: Sequence[str]) -> Iterat
 
 
 @contextmanager
-def raise_if_jobs_failed() -> Iterator[None]:
-    """Run the body, which may be a multirun, and raise `UserError` with a list of the jobs that failed."""
+def raise_if_jobs_failed(run_packed: Callable[[Sequence[Outcome]], None]) -> Iterator[None]:
+    """Run the body, which may be a multirun, and raise `UserError` with a list of the jobs that failed.
+
+    Parameters
+    ----------
+    run_packed : callable
+        Runs the jobs that were left for the end, if any: it gets their ``outcome.json``, and their folders.
+    """
     try:
         yield
     except SystemExit:
         # A launcher gave up, and Hydra has printed why.
-        _end_sweep()
+        _end_sweep(run_packed)
         raise
-    _end_sweep()
+    _end_sweep(run_packed)
 
 
-def _end_sweep() -> None:
-    """Run the studies that were left for the end, and raise if any job failed."""
+def _end_sweep(run_packed: Callable[[Sequence[Outcome]], None]) -> None:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return
     sweep = Path(HydraConfig.get().sweep.dir)
     planned = [job for job in _outcomes(sweep) if job["state"] == PLANNED]
     if planned:
-        # Imported here: it needs torch.
-        from rethink_prune.commands.packing import run_packed
-
         run_packed(sorted(planned, key=lambda job: job["job"]))
     jobs = _outcomes(sweep)
     failed = sorted((job for job in jobs if job["state"] != "done"), key=lambda job: job["job"])
@@ -135,7 +138,7 @@ def _end_sweep() -> None:
         raise UserError("\n".join(lines))
 
 
-def _outcomes(sweep: Path) -> list[dict[str, Any]]:
+def _outcomes(sweep: Path) -> list[Outcome]:
     return [{**json.loads(file.read_text()), "folder": file.parent} for file in sweep.rglob(OUTCOME_FILE)]
 
 

@@ -97,14 +97,15 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
     """
     _check_batch_size(config.recipe.batch_size, processes.world)
     store = Store(Path(config.store.root))
+    # What torch.compile makes is kept for other processes; elsewhere, a system clears it away. Set before anything is
+    # asked of torch, which sets it itself when it first looks.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(store.cache / "compiled"))
     runtime = replace(
         prepare_runtime(config.device, config.precision, deterministic=config.deterministic, processes=processes),
         accelerate=config.accelerate,
         checkpoint_seconds=config.store.checkpoint_seconds,
         show_progress=sys.stderr.isatty() and processes.is_first,
     )
-    # What torch.compile makes is kept for other processes; elsewhere, a system clears it away.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(store.cache / "compiled"))
     inputs = Inputs(config.dataset, config.recipe, config.seed, runtime, processes, store.cache)
     pruner = find_pruner(config.pruner.name)(config.pruner)
     networks = Networks(config.model, inputs.info, config.seed)
