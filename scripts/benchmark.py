@@ -13,7 +13,8 @@ train     Images/s of the whole loop, data included, against the usual script: t
             card           the card's bf16 matrix rate and memory bandwidth, and what share of them is used
             compile        as evaluation, with torch.compile
             processes      --together trainings at once, as processes
-            streams        the same as streams of one process
+            streams        steps alone, as streams of one process
+            together       --together trainings that take turns in one process, plain and compiled
             deterministic  what deterministic kernels cost
             study          for vgg16, a whole L1 study and --together seeds of it at once, projected from --epochs
                            epochs of each of its two networks, evaluation included

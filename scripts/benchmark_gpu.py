@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,18 +50,19 @@ from rethink_prune.training.progress import Row
 from rethink_prune.training.runtime import Runtime, prepare_runtime
 from rethink_prune.training.schedule import build_optimizer
 from rethink_prune.training.step import build_step
+from rethink_prune.training.together import train_together
 from rethink_prune.training.train import train
 
 # The study that is projected: the epochs of `large`, and of `finetune`, `scratch_e` and `scratch_b` together.
 LARGE_EPOCHS, PRUNED_EPOCHS = 160, 40 + 160 + 243
 LEAST_EPOCHS = 20  # from fewer, nothing is projected
 # What is measured on CUDA, beside the training loop; see benchmark.py.
-GPU_LINES = ("evaluation", "card", "compile", "processes", "streams", "deterministic", "study")
+GPU_LINES = ("evaluation", "card", "compile", "processes", "streams", "together", "deterministic", "study")
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training of random images in a process; with `pruned`, of VGG-16-A instead of VGG-16."""
+    """Trainings of random images in a process, which take turns; with `pruned`, of VGG-16-A instead of VGG-16."""
 
     network: str
     device: str
@@ -70,6 +72,7 @@ class Training:
     steps: int
     pruned: bool = False
     deterministic: bool = False
+    together: int = 1
 
 
 def measure_gpu(network: str, device: torch.device, options: argparse.Namespace) -> Iterator[Line]:
@@ -101,6 +104,11 @@ def measure_gpu(network: str, device: torch.device, options: argparse.Namespace)
         sides = {"": streams_side(network, count, options.steps, device, precision)}
         streams = take_turns(sides, options.rounds, device)[""]
         yield line(f"{precision}, {count} streams", "images/s", rates(streams, count))
+    if "together" in asked:
+        several = replace(fast, together=count)
+        yield line(f"{precision}, {count} by turns", "images/s", rates(run_together(several, 1), count))
+        compiled = run_together(replace(several, accelerate="compile"), 1)
+        yield line(f"{precision}, {count} by turns, compile", "images/s", rates(compiled, count))
     if "deterministic" in asked:
         deterministic = run_together(replace(fast, deterministic=True), 1)
         yield line("deterministic / not, time", "ratio", quotients(deterministic, one))
@@ -174,22 +182,24 @@ def run_together(training: Training, count: int) -> list[float]:
 
 
 def work(training: Training) -> None:
-    """Train; print ``ready``, wait for a line, print the seconds of every further epoch."""
+    """Train; print ``ready``, wait for a line, print the seconds of every further epoch: the slowest training's."""
     runtime = prepare_runtime(training.device, training.precision, deterministic=training.deterministic)
     device = runtime.device
-    model = build_model(training.network)
-    if training.pruned:
-        model = prune(model, "l1", example=torch.zeros(1, 3, 32, 32), variant="A").model
     normalize = Normalization(MEAN, STD, image_size=32, device=device)
-    ends: list[float] = []
+    ends: list[list[float]] = [[] for _ in range(training.together)]
+    waiting = set(range(training.together))
 
-    def on_epoch(rows: list[Row]) -> None:
-        if len(rows) == 1:
+    def on_epoch(number: int, rows: list[Row]) -> None:
+        waiting.discard(number)
+        if len(rows) == 1 and not waiting:
             print("ready", flush=True)
             sys.stdin.readline()
-        ends.append(time.perf_counter())  # an evaluation has just waited for the device
+        ends[number].append(time.perf_counter())  # an evaluation has just waited for the device
 
-    with TemporaryDirectory() as folder, with_search():
+    def train_one(number: int, folder: Path) -> None:
+        model = build_model(training.network)
+        if training.pruned:
+            model = prune(model, "l1", example=torch.zeros(1, 3, 32, 32), variant="A").model
         train(
             model,
             batches_of(random_images(training.steps * BATCH_SIZE), device),
@@ -198,11 +208,19 @@ def work(training: Training) -> None:
             runtime=replace(runtime, accelerate=training.accelerate),
             hooks=TrainingHooks(),
             seed=0,
-            checkpoints=Checkpoints(Path(folder)),
+            checkpoints=Checkpoints(folder),
             interrupts=Interrupts(),
-            on_epoch=on_epoch,
+            on_epoch=partial(on_epoch, number),
         )
-    print(json.dumps([after - before for before, after in pairwise(ends)]))
+
+    with TemporaryDirectory() as parent, with_search():
+        folders = [Path(parent) / str(number) for number in range(training.together)]
+        for folder in folders:
+            folder.mkdir()
+        trainings = [partial(train_one, number, folder) for number, folder in enumerate(folders)]
+        train_together(trainings, at_once=training.together, device=device)
+    seconds = [[after - before for before, after in pairwise(own)] for own in ends]
+    print(json.dumps([max(epoch) for epoch in zip(*seconds, strict=True)]))
 
 
 def _test_images(training: Training) -> ImageArray:

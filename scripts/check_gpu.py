@@ -56,14 +56,6 @@ LAST_LINES = 20
 # Seconds that a process gets to end after SIGTERM, and the long study to save after SIGINT.
 GRACE, SAVING = 5.0, 20.0
 
-# ---- Several trainings at once -----------------------------------------------------------------------------------
-# The line of benchmark.py that measures them, and what a study is told so that its arms train at once. To change when
-# studies can do that in one process; `Progress.seconds` then has to know which trainings share the time.
-SEVERAL_LINE = "streams"
-SEVERAL_ARMS: tuple[str, ...] = ()
-# ------------------------------------------------------------------------------------------------------------------
-
-
 BRIEF = (
     *("arms=[finetune]", "dataset.train_limit=64", "dataset.test_limit=64"),
     *("recipe.epochs=1", "recipe.finetune.epochs=1"),
@@ -90,7 +82,7 @@ SIZES = {
     "cuda": Sizes(
         digits=(),
         networks={"vgg16": "vgg16", "resnet56": "resnet56"},
-        train=("--steps=391", "--rounds=1", f"--lines=loop,evaluation,compile,{SEVERAL_LINE}"),
+        train=("--steps=391", "--rounds=1", "--lines=loop,evaluation,compile,together"),
         pruners=("--networks=vgg16", "--pruners=l1,thinet,regression", "--rounds=1"),
         evaluate=("--networks=vgg16,resnet56", "--steps=157", "--rounds=3"),
         # VGG-16-A, hardly trained: what a pass costs depends on the architecture alone.
@@ -395,7 +387,7 @@ def check_cost(check: Check, found: dict[str, Any]) -> None:
 def check_paper(check: Check, found: dict[str, Any]) -> None:
     assert check.images is not None
     images = ("dataset=folder", f"dataset.root={check.images}", "dataset.image_size=32")
-    command = check.study(PAPER, f"experiment={PAPER}", *images, *SEVERAL_ARMS)
+    command = check.study(PAPER, f"experiment={PAPER}", *images)
     try:
         with check.started(*command) as process:
             while process.poll() is None and check.left > SAVING:
@@ -416,7 +408,8 @@ def check_paper(check: Check, found: dict[str, Any]) -> None:
 def progress_of(check: Check, name: str) -> dict[str, Any]:
     """Return how far the trainings of a study are, and the seconds that all of it would take.
 
-    A training that has not been for two epochs counts at the pace of the large network, which is the largest.
+    A training that has not been for two epochs counts at the pace of the large network, which is the largest. Of arms
+    that train at once, the slowest counts.
     """
     file = check.out / name / "plan.json"
     if not file.is_file():
@@ -424,19 +417,22 @@ def progress_of(check: Check, name: str) -> dict[str, Any]:
     plan = json.loads(file.read_text())
     rows = {stage.config().get("title"): read_metrics(stage.folder) for stage in check.stages(name)}
     large = steady_pace(rows.get("large", []))
-    trainings, total = {}, 0.0
+    at_once = any("together" in stage.config().get("computed", {}) for stage in check.stages(name))
+    trainings, seconds = {}, {}
     for title, entry in {"large": plan["large"], **plan["arms"]}.items():
         done, epochs = rows.get(title, []), entry["epochs"]
         pace = steady_pace(done) or large
         # The first epoch holds the warm-up.
         spent = done[-1]["seconds"] if done else 0.0
-        total += spent + (epochs - len(done)) * (pace or math.nan)
+        seconds[title] = spent + (epochs - len(done)) * (pace or math.nan)
         trainings[title] = {
             "epoch": len(done),
             "epochs": epochs,
             "seconds_per_epoch": pace if len(done) > 1 else None,
             "top1": done[-1].get("test_top1") if done else None,
         }
+    arms = [seconds[title] for title in plan["arms"]]
+    total = seconds["large"] + (max(arms) if at_once else sum(arms))
     return {"progress": trainings, "training_seconds_of_all": None if math.isnan(total) else total}
 
 

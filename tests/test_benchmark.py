@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -219,6 +220,9 @@ def test_trainings_at_once_are_as_long_as_the_slowest_in_every_epoch(
     seconds = gpu.run_together(training, 2)
     assert len(seconds) == 2, "the epoch before does not count"
     assert all(value > 0 for value in seconds)
+    by_turns = gpu.run_together(dataclasses.replace(training, together=2), 1)
+    assert len(by_turns) == 2
+    assert all(value > 0 for value in by_turns)
 
 
 @pytest.mark.slow
@@ -325,6 +329,7 @@ def test_every_rate_on_the_card_is_told_with_its_share(gpu: ModuleType, monkeypa
     precision = gpu.precisions(CPU)[-1] if len(gpu.precisions(CPU)) == 1 else "bf16"
     assert lines[f"{precision}, with evaluation"].values == [640.0] * 3
     assert lines[f"{precision}, 4 processes"].values == [640.0] * 3, "four times the images in four times the time"
+    assert lines[f"{precision}, 4 by turns"].values == [4 * 640.0] * 3, "four times the images in the time of one"
     assert lines["deterministic / not, time"].values == [2.0] * 3
     flops = build_model_flops("resnet20")
     assert lines["of the matmul rate"].values == pytest.approx([100 * 640 * flops / 2e12] * 3)
