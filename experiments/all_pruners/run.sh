@@ -14,6 +14,6 @@ study=(
 )
 python -m rethink_prune -m "${study[@]}" pruner=l1,random,thinet,regression,soft_filter,slimming,magnitude \
     pruner.ratio=0.3 hydra.sweep.dir=runs/ratio "${@:2}"
-# Has no ratio: this strength removes about as much.
+# Has no ratio: this strength removes a tenth of the MACs.
 python -m rethink_prune -m "${study[@]}" pruner=sss pruner.sparse.strength=0.1 hydra.sweep.dir=runs/strength "${@:2}"
 python -m rethink_prune.report runs --out report
