@@ -49,6 +49,7 @@ import math
 import os
 import pickle
 import platform
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -85,6 +86,7 @@ from benchmark_sides import (
     random_images,
     take_turns,
     usual_side,
+    with_search,
 )
 from rethink_prune import build_model, prune
 from rethink_prune.config import parse_pruner
@@ -103,8 +105,10 @@ from rethink_prune.training.evaluate import build_score, evaluate
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.runtime import Runtime, prepare_runtime
 from rethink_prune.training.schedule import build_optimizer
+from rethink_prune.training.step import build_step
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_BATCH = 256
 # Least speed relative to the usual script, on a CPU.
 TRAIN_TARGETS = {
     ("resnet20", "fp32"): 1.1,
@@ -501,7 +505,38 @@ def measure_data(network: str, device: torch.device, options: argparse.Namespace
         for name, values in seconds.items()
     ]
     ratios = quotients(seconds["usual"], seconds["streamed"])
-    return [*lines, Line("data", network, "streamed / usual", "ratio", ratios, (">=", 1.3))]
+    lines.append(Line("data", network, "streamed / usual", "ratio", ratios, (">=", 1.3)))
+    if device.type == "cuda":
+        lines += cores_for_the_card(lines[1].values, card_rates(device, options.rounds))
+    return lines
+
+
+def cores_for_the_card(of_a_core: list[float], of_the_card: list[float]) -> list[Line]:
+    """Return the rate at which a card trains ResNet-50, and how many cores read images as fast."""
+    name = f"ResNet-50, batch {IMAGENET_BATCH}"
+    cores = [rate / statistics.median(of_a_core) for rate in of_the_card]
+    return [
+        Line("data", "imagenet", f"{name}, on the card", "images/s", of_the_card),
+        Line("data", "imagenet", "that feed it", "cores", cores),
+    ]
+
+
+def card_rates(device: torch.device, rounds: int, *, size: int = 224, steps: int = 20) -> list[float]:
+    """Return images/s of training torchvision's ResNet-50 on images that are on the device already."""
+    runtime = Runtime(device, precisions(device)[-1])
+    model = runtime.place(torchvision.models.resnet50()).train()
+    optimizer = build_optimizer(model.parameters(), SPEC, fused=device.type == "cuda")
+    step = build_step(model, optimizer, TrainingHooks(), runtime=runtime)
+    images = runtime.take(torch.randn(IMAGENET_BATCH, 3, size, size, device=device))
+    labels = torch.arange(IMAGENET_BATCH, device=device)
+
+    def run() -> None:
+        for _ in range(steps):
+            step(images, labels)
+
+    with with_search():
+        seconds = take_turns({"": run}, rounds, device)[""]
+    return [steps * IMAGENET_BATCH / value for value in seconds]
 
 
 # Prints when the first training step is done.

@@ -74,10 +74,14 @@ def precisions(device: torch.device) -> list[str]:
 
 
 def take_turns(sides: Mapping[str, Side], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Return the seconds each side took in each round, after one round that does not count."""
+    """Return the seconds each side took in each round, after one round that does not count.
+
+    Every second round goes through them backwards, so that none always runs on the machine that another has warmed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(1 + rounds):
-        for name, side in sides.items():
+    for number in range(1 + rounds):
+        for name in list(sides)[:: 1 if number % 2 else -1]:
+            side = sides[name]
             start = time.perf_counter()
             side()
             if device.type == "cuda":

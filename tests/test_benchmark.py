@@ -166,6 +166,18 @@ def test_both_sides_make_batches_of_every_photograph(script: ModuleType, tmp_pat
     assert lines[-1].limit == (">=", 1.3)
 
 
+def test_the_cores_that_feed_a_card_are_its_rate_over_theirs(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "IMAGENET_BATCH", 2)
+    rates = script.card_rates(CPU, 2, size=32, steps=1)
+    assert len(rates) == 2
+    assert min(rates) > 0
+    card, cores = script.cores_for_the_card([100.0, 250.0, 200.0], [3000.0, 3200.0])
+    assert (card.values, card.unit) == ([3000.0, 3200.0], "images/s")
+    assert (cores.values, cores.unit) == ([15.0, 16.0], "cores")
+
+
 @pytest.mark.slow
 def test_photographs_have_to_be_given(tmp_path: Path) -> None:
     done = benchmark("data", cwd=tmp_path)
@@ -184,7 +196,7 @@ def test_sides_take_turns_and_the_warm_up_does_not_count(script: ModuleType) -> 
     calls: list[str] = []
     sides = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
     seconds = script.take_turns(sides, 3, CPU)
-    assert calls == ["a", "b"] * 4
+    assert calls == [*"ba", *"ab", *"ba", *"ab"]
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
