@@ -164,6 +164,10 @@ def test_what_a_total_may_cost_is_what_retraining_costs(small_study: Run, tmp_pa
     summary = small_study("arms=[retrain@1,scratch@total:1,scratch@1]", "pruner.ratio=0.3")
     retrained, total, equal = (summary["arms"][name] for name in ("retrain@1", "scratch@total:1", "scratch@1"))
     assert retrained["train_flops"] == equal["train_flops"] == equal["train_flops_total"]
+    plan = plan_of(configure(*SMALL, "arms=[retrain@1,scratch@total:1,scratch@1]", "pruner.ratio=0.3"))
+    for name, entry in summary["arms"].items():
+        for flops in ("train_flops", "train_flops_total"):
+            assert plan["arms"][name][flops] == entry[flops]
     assert retrained["train_flops_total"] == summary["large"]["train_flops"] + retrained["train_flops"]
     left = retrained["train_flops_total"] - total["train_flops_total"]
     assert 0 <= left < equal["train_flops"], "another epoch does not fit"

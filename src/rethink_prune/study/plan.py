@@ -209,6 +209,7 @@ def plan_content(budget: Budget, stages: Sequence[StageSpec], target: Target, *,
             name: {
                 **_length(planned[title].optimizer),
                 "train_flops": planned[title].train_flops,
+                "train_flops_total": _planned_total(planned, title),
                 # One training under two names is planned, and paid for, once.
                 **({} if name == title else {"same_as": title}),
             }
@@ -216,6 +217,18 @@ def plan_content(budget: Budget, stages: Sequence[StageSpec], target: Target, *,
         },
         "budget": budget.ledger(pruned),
     }
+
+
+def _planned_total(planned: Mapping[str, StageSpec], title: str) -> int | None:
+    """Return the FLOPs of a stage and of those it builds on; None if some are not known, as for given weights."""
+    found: dict[str, int | None] = {}
+    waiting = [title]
+    while waiting:
+        spec = planned[waiting.pop()]
+        found[spec.title] = None if spec.given else spec.train_flops
+        waiting += spec.needs
+    known = [flops for flops in found.values() if flops is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 def _length(optimizer: OptimizerSpec | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ COLUMNS = (
     "with search",
     "seconds",
 )
-PLAN_COLUMNS = ("arm", "epochs", "milestones", "training FLOPs")
+PLAN_COLUMNS = ("arm", "epochs", "milestones", "training FLOPs", "total FLOPs")
 
 
 def study_table(summary: Mapping[str, Any]) -> str:
@@ -79,6 +79,8 @@ def same_trainings(arms: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 def plan_text(plan: Mapping[str, Any]) -> str:
     """Return a plan for the terminal: the networks, and what every arm will train.
 
+    ``total FLOPs`` adds what an arm builds on.
+
     Examples
     --------
     >>> length = {"epochs": 2, "milestones": [1], "train_flops": 24e6}
@@ -87,10 +89,10 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     >>> print(plan_text({"large": large, "pruned": {"known": False}, "arms": arms}))
     large: 1,000 parameters, 2.00 M MACs
     <BLANKLINE>
-    | arm       | epochs |    milestones | training FLOPs |
-    | --------- | -----: | ------------: | -------------: |
-    | large     |      2 |             1 |        2.4e+07 |
-    | scratch_b |        | after pruning |                |
+    | arm       | epochs |    milestones | training FLOPs | total FLOPs |
+    | --------- | -----: | ------------: | -------------: | ----------: |
+    | large     |      2 |             1 |        2.4e+07 |     2.4e+07 |
+    | scratch_b |        | after pruning |                |             |
     """
     large, pruned = plan["large"], plan["pruned"]
     networks = [f"large: {large['params']:,} parameters, {_millions(large['macs'])} MACs"]
@@ -106,11 +108,13 @@ def _plan_rows(plan: Mapping[str, Any]) -> list[list[str]]:
             base = plan[name]
             milestones = " ".join(map(str, base["milestones"]))
             title = name if base["trained"] else f"{name} (not trained)"
-            rows.append([title, str(base["epochs"]), milestones, _flops(base["train_flops"])])
+            flops = _flops(base["train_flops"])
+            rows.append([title, str(base["epochs"]), milestones, flops, flops])
     for names in same_trainings(plan["arms"]):
         arm = plan["arms"][names[0]]
         milestones = " ".join(map(str, arm["milestones"])) if arm["milestones"] is not None else "after pruning"
-        rows.append([", ".join(names), _number(arm["epochs"]), milestones, _flops(arm["train_flops"])])
+        own, total = arm["train_flops"], arm.get("train_flops_total")
+        rows.append([", ".join(names), _number(arm["epochs"]), milestones, _flops(own), _flops(total)])
     return rows
 
 
