@@ -11,9 +11,12 @@ import yaml
 
 from harness import SMALL, configure, plan_of
 from rethink_prune.errors import UserError
+from rethink_prune.study import stages
 from rethink_prune.study.keys import add_keys
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.prepare import prepare_study
+from rethink_prune.study.work import do_stage
+from rethink_prune.training.train import Diverged
 
 Run = Callable[..., dict[str, Any]]
 
@@ -77,9 +80,22 @@ def test_given_weights_can_teach(small_study: Run) -> None:
     assert config["key"]["teacher"]["stage"] == Path(summary["large"]["stage"]).name
 
 
-def test_without_its_teacher_an_arm_fails_and_says_why(small_study: Run, tmp_path: Path) -> None:
+def test_without_its_teacher_an_arm_fails_and_says_why(small_study: Run) -> None:
     with pytest.raises(UserError, match=r"scratch_kd@1 failed: large failed, so there is no network to learn from"):
         small_study("arms=[scratch_kd@1,scratch@1]", "recipe.lr=1e30")
+
+
+def test_a_pruned_network_without_its_teacher_fails_for_the_teacher(
+    small_study: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> Any:
+        if arguments[2].title == "large":
+            raise Diverged("the training loss became nan", 1)
+        return do_stage(*arguments)
+
+    monkeypatch.setattr(stages, "do_stage", fails)
+    with pytest.raises(UserError, match=r"retrain_kd@1 failed: large failed, so there is no network to learn from$"):
+        small_study("pruner=slimming", "dataset.train_limit=80", "arms=[retrain@1,retrain_kd@1]")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class Runner:
         if self._interrupts.requested is not None:
             self._interrupts.stop(f"before {spec.title}")
         if spec.key is None:
-            return Failed(self._what_is_missing(spec))
+            return Failed(self._what_is_missing(spec, parents))
         stage = self._study.store.stage(stage_name(spec.kind, spec.key))
         started, done_before = start_of(parents), total_flops(parents)
         with self._events(spec, done_before) as events:
@@ -158,11 +158,12 @@ class Runner:
         rest = f"about {duration(seconds)} more" + (", and what follows pruning" if None in left else "")
         log.info("%s: an epoch takes %.1f s; the study will take %s", spec.title, pace, rest)
 
-    def _what_is_missing(self, spec: StageSpec) -> str:
+    def _what_is_missing(self, spec: StageSpec, parents: Sequence[Done]) -> str:
         """Return why a stage cannot run: a training that failed before it."""
         failed = "sparse" if self._study.pruner.trains_sparse else "large"
         if spec.optimizer is None or spec.architecture is None:
             return f"{failed} failed, so it is not known what is pruned"
-        if spec.teacher is not None and spec.parent is None:
+        is_pruned = any(parent.stage.name.startswith("prune-") for parent in parents)
+        if spec.teacher is not None and (spec.parent is None or is_pruned):
             return f"{spec.teacher} failed, so there is no network to learn from"
         return f"{failed} failed, so there is no pruned network to start from"
