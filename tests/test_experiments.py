@@ -20,7 +20,9 @@ from rethink_prune.study.prepare import prepare_study
 
 FOLDER = Path(conf_dir()) / "experiment"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-NOT_OF_THE_PAPER = {"l1_resnet20_cifar10_cpu"}
+NOT_OF_THE_PAPER = {"l1_resnet20_cifar10_cpu", "budget_axis_digits", "budget_axis_resnet56_cifar10"}
+# Of the paper's appendices, which have no table here.
+APPENDICES = {"appendix_d_l1_vgg16_cifar10", "appendix_e_l1_vgg16_cifar10"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
 
 
 def test_every_row_of_the_tables_has_its_file() -> None:
-    assert set(EXPERIMENTS) - NOT_OF_THE_PAPER == {*KNOWN, *FOUND}
+    assert set(EXPERIMENTS) - NOT_OF_THE_PAPER - APPENDICES == {*KNOWN, *FOUND}
 
 
 @pytest.mark.parametrize("name", [*KNOWN, *FOUND])
@@ -223,6 +225,38 @@ def test_rows_that_wait_for_a_training_have_the_settings_of_the_table(name: str,
         assert plan["sparse"]["trained"]
         assert plan["sparse"]["epochs"] == row.recipe.epochs
         assert pruner.linear == name.endswith("imagenet")
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "saved"),
+    # What the unpruned network's training is worth in epochs of the pruned one.
+    [("budget_axis_digits", (1, 2, 4, 8, 16), 23), ("budget_axis_resnet56_cifar10", (10, 20, 40, 80, 160), 318)],
+)
+def test_a_budget_axis_has_both_questions_at_every_length(
+    name: str, lengths: tuple[int, ...], saved: int, planned: Planned
+) -> None:
+    arms = planned(name)[1]["arms"]
+    for length in lengths:
+        retrained, scratch, total = (arms[f"{arm}{length}"] for arm in ("retrain@", "scratch@", "scratch@total:"))
+        assert retrained["epochs"] == scratch["epochs"] == length
+        assert retrained["milestones"] == scratch["milestones"]
+        assert total["epochs"] == length + saved
+    assert f"experiment={name} " in header(name)
+
+
+def test_appendices_are_rows_with_other_lengths(planned: Planned) -> None:
+    row = planned("l1_vgg16_cifar10")[1]
+    longer, slower = (planned(name)[1] for name in sorted(APPENDICES))
+    assert longer["arms"] == {**row["arms"], "finetune": longer["arms"]["finetune"]}
+    assert longer["arms"]["finetune"]["epochs"] == 160
+    assert "recipe.finetune.epochs=40,80,160" in header("appendix_d_l1_vgg16_cifar10")
+    assert slower["large"]["epochs"] == slower["arms"]["scratch_e"]["epochs"] == 300
+    assert slower["arms"]["scratch_e"]["milestones"] == [150, 225]
+    assert slower["arms"]["finetune"] == row["arms"]["finetune"]
+    for name, plan in zip(sorted(APPENDICES), (longer, slower), strict=True):
+        assert f"Trains: large {plan['large']['epochs']} epochs, fine-tuning {plan['arms']['finetune']['epochs']}" in (
+            header(name)
+        )
 
 
 @pytest.mark.parametrize(

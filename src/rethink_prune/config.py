@@ -11,7 +11,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from rethink_prune.errors import UserError
@@ -125,15 +135,23 @@ class ModelConfig(Frozen):
         return self.model_extra or {}
 
 
+# The names of the choices are no part of what an error says, see `_line`.
+Rate = Annotated[
+    Annotated[Positive, Tag("union, a number")] | Annotated[Literal["auto"], Tag("union, auto")],
+    Discriminator(lambda rate: "union, auto" if rate == "auto" else "union, a number"),
+]
+
+
 class Phase(Frozen):
     """One training: its length and learning rate, which rises over `warmup` epochs.
 
-    Milestones below 1 are fractions of the epochs.
+    Milestones below 1 are fractions of the epochs. ``lr=auto``, for fine-tuning, is described in
+    ``training/adaptive_start.py``.
     """
 
     epochs: Count
-    lr: Positive
-    schedule: Literal["multistep", "step", "cosine", "constant"] = "multistep"
+    lr: Rate
+    schedule: Literal["multistep", "step", "cosine", "constant", "linear"] = "multistep"
     milestones: tuple[Finite, ...] = ()
     step: Count | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] | tuple[Positive, ...] = 0.1
@@ -159,6 +177,8 @@ class Phase(Frozen):
             raise ValueError("schedule=step and step (epochs between two drops) go together")
         if isinstance(self.gamma, tuple) and (self.schedule != "multistep" or len(self.gamma) != len(self.milestones)):
             raise ValueError("a list of gamma needs schedule=multistep and as many milestones")
+        if self.lr == "auto" and self.schedule != "linear":
+            raise ValueError("lr=auto is the start of a linear schedule: it needs schedule=linear")
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup={self.warmup}: must be shorter than the training, epochs={self.epochs}")
         return self
@@ -169,6 +189,13 @@ class Strengths(Frozen):
 
     slimming: Positive | None = None
     sss: Positive | None = None
+
+
+class Distillation(Frozen):
+    """How arms with a teacher learn from it: `weight` is its share in the loss, `temperature` divides the logits."""
+
+    temperature: Positive = 4.0
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.9
 
 
 class RecipeConfig(Phase):
@@ -188,7 +215,15 @@ class RecipeConfig(Phase):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     augment: bool = True
     strengths: Strengths = Strengths()
+    distillation: Distillation = Distillation()
     finetune: Phase
+
+    @field_validator("lr")
+    @classmethod
+    def _rate_is_a_number(cls, rate: Rate) -> Rate:
+        if rate == "auto":
+            raise ValueError("must be a number: auto is for recipe.finetune.lr, after pruning")
+        return rate
 
 
 class BudgetConfig(Frozen):
@@ -380,7 +415,10 @@ class StudyConfig(Frozen):
 
 
 def parse_config(
-    tree: Mapping[str, Any], *, pruner_options: Callable[[str], type[PrunerOptions]], arms: Sequence[str]
+    tree: Mapping[str, Any],
+    *,
+    pruner_options: Callable[[str], type[PrunerOptions]],
+    check_arm: Callable[[str], object],
 ) -> StudyConfig:
     """Validate a composed and resolved tree.
 
@@ -390,8 +428,8 @@ def parse_config(
         Plain containers, as ``OmegaConf.to_container`` gives them.
     pruner_options : callable
         Gives the class of a pruner's options by the pruner's name; raises `UserError` for an unknown one.
-    arms : sequence of str
-        The arms there are.
+    check_arm : callable
+        Raises `UserError` for the name of no arm.
 
     Raises
     ------
@@ -410,9 +448,11 @@ def parse_config(
             # Stands in for what is wrong: the other parts are still to be checked.
             tree["pruner"] = PrunerOptions(name=pruner["name"])
     named = tree.get("arms")
-    unknown = [arm for arm in named if arm not in arms] if isinstance(named, list) else []
-    if unknown:
-        problems.append(f"arms={_show(named)}: no arm {', '.join(map(str, unknown))}; there are {', '.join(arms)}")
+    for name in named if isinstance(named, list) else []:
+        try:
+            check_arm(str(name))
+        except UserError as error:
+            problems.append(f"arms={_show(named)}: {error}")
     try:
         config = _parse_part(StudyConfig, tree)
     except UserError as error:

@@ -124,6 +124,17 @@ STUDIES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
         ),
         (),
     ),
+    "lengths, a teacher, an automatic start": (
+        (
+            "arms=[finetune,retrain@2,scratch@3,scratch@total:1,finetune_kd,retrain_kd@2,scratch_kd@2]",
+            "recipe.warmup=1",
+            "recipe.epochs=4",
+            "recipe.finetune.schedule=linear",
+            "recipe.finetune.lr=auto",
+            "recipe.distillation.weight=0.5",
+        ),
+        (),
+    ),
     "adamw, steps": (
         (
             "recipe.optimizer=adamw",

@@ -7,7 +7,7 @@ from rethink_prune.report.comparisons import ArmComparison
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label
 from rethink_prune.report.results import Report, ResultRow, ResultTable
 from rethink_prune.report.statistics import SeedStatistics
-from rethink_prune.study.arms import ARMS
+from rethink_prune.study.arms import known_arm
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def report_grids(report: Report) -> list[Grid]:
                 columns = ("network", "pruned by", *columns)
                 caption = _CAPTIONS[kind].format(margin=report.margin)
                 if kind == "accuracy":
-                    meanings = (f"{ARMS[arm].title}: {ARMS[arm].meaning}." for arm in table.arms if arm in ARMS)
+                    known = filter(None, map(known_arm, table.arms))
+                    meanings = (f"{arm.title}: {arm.meaning}." for arm in known)
                     caption = " ".join([caption, *meanings])
                 notes = tuple(_notes_about_rows(table)) if kind == "accuracy" else ()
                 grids.append(Grid(f"{kind}-{number}", f"{prefix}{table.title}", columns, rows, caption, notes))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rethink_prune.study.arms import ARMS, Arm, Style
+from rethink_prune.study.arms import ARMS, Arm, Style, known_arm
 
 # The first columns of a table; the other arms come after those of the paper.
 PAPER_ARMS = ("large", "finetune", "scratch_e", "scratch_b")
@@ -44,7 +44,12 @@ def network_label(network: str) -> Arm | NetworkLabel:
     >>> network_label("large").name, network_label("an_arm_of_a_later_version").name
     ('the unpruned network', 'an_arm_of_a_later_version')
     """
-    return ARMS.get(network) or _NOT_ARMS.get(network) or NetworkLabel(network, network, _UNKNOWN_STYLE)
+    return (
+        known_arm(network)
+        or ARMS.get(network)
+        or _NOT_ARMS.get(network)
+        or NetworkLabel(network, network, _UNKNOWN_STYLE)
+    )
 
 
 def trains_pruned(network: str) -> bool:
@@ -55,7 +60,8 @@ def trains_pruned(network: str) -> bool:
     >>> [trains_pruned(network) for network in ("large", "finetune", "large_longer")]
     [False, True, False]
     """
-    return ARMS[network].network == "pruned" if network in ARMS else network not in _NOT_ARMS
+    arm = known_arm(network)
+    return network not in _NOT_ARMS if arm is None else arm.network == "pruned"
 
 
 def in_column_order(networks: Iterable[str]) -> list[str]:
@@ -68,4 +74,10 @@ def in_column_order(networks: Iterable[str]) -> list[str]:
     """
     order = [*PAPER_ARMS, *(arm for arm in ARMS if arm not in PAPER_ARMS), "sparse", PRUNED, RECALIBRATED]
     after_paper = len(PAPER_ARMS) - 0.5
-    return sorted(networks, key=lambda name: (order.index(name) if name in order else after_paper, name))
+
+    def column(name: str) -> tuple[float, str]:
+        # Those of one family, such as retrain@4 and retrain@8, stand together.
+        family = name.partition("@")[0]
+        return (order.index(family) if family in order else after_paper, name)
+
+    return sorted(networks, key=column)

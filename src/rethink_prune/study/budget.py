@@ -1,15 +1,19 @@
 """How long each arm trains, and what that costs.
 
 Scratch-E trains the pruned architecture for as many epochs as the large network, Scratch-B for as much computation:
-``int(base_epochs * macs_large / macs_pruned)`` epochs, with the learning-rate milestones at the same fractions.
+``int(base_epochs * macs_large / macs_pruned)`` epochs, with the learning-rate milestones at the same fractions. An arm
+with a length of its own, such as ``retrain@12``, has the schedule of the large network's recipe, scaled to that length.
 """
 
 from dataclasses import asdict, dataclass
+from itertools import accumulate
+from operator import mul
 
 from rethink_prune.config import BudgetConfig, Phase, RecipeConfig
 from rethink_prune.cost import Cost
 from rethink_prune.errors import UserError
-from rethink_prune.study.arms import Length
+from rethink_prune.study.arms import Epochs, Length, Share, Total
+from rethink_prune.training.adaptive_start import AdaptiveStart
 from rethink_prune.training.schedule import OptimizerSpec
 
 
@@ -100,6 +104,8 @@ class Budget:
         MACs per image of the network that Scratch-B is measured against.
     train_images : int
         Images of an epoch.
+    trains_sparse : bool
+        Whether the pruner trains the unpruned network its own way, beside the plain training.
     """
 
     recipe: RecipeConfig
@@ -107,6 +113,7 @@ class Budget:
     large: Cost
     macs_reference: int
     train_images: int
+    trains_sparse: bool = False
 
     @property
     def base_epochs(self) -> int:
@@ -118,50 +125,117 @@ class Budget:
         """The epochs of fine-tuning that Scratch-B gets on top."""
         return self.recipe.finetune.epochs if self.rule.add_finetune_epochs else 0
 
-    def optimizer(self, length: Length, pruned: Cost | None) -> OptimizerSpec | None:
+    def optimizer(self, length: Length, pruned: Cost | None, *, taught: bool = False) -> OptimizerSpec | None:
         """Return how a network is trained for this length; None where that follows from a pruned network not known yet.
 
         Parameters
         ----------
-        length : {"large", "finetune", "scratch_b"}
+        length : Length
         pruned : Cost, optional
             Of the pruned network.
+        taught : bool
+            Whether it has the unpruned network as its teacher.
 
         Raises
         ------
         UserError
-            If the learning rate would fall before the warm-up is over.
+            If the learning rate would fall before the warm-up is over, as the recipe has it; in a training of another
+            length the warm-up is made shorter instead.
+        ValueError
+            As `epochs`.
         """
         phase: Phase = self.recipe.finetune if length == "finetune" else self.recipe
-        epochs = base = phase.epochs
-        if length == "scratch_b":
-            if pruned is None:
-                return None
-            base, added = self.base_epochs, self.finetune_epochs
-            epochs = scratch_b_epochs(base, self.macs_reference, pruned.macs, cap=self.rule.cap, finetune_epochs=added)
-        training = training_for(phase, epochs, base)
-        # An arm can be shorter than the warm-up of its phase.
-        warmup = min(phase.warmup, training.epochs - 1)
-        if warmup and training.milestones and training.milestones[0] <= warmup:
-            where = "recipe.finetune" if length == "finetune" else "recipe"
-            raise UserError(
-                f"{where}.warmup={warmup}: the learning rate would fall after epoch {training.milestones[0]} of "
-                f"{training.epochs}, before it has reached {where}.lr={phase.lr:g}; warm up for fewer epochs, or set "
-                f"later {where}.milestones"
-            )
+        epochs = self.epochs(length, pruned, taught=taught)
+        if epochs is None:
+            return None
+        training = training_for(phase, epochs, self.base_epochs if length == "scratch_b" else phase.epochs)
         shared = {"optimizer", "momentum", "nesterov", "weight_decay", "decay_norms", "label_smoothing"}
         return OptimizerSpec(
             **self.recipe.model_dump(include=shared),
             **asdict(training),
-            lr=phase.lr,
+            lr=self.peak_lr if phase.lr == "auto" else phase.lr,
+            start=AdaptiveStart(min(1.0, epochs / self.recipe.epochs)) if phase.lr == "auto" else None,
             # Steps are written as milestones by now.
             schedule="multistep" if phase.schedule == "step" else phase.schedule,
-            warmup=warmup,
+            warmup=self._warmup(phase, training, length),
         )
 
-    def train_flops(self, cost: Cost | None, phase: OptimizerSpec | None) -> int | None:
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate of the recipe, whose factors may raise it."""
+        training = training_for(self.recipe, self.recipe.epochs, self.recipe.epochs)
+        factors = accumulate(training.gammas, mul) if self.recipe.schedule == "multistep" else ()
+        return float(self.recipe.lr) * max([1.0, *factors])
+
+    def epochs(self, length: Length, pruned: Cost | None, *, taught: bool = False) -> int | None:
+        """Return the epochs of a length; None where they follow from a pruned network that is not known yet.
+
+        Raises
+        ------
+        ValueError
+            If a share of the recipe's epochs is less than one.
+        """
+        match length:
+            case "large":
+                return self.recipe.epochs
+            case "finetune":
+                return self.recipe.finetune.epochs
+            case Epochs(count):
+                return count
+            case Share(factor):
+                # A product such as 0.29 * 100 falls just short of the whole number that is meant.
+                epochs = int(factor * self.recipe.epochs + 1e-9)
+                if epochs < 1:
+                    raise ValueError(
+                        f"{factor:g}x is less than one of the {self.recipe.epochs} epochs of recipe.epochs; take at "
+                        "least one epoch"
+                    )
+                return epochs
+            case Total(retrained):
+                retraining = self.epochs(retrained, pruned)
+                if pruned is None or retraining is None:
+                    return None
+                # The unpruned network is trained for the recipe's epochs, by a pruner's own training as well. A teacher
+                # has to be trained for either arm.
+                saved = 0 if taught and not self.trains_sparse else self.large.train_flops(self.recipe.epochs)
+                return retraining + saved // self.image_flops(pruned, taught=taught)
+            case "scratch_b":
+                if pruned is None:
+                    return None
+                return scratch_b_epochs(
+                    self.base_epochs,
+                    self.macs_reference,
+                    pruned.macs,
+                    cap=self.rule.cap,
+                    finetune_epochs=self.finetune_epochs,
+                )
+
+    def _warmup(self, phase: Phase, training: Training, length: Length) -> int:
+        """Return the epochs of warm-up: the phase's own where its length is; scaled for a length that was typed."""
+        first_drop = training.milestones[0] if training.milestones else training.epochs
+        if length in ("large", "finetune"):
+            if phase.warmup and training.milestones and first_drop <= phase.warmup:
+                where = "recipe.finetune" if length == "finetune" else "recipe"
+                raise UserError(
+                    f"{where}.warmup={phase.warmup}: the learning rate would fall after epoch {first_drop} of "
+                    f"{training.epochs}, before it has reached {where}.lr={phase.lr}; warm up for fewer epochs, or "
+                    f"set later {where}.milestones"
+                )
+            return phase.warmup
+        # Scratch-B has always kept the recipe's warm-up as it is.
+        warmup = phase.warmup if length == "scratch_b" else phase.warmup * training.epochs // phase.epochs
+        # At least the last epoch before the first drop has the recipe's learning rate.
+        return min(warmup, first_drop - 1)
+
+    def image_flops(self, cost: Cost, *, taught: bool) -> int:
+        """Return the FLOPs of training a network on one image, those of its teacher's forward pass included."""
+        return cost.train_flops(1) + (self.large.forward_flops(1) if taught else 0)
+
+    def train_flops(self, cost: Cost | None, phase: OptimizerSpec | None, *, taught: bool = False) -> int | None:
         """Return the FLOPs of a training; None if the network or the length is not known."""
-        return cost.train_flops(phase.epochs * self.train_images) if cost and phase else None
+        if cost is None or phase is None:
+            return None
+        return self.image_flops(cost, taught=taught) * phase.epochs * self.train_images
 
     def ledger(self, pruned: Cost | None) -> dict[str, object]:
         """Return the rule, and the numbers it is applied to where the pruned network is known."""

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rethink_prune.cost import Cost
+from rethink_prune.errors import UserError
 from rethink_prune.pruning import Target
-from rethink_prune.study.arms import ARMS, Length
+from rethink_prune.study.arms import Length, arm_of, known_arm
 from rethink_prune.study.budget import Budget
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.schedule import OptimizerSpec
@@ -32,6 +33,8 @@ class StageSpec:
         What kind of work it is: the first part of its folder's name.
     parent : str, optional
         Title of the stage whose weights it starts from.
+    teacher : str, optional
+        Title of the stage whose network it learns from.
     given : bool
         Whether it takes weights the user brought, and trains nothing. Without these and a parent, weights are drawn.
     optimizer : OptimizerSpec, optional
@@ -44,22 +47,36 @@ class StageSpec:
         Of this stage alone.
     key : mapping, optional
         What decides its result; None until the images are read and the architecture is known.
+    also : tuple of str
+        Further arms that are this very training, such as ``scratch@e`` beside ``scratch_e``.
     """
 
     title: str
     kind: Kind
     parent: str | None = None
+    teacher: str | None = None
     given: bool = False
     optimizer: OptimizerSpec | None = None
     architecture: Architecture | None = None
     cost: Cost | None = None
     train_flops: int | None = None
     key: Mapping[str, Any] | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the stage: its title, and the further ones."""
+        return (self.title, *self.also)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Titles of the stages whose weights it needs."""
+        return tuple(title for title in (self.parent, self.teacher) if title is not None)
 
 
 def needs_pruning(target: Target, arms: Sequence[str]) -> bool:
     """Tell whether a trained network has to be pruned: not for scratch arms whose architecture is known already."""
-    return not target.known or any(ARMS[name].weights == "inherited" for name in arms)
+    return not target.known or any(arm_of(name).weights == "inherited" for name in arms)
 
 
 def plan_study(
@@ -84,7 +101,7 @@ def plan_study(
     stages = []
     prunes = needs_pruning(target, arms)
     large = _unpruned("large", "large", budget, "large", None)
-    if baseline or prunes:
+    if baseline or prunes or any(arm_of(name).taught for name in arms):
         stages.append(replace(large, given=True, optimizer=None, train_flops=0) if given else large)
     if prunes and trains_sparse:
         stages.append(replace(large, title="sparse", kind="sparse"))
@@ -99,6 +116,8 @@ def plan_arms(
 ) -> tuple[StageSpec, ...]:
     """Return the arms' stages; what follows from the pruned network is None as long as that is not known.
 
+    Arms that turn out to be one training share a stage.
+
     Parameters
     ----------
     budget : Budget
@@ -106,6 +125,11 @@ def plan_arms(
         Their names.
     architecture, pruned
         The pruned network and its cost, if they are known.
+
+    Raises
+    ------
+    UserError
+        If an arm would train for less than one epoch, or as `Budget.optimizer`.
 
     Examples
     --------
@@ -116,27 +140,46 @@ def plan_arms(
     [2, 20]
     >>> [spec.optimizer is None for spec in plan_arms(budget, ["finetune", "scratch_b"], None, None)]
     [False, True]
+    >>> [spec.names for spec in plan_arms(budget, ["scratch@10", "retrain@10", "scratch_e"], None, None)]
+    [('scratch@10', 'scratch_e'), ('retrain@10',)]
     """
-    stages = []
+    stages: list[StageSpec] = []
     for name in arms:
-        arm = ARMS[name]
+        arm = arm_of(name)
+        assert arm.length is not None
         if arm.network == "large":
             stages.append(_unpruned(name, "large", budget, arm.length, pruned))
             continue
-        optimizer = budget.optimizer(arm.length, pruned)
+        try:
+            optimizer = budget.optimizer(arm.length, pruned, taught=arm.taught)
+        except ValueError as error:
+            raise UserError(f"arms: {name}: {error}") from None
         inherits = arm.weights == "inherited"
         stages.append(
             StageSpec(
                 title=name,
                 kind="finetune" if inherits else "scratch",
                 parent="prune" if inherits else None,
+                teacher="large" if arm.taught else None,
                 optimizer=optimizer,
                 architecture=architecture,
                 cost=pruned,
-                train_flops=budget.train_flops(pruned, optimizer),
+                train_flops=budget.train_flops(pruned, optimizer, taught=arm.taught),
             )
         )
-    return tuple(stages)
+    return _merge_equal(stages)
+
+
+def _merge_equal(stages: Sequence[StageSpec]) -> tuple[StageSpec, ...]:
+    """Return one stage for each training, which keeps all its names."""
+    merged: dict[object, StageSpec] = {}
+    for spec in stages:
+        # The network follows from the kind. A length that is not known yet is that of equal arms.
+        length = spec.optimizer or arm_of(spec.title).length
+        training = (spec.kind, spec.needs, length)
+        first = merged.get(training)
+        merged[training] = spec if first is None else replace(first, also=(*first.also, spec.title))
+    return tuple(merged.values())
 
 
 def plan_content(budget: Budget, stages: Sequence[StageSpec], target: Target, *, trains_sparse: bool) -> dict[str, Any]:
@@ -145,6 +188,7 @@ def plan_content(budget: Budget, stages: Sequence[StageSpec], target: Target, *,
     What follows from a pruned network that is not known yet is None.
     """
     planned = {spec.title: spec for spec in stages}
+    titles = {name: spec.title for spec in stages for name in spec.names if known_arm(name)}
     pruned = target.cost if target.known else None
     bases = {}
     for title in ("large", "sparse") if trains_sparse else ("large",):
@@ -162,12 +206,29 @@ def plan_content(budget: Budget, stages: Sequence[StageSpec], target: Target, *,
         **bases,
         "pruned": {**networks, "known": target.known, "layers": layers},
         "arms": {
-            spec.title: {**_length(spec.optimizer), "train_flops": spec.train_flops}
-            for spec in stages
-            if spec.title in ARMS
+            name: {
+                **_length(planned[title].optimizer),
+                "train_flops": planned[title].train_flops,
+                "train_flops_total": _planned_total(planned, title),
+                # One training under two names is planned, and paid for, once.
+                **({} if name == title else {"same_as": title}),
+            }
+            for name, title in titles.items()
         },
         "budget": budget.ledger(pruned),
     }
+
+
+def _planned_total(planned: Mapping[str, StageSpec], title: str) -> int | None:
+    """Return the FLOPs of a stage and of those it builds on; None if some are not known, as for given weights."""
+    found: dict[str, int | None] = {}
+    waiting = [title]
+    while waiting:
+        spec = planned[waiting.pop()]
+        found[spec.title] = None if spec.given else spec.train_flops
+        waiting += spec.needs
+    known = [flops for flops in found.values() if flops is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 def _length(optimizer: OptimizerSpec | None) -> dict[str, Any]:

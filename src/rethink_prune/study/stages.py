@@ -12,8 +12,9 @@ from typing import Any
 
 from rethink_prune.errors import Interrupted
 from rethink_prune.store.metrics import read_metrics, steady_pace, write_metrics
-from rethink_prune.store.stage import MODEL_FILE, SAMPLE_FILE, Done, Failed, Stage
+from rethink_prune.store.stage import MODEL_FILE, SAMPLE_FILE, Done, Failed, Stage, start_of, total_flops
 from rethink_prune.store.weights import save_weights
+from rethink_prune.study.arms import file_name
 from rethink_prune.study.keys import stage_name
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.prepare import PreparedStudy
@@ -57,31 +58,32 @@ class Runner:
 
     def replan(self, stages: Sequence[StageSpec]) -> None:
         """Take stages as they are planned by now, to say how much time is left."""
-        self._flops_left |= {spec.title: spec.train_flops for spec in stages}
+        for spec in stages:
+            # A training that has two names takes its time once.
+            self._flops_left |= {**dict.fromkeys(spec.also, 0), spec.title: spec.train_flops}
 
-    def run(self, spec: StageSpec, parent: Done | None = None) -> Done | Failed:
+    def run(self, spec: StageSpec, parents: tuple[Done, ...] = ()) -> Done | Failed:
         """Return a stage from the store, or do its work.
 
         Parameters
         ----------
         spec : StageSpec
-        parent : Done, optional
-            The stage it starts from.
+        parents : tuple of Done
+            The stages it needs, as ``spec.needs`` names them.
 
         Raises
         ------
         Interrupted
             After a signal; the state is saved.
         UserError
-            If an earlier attempt started from other weights than the parent's.
+            If an earlier attempt needed other weights than the parents have now.
         """
         if self._interrupts.requested is not None:
             self._interrupts.stop(f"before {spec.title}")
         if spec.key is None:
-            return Failed(self._what_is_missing(spec))
+            return Failed(self._what_is_missing(spec, parents))
         stage = self._study.store.stage(stage_name(spec.kind, spec.key))
-        started = parent.started if parent else None
-        done_before = parent.flops_total if parent else 0
+        started, done_before = start_of(parents), total_flops(parents)
         with self._events(spec, done_before) as events:
             result: dict[str, Any] | Failed | None = stage.result(started)
             if isinstance(result, dict):
@@ -89,17 +91,17 @@ class Runner:
             else:
                 with stage.hold():
                     # Another process may have finished it while this one waited for the lock.
-                    result = stage.result(started) or self._do(spec, stage, parent, events)
+                    result = stage.result(started) or self._do(spec, stage, parents, events)
             self._flops_left[spec.title] = 0
             if isinstance(result, Failed):
                 return result
             if events is not None:
                 # A stage from the store has its curves in every run that uses it.
                 events.write(read_metrics(stage.folder))
-        return Done(stage, result, done_before)
+        return Done(stage, result, parents)
 
     def _do(
-        self, spec: StageSpec, stage: Stage, parent: Done | None, events: ArmEvents | None
+        self, spec: StageSpec, stage: Stage, parents: tuple[Done, ...], events: ArmEvents | None
     ) -> dict[str, Any] | Failed:
         """Do the work of a stage that is held, and keep what it makes."""
         # What `config.yaml` says, also for those who take the network along.
@@ -109,7 +111,7 @@ class Runner:
         config["seed"] = self._study.config.seed
         if spec.optimizer is not None:
             config["computed"] = self._how_computed(spec.optimizer)
-        stage.begin(config, parent.started if parent else None)
+        stage.begin(config, start_of(parents))
 
         def on_epoch(rows: list[Row]) -> None:
             write_metrics(stage.folder, rows)
@@ -121,7 +123,7 @@ class Runner:
         device = self._study.runtime.device
         reset_peak_memory(device)
         try:
-            product = do_stage(self._study, self._interrupts, spec, parent, StageAccess(checkpoints, on_epoch))
+            product = do_stage(self._study, self._interrupts, spec, parents, StageAccess(checkpoints, on_epoch))
             save_weights(stage.model_file, product.weights)
             save_weights(stage.folder / SAMPLE_FILE, {"logits": product.sample})
             product.architecture.save(stage.folder)
@@ -143,20 +145,21 @@ class Runner:
         """Return where a training's curves go, as a context; None where nothing is trained."""
         if spec.optimizer is None or spec.cost is None:
             return nullcontext()
-        folder = self._run_dir / "tensorboard" / spec.title
-        return closing(ArmEvents(folder, flops_before=done_before, flops_per_image=spec.cost.train_flops(1)))
+        folder = self._run_dir / "tensorboard" / file_name(spec.title)
+        per_image = self._study.budget.image_flops(spec.cost, taught=spec.teacher is not None)
+        return closing(ArmEvents(folder, flops_before=done_before, flops_per_image=per_image))
 
     def _log_time_left(self, spec: StageSpec, rows: list[Row]) -> None:
         """Say how long the rest of the study will take, once in each stage, when it has found its pace."""
         if spec.cost is None or spec.train_flops is None:
             return
-        trained = sum(spec.cost.train_flops(int(row["images"])) for row in rows)
-        self._flops_left[spec.title] = spec.train_flops - trained
+        per_image = self._study.budget.image_flops(spec.cost, taught=spec.teacher is not None)
+        self._flops_left[spec.title] = spec.train_flops - per_image * sum(int(row["images"]) for row in rows)
         pace = steady_pace(rows)
         if pace is None or spec.title in self._timed:
             return
         self._timed.add(spec.title)
-        per_epoch = spec.cost.train_flops(int(rows[-1]["images"]))
+        per_epoch = per_image * int(rows[-1]["images"])
         left = self._flops_left.values()
         # The others that train at once are as fast as this one.
         seconds = pace / per_epoch * sum(flops or 0 for flops in left) / number_at_once()
@@ -169,11 +172,14 @@ class Runner:
         speed = runtime.choose(optimizer.epochs * batches.steps_per_epoch)
         return {"device": describe_device(runtime.device), "precision": runtime.precision, **asdict(speed), **_shared()}
 
-    def _what_is_missing(self, spec: StageSpec) -> str:
+    def _what_is_missing(self, spec: StageSpec, parents: Sequence[Done]) -> str:
         """Return why a stage cannot run: a training that failed before it."""
         failed = "sparse" if self._study.pruner.trains_sparse else "large"
         if spec.optimizer is None or spec.architecture is None:
             return f"{failed} failed, so it is not known what is pruned"
+        is_pruned = any(parent.stage.name.startswith("prune-") for parent in parents)
+        if spec.teacher is not None and (spec.parent is None or is_pruned):
+            return f"{spec.teacher} failed, so there is no network to learn from"
         return f"{failed} failed, so there is no pruned network to start from"
 
 

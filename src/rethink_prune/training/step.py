@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from rethink_prune.errors import UserError, first_line
 from rethink_prune.outputs import loss_and_correct, main_output, output_loss
+from rethink_prune.training.distillation import Teacher
 from rethink_prune.training.distributed import is_connection_error
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.recording import CudaRecorder, Recorded, warn_not_recorded, why_not_recorded
@@ -38,6 +39,7 @@ def build_step(
     runtime: Runtime,
     forward: nn.Module | None = None,
     label_smoothing: float = 0.0,
+    teacher: Teacher | None = None,
     compiles: bool = False,
 ) -> Step:
     """Return the fastest step that `runtime` asks for and that can train `model`.
@@ -52,6 +54,8 @@ def build_step(
         What to call instead of the network: several processes wrap it.
     label_smoothing : float
         Of the loss, in [0, 1).
+    teacher : Teacher, optional
+        Ready to teach; its forward pass is part of the step.
     compiles : bool
         Whether the network goes through ``torch.compile``.
 
@@ -70,7 +74,7 @@ def build_step(
     True
     """
     # The network itself goes to the hooks, which know its parameters by their own names.
-    plain = PlainStep(model, forward or model, optimizer, hooks, runtime, label_smoothing)
+    plain = PlainStep(model, forward or model, optimizer, hooks, runtime, label_smoothing, teacher)
     step = CompiledStep(plain) if compiles else plain
     if not runtime.accelerates_cuda:
         return step
@@ -100,6 +104,8 @@ class PlainStep:
         What the hooks see.
     forward : callable
         The same network, perhaps wrapped for several processes, or compiled.
+    teacher : Teacher, optional
+        What it learns from beside the labels.
     """
 
     model: nn.Module
@@ -108,6 +114,7 @@ class PlainStep:
     hooks: TrainingHooks
     runtime: Runtime
     label_smoothing: float
+    teacher: Teacher | None = None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         """Train on one batch; raise `UserError` if ``deterministic=true`` refuses an operation."""
@@ -115,7 +122,7 @@ class PlainStep:
             # Forward alone: the backward pass takes the types that the forward pass has chosen.
             with self.runtime.autocast():
                 output = self.forward(images)
-            loss = output_loss(output, labels, label_smoothing=self.label_smoothing)
+            loss = self._loss(images, output, labels)
             (loss * weight).backward()
             lr = self.optimizer.param_groups[0]["lr"]
             self.hooks.before_step(self.model, lr)
@@ -124,6 +131,12 @@ class PlainStep:
             # At the end, not before the next forward pass: no gradient takes memory while the network is evaluated.
             self.optimizer.zero_grad(set_to_none=True)
             return loss_and_correct(loss.detach() * len(labels), main_output(output).detach(), labels)
+
+    def _loss(self, images: torch.Tensor, output: object, labels: torch.Tensor) -> torch.Tensor:
+        smoothing = self.label_smoothing
+        if self.teacher is None:
+            return output_loss(output, labels, label_smoothing=smoothing)
+        return self.teacher.loss(images, output, labels, runtime=self.runtime, label_smoothing=smoothing)
 
 
 @contextmanager
