@@ -1,7 +1,8 @@
 """The networks of a study as a report shows them: what each is called, how it is drawn, and in which order."""
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rethink_prune.study.arms import ARMS, Arm, Style
 
@@ -34,6 +35,38 @@ _NOT_ARMS = {
 }
 
 
+# Arms whose names go on with "@" and a length, and those with a teacher.
+_WITH_LENGTH = {
+    "retrain": Arm("pruned", "inherited", "large", "", "", "", Style("#D55E00", (0, (4, 1)), "h")),
+    "scratch": Arm("pruned", "fresh", "large", "", "", "", Style("#332288", (0, (4, 1, 1, 1)), "<")),
+    "retrain_kd": Arm("pruned", "inherited", "large", "", "", "", Style("#882255", (0, (2, 2)), "p")),
+    "finetune_kd": Arm("pruned", "inherited", "finetune", "", "", "", Style("#AA4499", (0, (6, 1)), "8")),
+    "scratch_kd": Arm("pruned", "fresh", "large", "", "", "", Style("#117733", (0, (2, 1, 1, 1)), ">")),
+}
+# Names that the paper gives to a length.
+_OLD_NAMES = {"scratch_e": "scratch@e", "scratch_b": "scratch@b"}
+
+
+def split_name(network: str) -> tuple[str, str]:
+    """Return the family of an arm and its length as it was typed; no length where the name has none.
+
+    Examples
+    --------
+    >>> split_name("retrain@0.5x"), split_name("scratch_e"), split_name("finetune")
+    (('retrain', '0.5x'), ('scratch', 'e'), ('finetune', ''))
+    """
+    family, _, length = _OLD_NAMES.get(network, network).partition("@")
+    return family, length
+
+
+def find_arm(network: str) -> Arm | None:
+    """Return what is known of an arm; None for a network that is no arm, or an arm of a later version."""
+    if network in ARMS:
+        return ARMS[network]
+    family = _WITH_LENGTH.get(split_name(network)[0])
+    return family and replace(family, title=network, name=network)
+
+
 def network_label(network: str) -> Arm | NetworkLabel:
     """Return the title, name and style of an arm or another network; an unknown one is called what it is.
 
@@ -44,7 +77,7 @@ def network_label(network: str) -> Arm | NetworkLabel:
     >>> network_label("large").name, network_label("an_arm_of_a_later_version").name
     ('the unpruned network', 'an_arm_of_a_later_version')
     """
-    return ARMS.get(network) or _NOT_ARMS.get(network) or NetworkLabel(network, network, _UNKNOWN_STYLE)
+    return find_arm(network) or _NOT_ARMS.get(network) or NetworkLabel(network, network, _UNKNOWN_STYLE)
 
 
 def trains_pruned(network: str) -> bool:
@@ -55,7 +88,8 @@ def trains_pruned(network: str) -> bool:
     >>> [trains_pruned(network) for network in ("large", "finetune", "large_longer")]
     [False, True, False]
     """
-    return ARMS[network].network == "pruned" if network in ARMS else network not in _NOT_ARMS
+    arm = find_arm(network)
+    return arm.network == "pruned" if arm else network not in _NOT_ARMS
 
 
 def in_column_order(networks: Iterable[str]) -> list[str]:
@@ -65,7 +99,17 @@ def in_column_order(networks: Iterable[str]) -> list[str]:
     --------
     >>> in_column_order({"pruned", "large_longer", "scratch_b", "unknown", "finetune", "large"})
     ['large', 'finetune', 'scratch_b', 'unknown', 'large_longer', 'pruned']
+    >>> in_column_order({"retrain@16", "retrain@2", "scratch@2", "retrain@0.5x"})
+    ['retrain@0.5x', 'retrain@2', 'retrain@16', 'scratch@2']
     """
     order = [*PAPER_ARMS, *(arm for arm in ARMS if arm not in PAPER_ARMS), "sparse", PRUNED, RECALIBRATED]
     after_paper = len(PAPER_ARMS) - 0.5
-    return sorted(networks, key=lambda name: (order.index(name) if name in order else after_paper, name))
+
+    def place(name: str) -> tuple[float, list[str | float]]:
+        base = name if name in order else name.partition("@")[0]
+        # Numbers count as numbers: they are every second part.
+        parts = re.split(r"(\d+(?:\.\d+)?)", name)
+        numbers = [float(part) if index % 2 else part for index, part in enumerate(parts)]
+        return (order.index(base) if base in order else after_paper), numbers
+
+    return sorted(networks, key=place)
