@@ -1,10 +1,8 @@
 """One training may have several names, as ``scratch_e`` and ``scratch@12``: it counts once, under the first of them."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from rethink_prune.report.networks import in_column_order
 from rethink_prune.report.records import RunRecord
 
 
@@ -13,16 +11,15 @@ def other_names(runs: Sequence[RunRecord]) -> dict[str, str]:
 
     Two names are one training where some runs have them as one stage, and no run as two.
     """
-    same: dict[tuple[str, str], set[bool]] = defaultdict(set)
-    for run in runs:
-        stages = {name: run.arms[name].stage for name in in_column_order(run.arms) if run.arms[name].stage}
-        for first, second in combinations(stages, 2):
-            same[first, second].add(stages[first] == stages[second])
+    # The paper's names first, then as they were asked for.
+    order = sorted(dict.fromkeys(name for run in runs for name in run.arms), key=lambda name: "@" in name)
     names: dict[str, str] = {}
-    # In the order of columns, so the first name of a training is no other's.
-    for first, second in same:
-        if same[first, second] == {True}:
-            names.setdefault(second, first)
+    for first, second in combinations(order, 2):
+        both = [(run.arms[first].stage, run.arms[second].stage) for run in runs if {first, second} <= run.arms.keys()]
+        same = {one == other for one, other in both if one and other}
+        if same == {True}:
+            # The first one may be another name itself.
+            names.setdefault(second, names.get(first, first))
     return names
 
 

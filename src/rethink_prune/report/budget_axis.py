@@ -266,9 +266,12 @@ def _lengths_text(curve: BudgetCurve, margin: float) -> str:
         return f"Shown after correction for {len(tested)} lengths: {'; '.join(parts)}."
     if not tested:
         return "One seed: no test."
-    floors = [p.comparison.p_holm_floor for p in tested if p.comparison.p_holm_floor is not None]
-    why = f": the smallest p that the seeds allow is {min(floors):.2g}" if min(floors) > LEVEL else ""
-    return f"At no single length is a difference shown after correction for {len(tested)} lengths{why}."
+    said = f"At no single length is a difference or equivalence shown after correction for {len(tested)} lengths"
+    best = max(tested, key=lambda point: len(point.comparison.seeds)).comparison
+    if best.difference is not None and best.p_holm_floor is not None and best.p_holm_floor > LEVEL:
+        least = f"{best.difference.p_floor:.2g}, {best.p_holm_floor:.2g} after correction"
+        return f"{said}; {best.difference.n} seeds cannot show a difference: the smallest p they allow is {least}."
+    return f"{said}."
 
 
 def _listed_epochs(points: Sequence[BudgetPoint]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator, SymmetricalLogLocator
 
 from rethink_prune.report.budget_axis import BudgetCurve, Question
 from rethink_prune.report.crossover import Crossover, Place
@@ -19,39 +19,46 @@ _LOOKS: dict[Question, tuple[str, str, str, float]] = {
 
 
 def gap_figure(curves: Sequence[BudgetCurve], *, margin: float) -> Figure:
-    """Draw the gaps of a row over the length of retraining, a panel for each kind of arms.
+    """Draw the gaps of a row over the length of retraining, and below them the crossovers.
 
     Parameters
     ----------
+    curves
+        Those with a teacher get panels of their own.
     margin
         Points within which two arms count as equivalent: shaded.
     """
     kinds = list(dict.fromkeys(curve.kind for curve in curves))
-    figure = Figure(figsize=(1 + 5.5 * len(kinds), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for kind, axes in zip(kinds, panels, strict=True):
-        _draw_panel(axes, [curve for curve in curves if curve.kind == kind], margin)
-    panels[0].set_ylabel("retrained minus from scratch, points of top-1")
+    figure = Figure(figsize=(1.5 + 5.5 * len(kinds), 5), layout="constrained")
+    panels = figure.subplots(2, len(kinds), sharex="col", sharey="row", squeeze=False, height_ratios=(6, 1))
+    for kind, gaps, crossovers in zip(kinds, *panels, strict=True):
+        _draw_panel(gaps, crossovers, [curve for curve in curves if curve.kind == kind], margin)
+    panels[0, 0].set_ylabel(f"retrained minus from scratch, points of top-1\n(logarithmic beyond ±{2 * margin:g})")
     return figure
 
 
-def _draw_panel(axes: Axes, curves: Sequence[BudgetCurve], margin: float) -> None:
-    axes.set_xscale("log")
-    axes.axhspan(-margin, margin, color="#BBBBBB", alpha=0.35, linewidth=0, label=f"equivalence margin, {margin:g}")
-    axes.axhline(0, color="black", linewidth=0.8)
+def _draw_panel(gaps: Axes, crossovers: Axes, curves: Sequence[BudgetCurve], margin: float) -> None:
+    gaps.axhspan(-margin, margin, color="#BBBBBB", alpha=0.35, linewidth=0, label=f"equivalence margin, {margin:g}")
+    gaps.axhline(0, color="black", linewidth=0.8)
+    # Gaps of the shortest lengths can be a hundred times the margin.
+    gaps.set_yscale("symlog", linthresh=2 * margin)
+    gaps.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=2 * margin, subs=[1, 2, 5]))
+    gaps.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     lengths = sorted({point.epochs for curve in curves for point in curve.points})
     span = (lengths[0] / 1.25, lengths[-1] * 1.25)
-    for curve in curves:
-        _draw_curve_of_gaps(axes, curve)
+    for place, curve in enumerate(curves):
+        _draw_gaps(gaps, curve)
         if curve.crossover is not None:
-            _draw_crossover(axes, curve.question, curve.crossover, span)
-    axes.set_xticks(lengths, [f"{length:.4g}" for length in lengths])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlim=span, xlabel="N, epochs of retraining")
-    axes.legend(frameon=False, fontsize=8)
+            _draw_crossover(crossovers, curve.question, curve.crossover, span, place)
+    gaps.legend(frameon=False, fontsize=8)
+    crossovers.set_xscale("log")
+    crossovers.set_xticks(lengths, [f"{length:.4g}" for length in lengths])
+    crossovers.xaxis.set_minor_locator(NullLocator())
+    crossovers.set(xlim=span, xlabel="N, epochs of retraining", ylim=(1.5, -0.5), ylabel="crossover")
+    crossovers.set_yticks([])
 
 
-def _draw_curve_of_gaps(axes: Axes, curve: BudgetCurve) -> None:
+def _draw_gaps(axes: Axes, curve: BudgetCurve) -> None:
     color, marker, line, beside = _LOOKS[curve.question]
     found = [(point.epochs * beside, d, point) for point in curve.points if (d := point.comparison.difference)]
     x, means = np.array([place for place, _, _ in found]), np.array([d.mean for _, d, _ in found])
@@ -64,18 +71,18 @@ def _draw_curve_of_gaps(axes: Axes, curve: BudgetCurve) -> None:
         axes.plot(x[chosen], means[chosen], linestyle="", marker=marker, color=color, markerfacecolor=fill)
 
 
-def _draw_crossover(axes: Axes, question: Question, crossover: Crossover, span: tuple[float, float]) -> None:
-    """Mark the crossover at the lower edge, with its interval: to the picture's end where it goes on outside."""
-    color, _, line, _ = _LOOKS[question]
-    height = 0.03 if question == "training" else 0.07
-    across = axes.get_xaxis_transform()
+def _draw_crossover(
+    axes: Axes, question: Question, crossover: Crossover, span: tuple[float, float], place: int
+) -> None:
+    """Mark a crossover and its interval, to the picture's end where it goes on outside; a tick stands for a seed."""
+    color = _LOOKS[question][0]
 
-    def at(place: Place) -> float:
-        return place if not isinstance(place, str) else span[0] if place == "below" else span[1]
+    def at(found: Place) -> float:
+        return found if not isinstance(found, str) else span[0] if found == "below" else span[1]
 
     if crossover.interval is not None:
-        ends = [at(end) for end in crossover.interval]
-        axes.plot(ends, [height, height], transform=across, color=color, linewidth=4, alpha=0.4, solid_capstyle="butt")
+        axes.plot([at(end) for end in crossover.interval], [place, place], color=color, linewidth=6, alpha=0.3)
+    seeds = [found for found in crossover.by_seed if found is not None and not isinstance(found, str)]
+    axes.plot(seeds, [place] * len(seeds), linestyle="", marker="|", markersize=9, color=color)
     if not isinstance(crossover.place, str):
-        axes.plot(crossover.place, height, transform=across, color=color, marker="d", markersize=8)
-        axes.axvline(crossover.place, color=color, linestyle=line, linewidth=0.8, alpha=0.6)
+        axes.plot(crossover.place, place, color=color, marker="d", markersize=8)

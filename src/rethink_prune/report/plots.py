@@ -26,8 +26,8 @@ _SEARCH: dict[str, Any] = {"color": "#555555", "linestyle": ":", "linewidth": 1,
 # What each kind of picture shows, before the name of its row or table.
 _CAPTIONS = {
     "gap": "Retraining against training from scratch over the length of retraining: the gap, paired by seed, with its "
-    "pointwise 95 % interval; filled: shown after correction for all lengths. At the lower edge: where the gap reaches "
-    "zero, and the interval of that",
+    "pointwise 95 % interval; filled: shown after correction for all lengths. Below: where the gap reaches zero, with "
+    "its interval and the seeds",
     "differences": "Difference to the arm named second, paired by seed, with its 95 % interval",
     "targets": "Top-1 after the last epoch against how much is pruned, mean and standard deviation over seeds",
     "curves": "Top-1 during training: mean over seeds, band from the lowest to the highest seed",
@@ -91,7 +91,7 @@ def _curves_figure(results: Sequence[ArmOverSeeds], on_axis: Collection[str] = (
     for result in results:
         if result.arm in on_axis:
             families[split_name(result.arm)[0]].append(result.arm)
-    labels = {names[0]: ", ".join([names[0], *(split_name(n)[1] for n in names[1:])]) for names in families.values()}
+    labels = {names[0]: f"{family}@ {len(names)} lengths" for family, names in families.items()}
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     by_epoch, by_flops = figure.subplots(1, 2, sharey=True)
     for result in results:
