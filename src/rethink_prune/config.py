@@ -379,7 +379,10 @@ class StudyConfig(Frozen):
 
 
 def parse_config(
-    tree: Mapping[str, Any], *, pruner_options: Callable[[str], type[PrunerOptions]], arms: Sequence[str]
+    tree: Mapping[str, Any],
+    *,
+    pruner_options: Callable[[str], type[PrunerOptions]],
+    check_arm: Callable[[str], object],
 ) -> StudyConfig:
     """Validate a composed and resolved tree.
 
@@ -389,8 +392,8 @@ def parse_config(
         Plain containers, as ``OmegaConf.to_container`` gives them.
     pruner_options : callable
         Gives the class of a pruner's options by the pruner's name; raises `UserError` for an unknown one.
-    arms : sequence of str
-        The arms there are.
+    check_arm : callable
+        Raises `UserError` for the name of no arm.
 
     Raises
     ------
@@ -409,9 +412,11 @@ def parse_config(
             # Stands in for what is wrong: the other parts are still to be checked.
             tree["pruner"] = PrunerOptions(name=pruner["name"])
     named = tree.get("arms")
-    unknown = [arm for arm in named if arm not in arms] if isinstance(named, list) else []
-    if unknown:
-        problems.append(f"arms={_show(named)}: no arm {', '.join(map(str, unknown))}; there are {', '.join(arms)}")
+    for name in named if isinstance(named, list) else []:
+        try:
+            check_arm(str(name))
+        except UserError as error:
+            problems.append(f"arms={_show(named)}: {error}")
     try:
         config = _parse_part(StudyConfig, tree)
     except UserError as error:

@@ -133,7 +133,7 @@ def test_two_names_of_one_training_count_once(write_run: WriteRun, tmp_path: Pat
         **{"finetune": 2, "scratch_e": 2, "retrain@4": 2, "scratch@4": 2, "pruned": 2}
     }
     assert [len(curve.points) for curve in row.curves] == [1]
-    assert "scratch@8 is the same training as scratch_e: it counts once, as scratch_e" in row.notes
+    assert "scratch@8 and scratch_e are one training: it counts once, as Scratch-E" in row.notes
     assert not [note for note in row.notes if "not finished" in note]
 
 

@@ -20,7 +20,7 @@ from rethink_prune.seeds import derive_seed, seeded
 from rethink_prune.state import load_full_state, sample_logits
 from rethink_prune.store.stage import SAMPLE_FILE, Stage
 from rethink_prune.store.weights import load_stage_weights, load_weights
-from rethink_prune.study.arms import ARMS
+from rethink_prune.study.arms import known_arm
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.cut import reshape
 
@@ -174,9 +174,9 @@ def pruned_stage(run_dir: Path) -> Stage:
     UserError
         If there is none.
     """
-    names = {"pruned", *(name for name, arm in ARMS.items() if arm.network == "pruned")}
     for name, stage in run_stages(run_dir).items():
-        if name in names:
+        arm = known_arm(name)
+        if name == "pruned" or (arm is not None and arm.network == "pruned"):
             return stage
     raise UserError(f"{run_dir}: has no finished stage with the pruned network")
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from rethink_prune.report.budget_axis import BudgetCurve, BudgetPoint, place_text
 from rethink_prune.report.comparisons import ArmComparison
 from rethink_prune.report.crossover import Place
-from rethink_prune.report.networks import PRUNED, RECALIBRATED, find_arm, network_label
+from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label
 from rethink_prune.report.results import Report, ResultRow, ResultTable
 from rethink_prune.report.statistics import SeedStatistics
+from rethink_prune.study.arms import known_arm
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def report_grids(report: Report) -> list[Grid]:
 
 def _meanings(table: ResultTable) -> Iterator[str]:
     for name in table.arms:
-        if (arm := find_arm(name)) is not None and arm.meaning:
+        if (arm := known_arm(name)) is not None and arm.meaning:
             yield f"{arm.title}: {arm.meaning}."
     if any(row.on_axis for row in table.rows):
         yield "Arms that are compared over lengths have a table of their own."

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from rethink_prune.report.networks import find_arm, split_name
+from rethink_prune.report.networks import split_name
 from rethink_prune.report.records import RunRecord, TrainedRecord
+from rethink_prune.study.arms import known_arm
 
 
 def shared_networks(groups: Iterable[Sequence[RunRecord]]) -> dict[str, int]:
@@ -40,7 +41,7 @@ def amortised_flops(run: RunRecord, network: str, shared: Mapping[str, int]) -> 
 
 def arm_notation(network: str, runs: Sequence[RunRecord]) -> str:
     """Return ``S_N`` or ``P_K-R_N`` for an arm of the pruned network, with mean epochs over its runs; else nothing."""
-    arm = find_arm(network)
+    arm = known_arm(network)
     done = [run for run in runs if (entry := run.arms.get(network)) is not None and entry.finished]
     if arm is None or arm.network != "pruned" or not done:
         return ""
@@ -53,7 +54,7 @@ def arm_notation(network: str, runs: Sequence[RunRecord]) -> str:
 
 def _ancestors(run: RunRecord, network: str) -> list[TrainedRecord]:
     """Return the trained networks that an arm builds on: the one that was pruned, and its teacher."""
-    arm = find_arm(network)
+    arm = known_arm(network)
     bases = [run.sparse or run.large] if arm is not None and arm.weights == "inherited" else []
     if split_name(network)[0].endswith("_kd") and run.large not in bases:
         bases.append(run.large)

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from rethink_prune.study.arms import ARMS, Arm, Style
+from rethink_prune.study.arms import ARMS, Arm, Style, known_arm
 
 # The first columns of a table; the other arms come after those of the paper.
 PAPER_ARMS = ("large", "finetune", "scratch_e", "scratch_b")
@@ -35,14 +35,6 @@ _NOT_ARMS = {
 }
 
 
-# Arms whose names go on with "@" and a length, and those with a teacher.
-_WITH_LENGTH = {
-    "retrain": Arm("pruned", "inherited", "large", "", "", "", Style("#D55E00", (0, (4, 1)), "h")),
-    "scratch": Arm("pruned", "fresh", "large", "", "", "", Style("#332288", (0, (4, 1, 1, 1)), "<")),
-    "retrain_kd": Arm("pruned", "inherited", "large", "", "", "", Style("#882255", (0, (2, 2)), "p")),
-    "finetune_kd": Arm("pruned", "inherited", "finetune", "", "", "", Style("#AA4499", (0, (6, 1)), "8")),
-    "scratch_kd": Arm("pruned", "fresh", "large", "", "", "", Style("#117733", (0, (2, 1, 1, 1)), ">")),
-}
 # Names that the paper gives to a length.
 _OLD_NAMES = {"scratch_e": "scratch@e", "scratch_b": "scratch@b"}
 
@@ -59,14 +51,6 @@ def split_name(network: str) -> tuple[str, str]:
     return family, length
 
 
-def find_arm(network: str) -> Arm | None:
-    """Return what is known of an arm; None for a network that is no arm, or an arm of a later version."""
-    if network in ARMS:
-        return ARMS[network]
-    family = _WITH_LENGTH.get(split_name(network)[0])
-    return family and replace(family, title=network, name=network)
-
-
 def network_label(network: str) -> Arm | NetworkLabel:
     """Return the title, name and style of an arm or another network; an unknown one is called what it is.
 
@@ -77,7 +61,7 @@ def network_label(network: str) -> Arm | NetworkLabel:
     >>> network_label("large").name, network_label("an_arm_of_a_later_version").name
     ('the unpruned network', 'an_arm_of_a_later_version')
     """
-    return find_arm(network) or _NOT_ARMS.get(network) or NetworkLabel(network, network, _UNKNOWN_STYLE)
+    return known_arm(network) or _NOT_ARMS.get(network) or NetworkLabel(network, network, _UNKNOWN_STYLE)
 
 
 def trains_pruned(network: str) -> bool:
@@ -88,7 +72,7 @@ def trains_pruned(network: str) -> bool:
     >>> [trains_pruned(network) for network in ("large", "finetune", "large_longer")]
     [False, True, False]
     """
-    arm = find_arm(network)
+    arm = known_arm(network)
     return arm.network == "pruned" if arm else network not in _NOT_ARMS
 
 

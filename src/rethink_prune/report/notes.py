@@ -12,7 +12,7 @@ from rethink_prune.report.comparisons import planned_networks
 from rethink_prune.report.networks import network_label
 from rethink_prune.report.records import RunRecord
 from rethink_prune.report.statistics import SeedStatistics
-from rethink_prune.study.arms import ARMS
+from rethink_prune.study.arms import known_arm
 
 # By experiment.
 _TABLES: Mapping[str | None, Any] = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())
@@ -94,7 +94,7 @@ def _missing_networks(runs: Sequence[RunRecord]) -> Iterator[str]:
             elif network in run.study.arms:
                 why = "is not finished"
             else:
-                why = "was not asked for" if run.study.arms and network in ARMS else "is not there"
+                why = "was not asked for" if run.study.arms and known_arm(network) else "is not there"
             yield f"seed {run.study.seed}: {network_label(network).name} {why}"
 
 

@@ -91,7 +91,8 @@ def _curves_figure(results: Sequence[ArmOverSeeds], on_axis: Collection[str] = (
     for result in results:
         if result.arm in on_axis:
             families[split_name(result.arm)[0]].append(result.arm)
-    labels = {names[0]: f"{family}@ {len(names)} lengths" for family, names in families.items()}
+    titles = {names[0]: network_label(names[0]).title.partition(" @")[0] for names in families.values()}
+    labels = {names[0]: f"{titles[names[0]]}, {len(names)} lengths" for names in families.values()}
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     by_epoch, by_flops = figure.subplots(1, 2, sharey=True)
     for result in results:

@@ -252,7 +252,9 @@ def _compared(group: RunGroup, margin: float) -> _Compared:
     curves = tuple(budget_curves(group.runs, margin=margin, conditions=_group_conditions(group)))
     on_axis = {name for arm in arms_on_axis(group.runs, curves) if "@" in (name := names.get(arm, arm))}
     runs = under_one_name(group.runs, names)
-    told = [f"{alias} is the same training as {name}: it counts once, as {name}" for alias, name in names.items()]
+    told = [
+        f"{a} and {name} are one training: it counts once, as {network_label(name).title}" for a, name in names.items()
+    ]
     comparisons = list(compare_arms(runs, margin=margin, apart=on_axis))
     group = replace(group, runs=tuple(runs), notes=(*group.notes, *told))
     return _Compared(group, comparisons, curves, tuple(in_column_order(on_axis)))

@@ -1,10 +1,45 @@
-"""The arms: ways to get a trained network to compare. Everything about one is its entry here; a new arm is one more."""
+"""The arms: ways to get a trained network to compare. Everything about one is its entry here; a new arm is one more.
 
+Some arms take a length, which stands behind their name: ``retrain@12``, ``scratch@0.25x``. :func:`arm_of` reads names.
+"""
+
+import difflib
+import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-Length = Literal["large", "finetune", "scratch_b"]
+from rethink_prune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """A length as typed: so many epochs."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """A length as typed: the large network's epochs times a factor, rounded down."""
+
+    factor: float
+
+
+# The epochs of the large network's recipe; those of fine-tuning; those in which the pruned network uses the large one's
+# computation.
+Rule = Literal["large", "finetune", "scratch_b"]
+
+
+@dataclass(frozen=True)
+class Total:
+    """As many epochs from scratch as fit into what retraining for `retrained` costs, its ancestors included."""
+
+    retrained: Epochs | Share | Rule
+
+
+Length = Epochs | Share | Rule | Total
 
 _DASH_DOTS = (0, (5, 1, 1, 1, 1, 1))
 
@@ -16,7 +51,7 @@ class Style:
     Attributes
     ----------
     color : str
-        Of Okabe and Ito's palette, in hexadecimal.
+        Of Okabe and Ito's palette, or of Tol's muted one, in hexadecimal.
     dashes : str or tuple
         A line style of matplotlib.
     marker : str
@@ -38,9 +73,9 @@ class Arm:
         Which architecture it trains.
     weights : {"inherited", "fresh"}
         What it starts from: the weights that pruning left, or newly drawn ones.
-    length : {"large", "finetune", "scratch_b"}
-        Which of the budget's lengths it trains for. ``finetune`` also means the learning rate and schedule of
-        ``recipe.finetune``; the others train with the recipe's own.
+    length : Length, optional
+        How long it trains. ``finetune`` also means the learning rate and schedule of ``recipe.finetune``; the others
+        train with the recipe's own. None: the length stands behind the arm's name, as in ``retrain@12``.
     title : str
         What a table's column is called.
     name : str
@@ -48,13 +83,13 @@ class Arm:
     meaning : str
         What it is, for readers who do not know it.
     style : Style
-        How its curve is drawn. No two may share a colour, dashes or a marker; those of the networks that are no arm
-        are in ``report/networks.py``.
+        How its curve is drawn. No two entries may share a colour, dashes or a marker; those of the networks that are no
+        arm are in ``report/networks.py``. One entry with several lengths has one style.
     """
 
     network: Literal["pruned", "large"]
     weights: Literal["inherited", "fresh"]
-    length: Length
+    length: Length | None
     title: str
     name: str
     meaning: str
@@ -99,7 +134,105 @@ ARMS: Mapping[str, Arm] = {
         meaning="the unpruned network for Scratch-B's epochs",
         style=Style("#999999", _DASH_DOTS, "v"),
     ),
+    # These two differ in nothing but what they start from.
+    "retrain": Arm(
+        network="pruned",
+        weights="inherited",
+        length=None,
+        title="retrained",
+        name="retraining",
+        meaning="the pruned network, trained from the weights that pruning left with the unpruned network's recipe",
+        style=Style("#D55E00", (0, (8, 2)), "<"),
+    ),
+    "scratch": Arm(
+        network="pruned",
+        weights="fresh",
+        length=None,
+        title="from scratch",
+        name="training from scratch",
+        meaning="the pruned architecture with new random weights, trained with the unpruned network's recipe",
+        style=Style("#332288", (0, (4, 1)), ">"),
+    ),
 }
+
+TOTAL = "total:"
+_SHARE = re.compile(r"(\d+\.?\d*|\.\d+)x")
+_LENGTHS = f"an epoch count (12), a share of recipe.epochs (0.25x), e, b, or with scratch {TOTAL}12, {TOTAL}finetune"
+_MOST_EPOCHS = 10**9
+
+
+def arm_of(name: str) -> Arm:
+    """Return the arm of a name as it stands in ``arms``, with its length.
+
+    Raises
+    ------
+    UserError
+        If there is no such arm, or what stands behind ``@`` is no length of it.
+
+    Examples
+    --------
+    >>> arm_of("retrain@12").length, arm_of("scratch@e").length, arm_of("scratch@total:0.5x").length
+    (Epochs(count=12), 'large', Total(retrained=Share(factor=0.5)))
+    >>> arm_of("retrain@12").title, arm_of("retrain@12").name
+    ('retrained @12', 'retraining for 12 epochs')
+    """
+    base, at, text = name.partition("@")
+    entry = ARMS.get(base)
+    if entry is None:
+        near = " or ".join(map(arm_form, difflib.get_close_matches(base, ARMS, n=2)))
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(ARMS)}"
+        raise UserError(f"no arm {name}; {hint}")
+    if entry.length is not None:
+        if at:
+            raise UserError(f"{name}: the length of {base} is given; leave out @{text}, or take {_with_length()}")
+        return entry
+    if not text:
+        raise UserError(f"{name}: needs a length: {base}@N, where N is {_LENGTHS}")
+    length = _parse_length(text, name)
+    if isinstance(length, Total) and entry.weights != "fresh":
+        raise UserError(
+            f"{name}: {TOTAL} is for scratch arms, which it gives what retraining costs in total; "
+            f"take {base}@{text.removeprefix(TOTAL)}"
+        )
+    title, duration = f"{entry.title} @{text}", f"for {_length_words(length)}"
+    meaning = f"{entry.meaning}, {duration}"
+    return replace(entry, length=length, title=title, name=f"{entry.name} {duration}", meaning=meaning)
+
+
+def known_arm(name: str) -> Arm | None:
+    """Return the arm of a name; None if it is none, such as one of a later version.
+
+    Examples
+    --------
+    >>> known_arm("rewind") is None
+    True
+    """
+    try:
+        return arm_of(name)
+    except UserError:
+        return None
+
+
+def arm_form(base: str) -> str:
+    """Return how an entry of `ARMS` is asked for.
+
+    Examples
+    --------
+    >>> arm_form("finetune"), arm_form("retrain")
+    ('finetune', 'retrain@N')
+    """
+    return f"{base}@N" if ARMS[base].length is None else base
+
+
+def file_name(name: str) -> str:
+    """Return an arm's name as part of the name of a file, a folder or a TensorBoard run.
+
+    Examples
+    --------
+    >>> file_name("scratch@total:4")
+    'scratch@total-4'
+    """
+    return name.replace(":", "-")
 
 
 def draws_anew(arms: Iterable[str]) -> bool:
@@ -110,4 +243,47 @@ def draws_anew(arms: Iterable[str]) -> bool:
     >>> draws_anew(["finetune"]), draws_anew(["finetune", "scratch_e"])
     (False, True)
     """
-    return any(ARMS[name].weights == "fresh" for name in arms)
+    return any(arm_of(name).weights == "fresh" for name in arms)
+
+
+def _parse_length(text: str, name: str) -> Length:
+    inner = text.removeprefix(TOTAL)
+    length = _parse_plain_length(inner, name, known={"finetune"} if text.startswith(TOTAL) else set())
+    return Total(length) if text.startswith(TOTAL) else length
+
+
+def _parse_plain_length(text: str, name: str, known: set[str]) -> Epochs | Share | Rule:
+    rules: Mapping[str, Rule] = {"e": "large", "b": "scratch_b", "finetune": "finetune"}
+    if text in {"e", "b", *known}:
+        return rules[text]
+    # No other digits than these: Python's int() takes those of any script.
+    if text.isascii() and text.isdigit():
+        if not 1 <= int(text) <= _MOST_EPOCHS:
+            raise UserError(f"{name}: {text} epochs: must be from 1 to {_MOST_EPOCHS:,}")
+        return Epochs(int(text))
+    if (found := _SHARE.fullmatch(text)) and text.isascii():
+        factor = float(found[1])
+        if factor == 0 or not math.isfinite(factor):
+            raise UserError(f"{name}: {text}: must be above 0, a share of recipe.epochs such as 0.25x")
+        return Share(factor)
+    raise UserError(f"{name}: {text or 'nothing'} is no length; a length is {_LENGTHS}")
+
+
+def _with_length() -> str:
+    return " or ".join(arm_form(base) for base, entry in ARMS.items() if entry.length is None)
+
+
+def _length_words(length: Length) -> str:
+    match length:
+        case Epochs(count):
+            return f"{count:,} epoch{'s' if count > 1 else ''}"
+        case Share(factor):
+            return f"{factor:g} times the unpruned network's epochs"
+        case Total(retrained):
+            return f"the total computation of retraining for {_length_words(retrained)}"
+        case "large":
+            return "the unpruned network's epochs"
+        case "finetune":
+            return "fine-tuning's epochs"
+        case "scratch_b":
+            return "the unpruned network's computation"

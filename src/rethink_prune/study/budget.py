@@ -1,7 +1,8 @@
 """How long each arm trains, and what that costs.
 
 Scratch-E trains the pruned architecture for as many epochs as the large network, Scratch-B for as much computation:
-``int(base_epochs * macs_large / macs_pruned)`` epochs, with the learning-rate milestones at the same fractions.
+``int(base_epochs * macs_large / macs_pruned)`` epochs, with the learning-rate milestones at the same fractions. An arm
+with a length of its own, such as ``retrain@12``, has the schedule of the large network's recipe, scaled to that length.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass
 from rethink_prune.config import BudgetConfig, Phase, RecipeConfig
 from rethink_prune.cost import Cost
 from rethink_prune.errors import UserError
-from rethink_prune.study.arms import Length
+from rethink_prune.study.arms import Epochs, Length, Share, Total
 from rethink_prune.training.schedule import OptimizerSpec
 
 
@@ -123,32 +124,23 @@ class Budget:
 
         Parameters
         ----------
-        length : {"large", "finetune", "scratch_b"}
+        length : Length
         pruned : Cost, optional
             Of the pruned network.
 
         Raises
         ------
         UserError
-            If the learning rate would fall before the warm-up is over.
+            If the learning rate would fall before the warm-up is over, as the recipe has it; in a training of another
+            length the warm-up is made shorter instead.
+        ValueError
+            As `epochs`.
         """
         phase: Phase = self.recipe.finetune if length == "finetune" else self.recipe
-        epochs = base = phase.epochs
-        if length == "scratch_b":
-            if pruned is None:
-                return None
-            base, added = self.base_epochs, self.finetune_epochs
-            epochs = scratch_b_epochs(base, self.macs_reference, pruned.macs, cap=self.rule.cap, finetune_epochs=added)
-        training = training_for(phase, epochs, base)
-        # An arm can be shorter than the warm-up of its phase.
-        warmup = min(phase.warmup, training.epochs - 1)
-        if warmup and training.milestones and training.milestones[0] <= warmup:
-            where = "recipe.finetune" if length == "finetune" else "recipe"
-            raise UserError(
-                f"{where}.warmup={warmup}: the learning rate would fall after epoch {training.milestones[0]} of "
-                f"{training.epochs}, before it has reached {where}.lr={phase.lr:g}; warm up for fewer epochs, or set "
-                f"later {where}.milestones"
-            )
+        epochs = self.epochs(length, pruned)
+        if epochs is None:
+            return None
+        training = training_for(phase, epochs, self.base_epochs if length == "scratch_b" else phase.epochs)
         shared = {"optimizer", "momentum", "nesterov", "weight_decay", "decay_norms", "label_smoothing"}
         return OptimizerSpec(
             **self.recipe.model_dump(include=shared),
@@ -156,8 +148,66 @@ class Budget:
             lr=phase.lr,
             # Steps are written as milestones by now.
             schedule="multistep" if phase.schedule == "step" else phase.schedule,
-            warmup=warmup,
+            warmup=self._warmup(phase, training, length),
         )
+
+    def epochs(self, length: Length, pruned: Cost | None) -> int | None:
+        """Return the epochs of a length; None where they follow from a pruned network that is not known yet.
+
+        Raises
+        ------
+        ValueError
+            If a share of the recipe's epochs is less than one.
+        """
+        match length:
+            case "large":
+                return self.recipe.epochs
+            case "finetune":
+                return self.recipe.finetune.epochs
+            case Epochs(count):
+                return count
+            case Share(factor):
+                # A product such as 0.29 * 100 falls just short of the whole number that is meant.
+                epochs = int(factor * self.recipe.epochs + 1e-9)
+                if epochs < 1:
+                    raise ValueError(
+                        f"{factor:g}x is less than one of the {self.recipe.epochs} epochs of recipe.epochs; take at "
+                        "least one epoch"
+                    )
+                return epochs
+            case Total(retrained):
+                retraining = self.epochs(retrained, pruned)
+                if pruned is None or retraining is None:
+                    return None
+                # The unpruned network is trained for the recipe's epochs, by a pruner's own training as well.
+                return retraining + self.recipe.epochs * self.large.macs // pruned.macs
+            case "scratch_b":
+                if pruned is None:
+                    return None
+                return scratch_b_epochs(
+                    self.base_epochs,
+                    self.macs_reference,
+                    pruned.macs,
+                    cap=self.rule.cap,
+                    finetune_epochs=self.finetune_epochs,
+                )
+
+    def _warmup(self, phase: Phase, training: Training, length: Length) -> int:
+        """Return the epochs of warm-up: the phase's own where its length is; scaled for a length that was typed."""
+        first_drop = training.milestones[0] if training.milestones else training.epochs
+        if length in ("large", "finetune"):
+            if phase.warmup and training.milestones and first_drop <= phase.warmup:
+                where = "recipe.finetune" if length == "finetune" else "recipe"
+                raise UserError(
+                    f"{where}.warmup={phase.warmup}: the learning rate would fall after epoch {first_drop} of "
+                    f"{training.epochs}, before it has reached {where}.lr={phase.lr:g}; warm up for fewer epochs, or "
+                    f"set later {where}.milestones"
+                )
+            return phase.warmup
+        # Scratch-B has always kept the recipe's warm-up as it is.
+        warmup = phase.warmup if length == "scratch_b" else phase.warmup * training.epochs // phase.epochs
+        # At least the last epoch before the first drop has the recipe's learning rate.
+        return min(warmup, first_drop - 1)
 
     def train_flops(self, cost: Cost | None, phase: OptimizerSpec | None) -> int | None:
         """Return the FLOPs of a training; None if the network or the length is not known."""

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rethink_prune.cost import Cost
+from rethink_prune.errors import UserError
 from rethink_prune.pruning import Target
-from rethink_prune.study.arms import ARMS, Length
+from rethink_prune.study.arms import Length, arm_of, known_arm
 from rethink_prune.study.budget import Budget
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.schedule import OptimizerSpec
@@ -44,6 +45,8 @@ class StageSpec:
         Of this stage alone.
     key : mapping, optional
         What decides its result; None until the images are read and the architecture is known.
+    also : tuple of str
+        Further arms that are this very training, such as ``scratch@e`` beside ``scratch_e``.
     """
 
     title: str
@@ -55,11 +58,17 @@ class StageSpec:
     cost: Cost | None = None
     train_flops: int | None = None
     key: Mapping[str, Any] | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the stage: its title, and the further ones."""
+        return (self.title, *self.also)
 
 
 def needs_pruning(target: Target, arms: Sequence[str]) -> bool:
     """Tell whether a trained network has to be pruned: not for scratch arms whose architecture is known already."""
-    return not target.known or any(ARMS[name].weights == "inherited" for name in arms)
+    return not target.known or any(arm_of(name).weights == "inherited" for name in arms)
 
 
 def plan_study(
@@ -99,6 +108,8 @@ def plan_arms(
 ) -> tuple[StageSpec, ...]:
     """Return the arms' stages; what follows from the pruned network is None as long as that is not known.
 
+    Arms that turn out to be one training share a stage.
+
     Parameters
     ----------
     budget : Budget
@@ -106,6 +117,11 @@ def plan_arms(
         Their names.
     architecture, pruned
         The pruned network and its cost, if they are known.
+
+    Raises
+    ------
+    UserError
+        If an arm would train for less than one epoch, or as `Budget.optimizer`.
 
     Examples
     --------
@@ -116,14 +132,20 @@ def plan_arms(
     [2, 20]
     >>> [spec.optimizer is None for spec in plan_arms(budget, ["finetune", "scratch_b"], None, None)]
     [False, True]
+    >>> [spec.names for spec in plan_arms(budget, ["scratch@10", "retrain@10", "scratch_e"], None, None)]
+    [('scratch@10', 'scratch_e'), ('retrain@10',)]
     """
-    stages = []
+    stages: list[StageSpec] = []
     for name in arms:
-        arm = ARMS[name]
+        arm = arm_of(name)
+        assert arm.length is not None
         if arm.network == "large":
             stages.append(_unpruned(name, "large", budget, arm.length, pruned))
             continue
-        optimizer = budget.optimizer(arm.length, pruned)
+        try:
+            optimizer = budget.optimizer(arm.length, pruned)
+        except ValueError as error:
+            raise UserError(f"arms: {name}: {error}") from None
         inherits = arm.weights == "inherited"
         stages.append(
             StageSpec(
@@ -136,7 +158,19 @@ def plan_arms(
                 train_flops=budget.train_flops(pruned, optimizer),
             )
         )
-    return tuple(stages)
+    return _merge_equal(stages)
+
+
+def _merge_equal(stages: Sequence[StageSpec]) -> tuple[StageSpec, ...]:
+    """Return one stage for each training, which keeps all its names."""
+    merged: dict[object, StageSpec] = {}
+    for spec in stages:
+        # The network follows from the kind. A length that is not known yet is that of equal arms.
+        length = spec.optimizer or arm_of(spec.title).length
+        training = (spec.kind, spec.parent, length)
+        first = merged.get(training)
+        merged[training] = spec if first is None else replace(first, also=(*first.also, spec.title))
+    return tuple(merged.values())
 
 
 def plan_content(budget: Budget, stages: Sequence[StageSpec], target: Target, *, trains_sparse: bool) -> dict[str, Any]:
@@ -145,6 +179,7 @@ def plan_content(budget: Budget, stages: Sequence[StageSpec], target: Target, *,
     What follows from a pruned network that is not known yet is None.
     """
     planned = {spec.title: spec for spec in stages}
+    titles = {name: spec.title for spec in stages for name in spec.names if known_arm(name)}
     pruned = target.cost if target.known else None
     bases = {}
     for title in ("large", "sparse") if trains_sparse else ("large",):
@@ -162,9 +197,13 @@ def plan_content(budget: Budget, stages: Sequence[StageSpec], target: Target, *,
         **bases,
         "pruned": {**networks, "known": target.known, "layers": layers},
         "arms": {
-            spec.title: {**_length(spec.optimizer), "train_flops": spec.train_flops}
-            for spec in stages
-            if spec.title in ARMS
+            name: {
+                **_length(planned[title].optimizer),
+                "train_flops": planned[title].train_flops,
+                # One training under two names is planned, and paid for, once.
+                **({} if name == title else {"same_as": title}),
+            }
+            for name, title in titles.items()
         },
         "budget": budget.ledger(pruned),
     }

@@ -13,7 +13,7 @@ from rethink_prune.config import StudyConfig, parse_config
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import Pruner, Target, find_pruner
 from rethink_prune.store.store import Store
-from rethink_prune.study.arms import ARMS, draws_anew
+from rethink_prune.study.arms import arm_of, draws_anew
 from rethink_prune.study.budget import Budget
 from rethink_prune.study.inputs import Inputs
 from rethink_prune.study.keys import KeyParts, key_parts
@@ -77,7 +77,7 @@ def check_config(tree: Mapping[str, Any]) -> StudyConfig:
     UserError
         With one line for each error.
     """
-    return parse_config(tree, pruner_options=lambda name: find_pruner(name).options_type, arms=tuple(ARMS))
+    return parse_config(tree, pruner_options=lambda name: find_pruner(name).options_type, check_arm=arm_of)
 
 
 def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> PreparedStudy:

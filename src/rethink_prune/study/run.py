@@ -114,7 +114,9 @@ def run_study(
     for spec in arms:
         parent = done.get(spec.parent or "")
         summary.begin(spec, parent)
-        summary.add_arm(spec.title, runner.run(spec, parent))
+        outcome = runner.run(spec, parent)
+        for name in spec.names:
+            summary.add_arm(name, outcome)
     summary.finish()
     return summary.content
 

@@ -13,6 +13,7 @@ from rethink_prune.errors import Interrupted
 from rethink_prune.store.metrics import read_metrics, steady_pace, write_metrics
 from rethink_prune.store.stage import MODEL_FILE, SAMPLE_FILE, Done, Failed, Stage
 from rethink_prune.store.weights import save_weights
+from rethink_prune.study.arms import file_name
 from rethink_prune.study.keys import stage_name
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.prepare import PreparedStudy
@@ -54,7 +55,9 @@ class Runner:
 
     def replan(self, stages: Sequence[StageSpec]) -> None:
         """Take stages as they are planned by now, to say how much time is left."""
-        self._planned_flops |= {spec.title: spec.train_flops for spec in stages}
+        for spec in stages:
+            # A training that has two names takes its time once.
+            self._planned_flops |= {**dict.fromkeys(spec.also, 0), spec.title: spec.train_flops}
 
     def run(self, spec: StageSpec, parent: Done | None = None) -> Done | Failed:
         """Return a stage from the store, or do its work.
@@ -137,7 +140,7 @@ class Runner:
         """Return where a training's curves go, as a context; None where nothing is trained."""
         if spec.optimizer is None or spec.cost is None:
             return nullcontext()
-        folder = self._run_dir / "tensorboard" / spec.title
+        folder = self._run_dir / "tensorboard" / file_name(spec.title)
         return closing(ArmEvents(folder, flops_before=done_before, flops_per_image=spec.cost.train_flops(1)))
 
     def _log_time_left(self, spec: StageSpec, rows: list[Row]) -> None:

@@ -14,7 +14,7 @@ from rethink_prune.config import TARGET_OPTIONS
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically, write_json
 from rethink_prune.store.stage import Done, Failed
-from rethink_prune.study.arms import ARMS, draws_anew
+from rethink_prune.study.arms import arm_of, draws_anew
 from rethink_prune.study.keys import settings, stage_name
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.prepare import PreparedStudy
@@ -111,7 +111,8 @@ class Summary:
         if isinstance(outcome, Done):
             total = outcome.flops_total
             # Fine-tuning has the search among its ancestors already.
-            search = self._search_flops if ARMS[name].network == "pruned" and ARMS[name].weights == "fresh" else 0
+            arm = arm_of(name)
+            search = self._search_flops if arm.network == "pruned" and arm.weights == "fresh" else 0
             entry["train_flops_with_search"] = None if total is None or search is None else total + search
         self.content["arms"][name] = entry
         self._write()

@@ -24,6 +24,8 @@ PLAN_COLUMNS = ("arm", "epochs", "milestones", "training FLOPs")
 def study_table(summary: Mapping[str, Any]) -> str:
     """Return a study's table as Markdown: large, the pruned network before training, and every arm.
 
+    Arms that are one training share a row.
+
     ``training FLOPs`` is the row's own training, ``total FLOPs`` adds what it built on, ``with search`` the trainings
     by which the pruned network's widths had to be found. Columns in which no row says anything of its own are left out.
     """
@@ -48,8 +50,30 @@ def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         if pruned.get("top1_recalibrated") is not None:
             own = {"top1": pruned["top1_recalibrated"], "params": pruned["params"], "macs": pruned["macs"]}
             rows.append(_row("pruned, statistics re-estimated", own, large.get("top1")))
-    rows += [_row(name, entry, large.get("top1")) for name, entry in summary.get("arms", {}).items()]
+    arms = summary.get("arms", {})
+    rows += [_row(", ".join(names), arms[names[0]], large.get("top1")) for names in same_trainings(arms)]
     return rows
+
+
+def same_trainings(arms: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return the arms of a summary or a plan, those that are one training together; the first one stands for it.
+
+    Parameters
+    ----------
+    arms : mapping of str to mapping
+        ``arms`` of ``summary.json``, where such arms have one ``stage``, or of ``plan.json``, where they say
+        ``same_as``.
+
+    Examples
+    --------
+    >>> same_trainings({"scratch_e": {"stage": "a"}, "finetune": {"stage": "b"}, "scratch@e": {"stage": "a"}})
+    [['scratch_e', 'scratch@e'], ['finetune']]
+    """
+    trainings: dict[str, list[str]] = {}
+    for name, entry in arms.items():
+        # An arm that failed has no stage.
+        trainings.setdefault(entry.get("same_as") or entry.get("stage") or name, []).append(name)
+    return list(trainings.values())
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
@@ -83,9 +107,10 @@ def _plan_rows(plan: Mapping[str, Any]) -> list[list[str]]:
             milestones = " ".join(map(str, base["milestones"]))
             title = name if base["trained"] else f"{name} (not trained)"
             rows.append([title, str(base["epochs"]), milestones, _flops(base["train_flops"])])
-    for name, arm in plan["arms"].items():
+    for names in same_trainings(plan["arms"]):
+        arm = plan["arms"][names[0]]
         milestones = " ".join(map(str, arm["milestones"])) if arm["milestones"] is not None else "after pruning"
-        rows.append([name, _number(arm["epochs"]), milestones, _flops(arm["train_flops"])])
+        rows.append([", ".join(names), _number(arm["epochs"]), milestones, _flops(arm["train_flops"])])
     return rows
 
 
