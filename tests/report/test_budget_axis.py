@@ -137,6 +137,14 @@ def test_two_names_of_one_training_count_once(write_run: WriteRun, tmp_path: Pat
     assert not [note for note in row.notes if "not finished" in note]
 
 
+def test_what_has_the_computation_of_fine_tuning_is_compared_with_it(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed in range(2):
+        write_lengths(write_run, seed, {1: 9.0}, totals={1: -1.0}, same={"scratch@total:finetune": "scratch@total:1"})
+    row = only_row(tmp_path / "runs")
+    assert [(c.first, c.second) for c in row.comparisons] == [("scratch@total:finetune", "finetune")]
+    assert [curve.question for curve in row.curves] == ["training", "total"]
+
+
 def test_names_that_are_one_training_in_some_seeds_alone_stay_two_arms(write_run: WriteRun, tmp_path: Path) -> None:
     write_run(0, {"finetune": 93.0, "scratch_b": 94.0}, same={"scratch@23": "scratch_b"})
     write_run(1, {"finetune": 93.0, "scratch_b": 94.0, "scratch@23": 93.5})
@@ -181,6 +189,22 @@ def test_the_verdict_says_what_cannot_be_told(write_run: WriteRun, tmp_path: Pat
     verdict = said(write_run, tmp_path / "runs", lambda seed: dict.fromkeys(LENGTHS, 0.1 - seed), 3)
     assert "it cannot be told where training from scratch catches up: within 1 to 8 epochs of training" in verdict
     assert "(95 % interval below 1 to beyond 8, 3 seeds)" in verdict
+
+
+@pytest.mark.parametrize(("sign", "expected"), [
+    (1, "training from scratch does not catch up within 1 to 8 epochs of training"),
+    (-1, "retraining has no head start: training from scratch is level or ahead within 1 to 8 epochs of training"),
+])  # fmt: skip
+def test_a_gap_that_is_clear_at_the_outermost_length_is_told_though_another_one_is_not(
+    sign: int, expected: str, write_run: WriteRun, tmp_path: Path
+) -> None:
+    def gaps(seed: int) -> dict[int, float]:
+        clear, unclear = sign * (2 + 0.1 * seed), sign * (seed - 0.9)
+        # The end that the crossover lies beyond is clear, the other one is not.
+        return {1: unclear, 2: clear, 4: clear, 8: clear} if sign > 0 else {1: clear, 2: clear, 4: clear, 8: unclear}
+
+    verdict = said(write_run, tmp_path / "runs", gaps, 3)
+    assert f"{expected} (95 % interval below 1 to beyond 8, 3 seeds)" in verdict
 
 
 def test_one_seed_has_a_crossover_and_no_interval(write_run: WriteRun, tmp_path: Path) -> None:

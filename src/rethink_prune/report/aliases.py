@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
+from rethink_prune.report.networks import has_own_name
 from rethink_prune.report.records import RunRecord
 
 
@@ -11,8 +12,8 @@ def other_names(runs: Sequence[RunRecord]) -> dict[str, str]:
 
     Two names are one training where some runs have them as one stage, and no run as two.
     """
-    # The paper's names first, then as they were asked for.
-    order = sorted(dict.fromkeys(name for run in runs for name in run.arms), key=lambda name: "@" in name)
+    # Those first that are compared with fine-tuning, then as they were asked for.
+    order = sorted(dict.fromkeys(name for run in runs for name in run.arms), key=lambda name: not has_own_name(name))
     names: dict[str, str] = {}
     for first, second in combinations(order, 2):
         both = [(run.arms[first].stage, run.arms[second].stage) for run in runs if {first, second} <= run.arms.keys()]

@@ -12,7 +12,7 @@ import numpy as np
 
 from rethink_prune.report.comparisons import ArmComparison, compare_pair, correct_for_table, planned_networks, verdict
 from rethink_prune.report.crossover import Crossover, Place, find_crossover
-from rethink_prune.report.networks import split_name
+from rethink_prune.report.networks import has_own_name, split_name
 from rethink_prune.report.records import RunRecord
 from rethink_prune.report.statistics import LEVEL
 
@@ -45,6 +45,13 @@ class BudgetPoint:
     top1: float
     scratch_top1: float
     comparison: ArmComparison
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval at this length excludes zero."""
+        difference = self.comparison.difference
+        interval = difference.interval if difference else None
+        return interval is not None and interval[0] * interval[1] > 0
 
     @property
     def survives(self) -> bool:
@@ -119,7 +126,7 @@ def budget_curves(runs: Sequence[RunRecord], *, margin: float, conditions: str) 
 
 
 def arms_on_axis(runs: Sequence[RunRecord], curves: Sequence[BudgetCurve]) -> set[str]:
-    """Return the arms that are compared over lengths, by their typed names; the paper's names are not among them.
+    """Return the arms that are compared over lengths alone, by their typed names.
 
     Where there are curves, the arms of their families that no run has finished yet belong to them too.
     """
@@ -129,7 +136,7 @@ def arms_on_axis(runs: Sequence[RunRecord], curves: Sequence[BudgetCurve]) -> se
     for arm in planned_networks(runs):
         if split_name(arm)[0] in families and not any(run.arms[arm].finished for run in runs if arm in run.arms):
             compared.add(arm)
-    return {arm for arm in compared if "@" in arm}
+    return {arm for arm in compared if not has_own_name(arm)}
 
 
 def _point(
@@ -207,9 +214,9 @@ def _crossover_text(curve: BudgetCurve, crossover: Crossover) -> str:
     if crossover.interval is not None:
         low, high = crossover.interval
         interval = f"95 % interval {_interval_text(low, high, shortest, longest)}, {n} seeds"
-        # Where one arm is ahead at first and the two are level later on, the interval does not say who is ahead.
+        # Where the gap is clear at the end that the crossover lies beyond, a length where it is not says no more.
         outermost = {"below": curve.points[0], "beyond": curve.points[-1]}.get(str(crossover.place))
-        if (low, high) == ("below", "beyond") and not (outermost and outermost.survives):
+        if (low, high) == ("below", "beyond") and not (outermost and outermost.clear):
             return (
                 f"it cannot be told where training from scratch catches up: within {shortest} to {longest} epochs of "
                 f"{trained}, before, or after ({interval})"

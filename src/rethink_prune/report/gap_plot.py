@@ -50,7 +50,7 @@ def _draw_panel(gaps: Axes, crossovers: Axes, curves: Sequence[BudgetCurve], mar
         _draw_gaps(gaps, curve)
         if curve.crossover is not None:
             _draw_crossover(crossovers, curve.question, curve.crossover, span, place)
-    gaps.legend(frameon=False, fontsize=8)
+    gaps.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
     crossovers.set_xscale("log")
     crossovers.set_xticks(lengths, [f"{length:.4g}" for length in lengths])
     crossovers.xaxis.set_minor_locator(NullLocator())

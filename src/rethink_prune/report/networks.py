@@ -33,8 +33,6 @@ _NOT_ARMS = {
         "pruned, statistics re-estimated", "pruned, statistics re-estimated", Style("#999999", (0, (1, 3)), "d")
     ),
 }
-
-
 # Names that the paper gives to a length.
 _OLD_NAMES = {"scratch_e": "scratch@e", "scratch_b": "scratch@b"}
 
@@ -49,6 +47,19 @@ def split_name(network: str) -> tuple[str, str]:
     """
     family, _, length = _OLD_NAMES.get(network, network).partition("@")
     return family, length
+
+
+def has_own_name(network: str) -> bool:
+    """Tell whether an arm is compared with fine-tuning, though its length may be one of several.
+
+    Those are the arms of the paper, and the one that gets fine-tuning's computation.
+
+    Examples
+    --------
+    >>> [has_own_name(arm) for arm in ("scratch_e", "scratch@total:finetune", "scratch@12")]
+    [True, True, False]
+    """
+    return "@" not in network or split_name(network)[1] == "total:finetune"
 
 
 def network_label(network: str) -> Arm | NetworkLabel:

@@ -19,7 +19,14 @@ from rethink_prune.report.budget_axis import BudgetCurve, arms_on_axis, budget_c
 from rethink_prune.report.comparisons import ArmComparison, compare_arms, correct_for_table, planned_networks, verdict
 from rethink_prune.report.groups import RunGroup
 from rethink_prune.report.ledger import amortised_flops, arm_notation, shared_networks
-from rethink_prune.report.networks import PRUNED, RECALIBRATED, in_column_order, network_label, trains_pruned
+from rethink_prune.report.networks import (
+    PRUNED,
+    RECALIBRATED,
+    has_own_name,
+    in_column_order,
+    network_label,
+    trains_pruned,
+)
 from rethink_prune.report.notes import PaperRow, paper_row, pretrained_networks, row_notes
 from rethink_prune.report.records import RunRecord, TrainedRecord, printable
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
@@ -250,7 +257,8 @@ def _compared(group: RunGroup, margin: float) -> _Compared:
     names = other_names(group.runs)
     # Typed names say which lengths belong together, so curves come first.
     curves = tuple(budget_curves(group.runs, margin=margin, conditions=_group_conditions(group)))
-    on_axis = {name for arm in arms_on_axis(group.runs, curves) if "@" in (name := names.get(arm, arm))}
+    on_axis = {names.get(arm, arm) for arm in arms_on_axis(group.runs, curves)}
+    on_axis = {arm for arm in on_axis if not has_own_name(arm)}
     runs = under_one_name(group.runs, names)
     told = [
         f"{a} and {name} are one training: it counts once, as {network_label(name).title}" for a, name in names.items()
