@@ -68,8 +68,8 @@ _CAPTIONS = {
     "lengths": "Gap: top-1 of the retrained network less that of the same architecture from scratch, in points, paired "
     "by seed. Equal training: both train for N epochs. Equal total computation: from scratch for as many epochs as the "
     "large network's training and N epochs of retraining pay for. The intervals are pointwise: each holds at 95 % for "
-    "its own N, not for all N at once. Holm: p corrected for all N of a curve; bold: a gap that is shown after it; "
-    "least p: what n allows. TOST: equivalence within {margin:g} points.",
+    "its own N, not for all N at once. Holm: p corrected for all N of a curve; bold: a gap that is shown after it. "
+    "TOST: equivalence within {margin:g} points.",
     "crossover": "The N at which the mean gap reaches zero, interpolated in log N, where retraining has lost its head "
     "start. Its interval holds every N at which the paired-t interval of the interpolated gap holds zero. If the gap "
     "changes its sign more than once, the change counts that agrees with most of the gaps. Below or beyond: outside "
@@ -80,7 +80,7 @@ _DIFFERENCE_COLUMNS = ("arm", "against", "n", "difference", "95 % interval", *_P
 _PAPER_COLUMNS = ("arm", "best epoch on test", "paper", "difference")
 _FLOPS_COLUMNS = ("training FLOPs", "with ancestors", "with search", "amortised")
 _COST_COLUMNS = ("arm", "notation", "epochs", "parameters", "MACs", *_FLOPS_COLUMNS)
-_GAP_COLUMNS = ("n", "gap", "95 % interval", *_P_COLUMNS)
+_GAP_COLUMNS = ("n", "gap", "95 % interval", "p", "p (Holm)", "TOST p (Holm)")
 _LENGTH_COLUMNS = ("equal", "N", "N from scratch", "retrained", "from scratch", *_GAP_COLUMNS)
 _CROSSOVER_COLUMNS = ("equal", "lengths", "n", "crossover N", "95 % from", "95 % to", "crossover N of each seed")
 
@@ -164,9 +164,9 @@ def _length_rows(table: ResultTable) -> _Rows:
 def _point_cells(point: BudgetPoint) -> Iterator[Cell]:
     yield from (_cell(epochs, ",.4g") for epochs in (point.epochs, point.scratch_epochs))
     yield from (_cell(top1, ".2f") for top1 in (point.top1, point.scratch_top1))
-    # The names of the two arms are in the lengths already.
-    _, _, n, gap, *others = _comparison_cells(point.comparison)
-    yield from (n, replace(gap, bold=point.survives), *others)
+    # The lengths name the two arms already, and the verdict says what n allows.
+    _, _, n, gap, interval, p, p_holm, _, equivalent = _comparison_cells(point.comparison)
+    yield from (n, replace(gap, bold=point.survives), interval, p, p_holm, equivalent)
 
 
 def _cost_rows(table: ResultTable) -> _Rows:

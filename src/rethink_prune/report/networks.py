@@ -72,7 +72,8 @@ def network_label(network: str) -> Arm | NetworkLabel:
     >>> network_label("large").name, network_label("an_arm_of_a_later_version").name
     ('the unpruned network', 'an_arm_of_a_later_version')
     """
-    return known_arm(network) or _NOT_ARMS.get(network) or NetworkLabel(network, network, _UNKNOWN_STYLE)
+    known = known_arm(network) or ARMS.get(network) or _NOT_ARMS.get(network)
+    return known or NetworkLabel(network, network, _UNKNOWN_STYLE)
 
 
 def trains_pruned(network: str) -> bool:
