@@ -171,6 +171,13 @@ class Strengths(Frozen):
     sss: Positive | None = None
 
 
+class Distillation(Frozen):
+    """How arms with a teacher learn from it: `weight` is its share in the loss, `temperature` divides the logits."""
+
+    temperature: Positive = 4.0
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+
 class RecipeConfig(Phase):
     """How networks are trained; `epochs` is the length of ``large``.
 
@@ -188,6 +195,7 @@ class RecipeConfig(Phase):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     augment: bool = True
     strengths: Strengths = Strengths()
+    distillation: Distillation = Distillation()
     finetune: Phase
 
 

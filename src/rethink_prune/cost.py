@@ -4,7 +4,7 @@ Conventions:
 
 - MACs are those of convolutions and linear layers for one image. A multiply-accumulate counts once; one with a masked
   weight does not count.
-- Training costs 6 FLOPs per MAC and image: two for the forward pass, four for the backward pass.
+- Training costs 6 FLOPs per MAC and image: two for the forward pass, four for the backward pass. A teacher costs two.
 - A forward pass is timed from its call until its logits are computed, alone, on images that are on the device already.
 - A masked weight is a zero in a tensor of full size: it takes the time and the memory of any other number.
 """
@@ -27,6 +27,7 @@ from rethink_prune.errors import UserError, first_line
 from rethink_prune.seeds import seeded
 
 TRAIN_FLOPS_PER_MAC = 6
+FORWARD_FLOPS_PER_MAC = 2
 Forward = Callable[[torch.Tensor], object]
 _WARM_UP_PASSES = 3
 _TURN_SECONDS = 0.2
@@ -49,6 +50,10 @@ class Cost:
     def train_flops(self, images: int) -> int:
         """Return the FLOPs of training on `images` images (each epoch counts its images again)."""
         return TRAIN_FLOPS_PER_MAC * self.macs * images
+
+    def forward_flops(self, images: int) -> int:
+        """Return the FLOPs of a forward pass of `images` images."""
+        return FORWARD_FLOPS_PER_MAC * self.macs * images
 
 
 def count_cost(

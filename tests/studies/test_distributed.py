@@ -42,6 +42,8 @@ PLAIN = [
     *("model.name=nets:Plain", "model.init=reset_parameters", "pruner.ratio=0.5", "dataset.image_size=8"),
     *("dataset.train_limit=70", "dataset.test_limit=50", "recipe.batch_size=16", "recipe.epochs=3"),
     *("recipe.finetune.epochs=1", "recipe.lr=0.05", "precision=fp32", "device=cpu", "store.checkpoint_seconds=0"),
+    # The teacher's weights, too, have to reach every process.
+    "arms=[finetune,scratch_e,scratch_b,scratch_kd@2]",
 ]
 
 # Runs the command line with something of one process changed.
@@ -143,7 +145,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def check_like_alone(found: dict[str, Any], alone: dict[str, Any]) -> None:
     """Sums in another order differ by rounding errors, which training lets grow; counts do not."""
-    for name in ("large", "finetune", "scratch_e", "scratch_b"):
+    for name in ("large", "finetune", "scratch_e", "scratch_b", "scratch_kd@2"):
         here, there = (study["large"] if name == "large" else study["arms"][name] for study in (found, alone))
         assert len(rows(here)) == len(rows(there))
         for ours, theirs in zip(rows(here), rows(there), strict=True):

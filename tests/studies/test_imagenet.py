@@ -55,7 +55,9 @@ def overrides(root: Path, *more: str) -> list[str]:
 
 
 def test_a_study_on_streamed_images(small_study: Run, root: Path, tmp_path: Path) -> None:
-    arguments = overrides(root, "dataset.validation=0.25", "dataset.workers=1", "arms=[finetune,scratch_e]")
+    arguments = overrides(
+        root, "dataset.validation=0.25", "dataset.workers=1", "arms=[finetune,scratch_e,scratch_kd@1]"
+    )
     summary = small_study(*arguments)
     assert (summary["study"]["train_images"], summary["study"]["test_images"]) == (36, 18)
     assert summary["pruned"]["top5"] >= summary["pruned"]["top1"]

@@ -16,7 +16,7 @@ import pytest
 
 from harness import SMALL
 
-ARGUMENTS = [*SMALL, "recipe.epochs=3", "arms=[finetune,scratch_e]", "store.checkpoint_seconds=0"]
+ARGUMENTS = [*SMALL, "recipe.epochs=3", "arms=[finetune,scratch_e,retrain_kd@2]", "store.checkpoint_seconds=0"]
 
 # Runs the command line with something that kills it inserted at a given point.
 KILLER = """
@@ -91,13 +91,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[b
     return results(cwd)
 
 
-# 4 steps an epoch: 12 steps of large, 4 of finetune, 12 of scratch_e; a checkpoint after each but the last.
+# 4 steps an epoch: 12 steps of large, 4 of finetune, 12 of scratch_e, 8 of retrain_kd@2; a checkpoint after each but the
+# last.
 @pytest.mark.parametrize(
     ("point", "count"),
     [
         ("step", 3),
         pytest.param("step", 9, marks=pytest.mark.slow),
-        ("step", 20),
+        pytest.param("step", 20, marks=pytest.mark.slow),
+        ("step", 33),
         pytest.param("checkpoint", 2, marks=pytest.mark.slow),
         ("checkpoint", 14),
         pytest.param("finish", 1, marks=pytest.mark.slow),
@@ -162,5 +164,5 @@ def test_two_processes_share_one_training(tmp_path: Path) -> None:
     outputs = [process.communicate(timeout=120) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], outputs
     stages = [json.loads(path.read_text()) for path in (tmp_path / "store/stages").glob("*/status.json")]
-    assert len(stages) == 4
+    assert len(stages) == 5
     assert all(stage["state"] == "done" for stage in stages)

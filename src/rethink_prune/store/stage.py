@@ -4,11 +4,12 @@ A stage is begun, then finished, failed or stopped, by the one process that hold
 as its files have the checksums recorded in ``status.json``; everything else is done again.
 """
 
+import hashlib
 import json
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,11 +165,11 @@ class Stage(OwnedFolder):
 
 @dataclass(frozen=True)
 class Done:
-    """A finished stage, what it recorded, and the training FLOPs of its ancestors (None: not known)."""
+    """A finished stage, what it recorded, and the stages whose weights it needed."""
 
     stage: Stage
     result: dict[str, Any]
-    flops_before: int | None = 0
+    parents: tuple["Done", ...] = ()
 
     @property
     def flops_total(self) -> int | None:
@@ -177,16 +178,44 @@ class Done:
         Examples
         --------
         >>> from pathlib import Path
-        >>> Done(Stage(Path("finetune-0123")), {"train_flops": 5}, flops_before=20).flops_total
+        >>> large = Done(Stage(Path("large-0123")), {"train_flops": 20})
+        >>> prune = Done(Stage(Path("prune-0123")), {"train_flops": 0}, (large,))
+        >>> Done(Stage(Path("finetune-0123")), {"train_flops": 5}, (prune, large)).flops_total
         25
         """
-        own = self.result["train_flops"]
-        return None if own is None or self.flops_before is None else own + self.flops_before
+        return total_flops([self])
 
     @property
     def started(self) -> Started:
         """What a stage that starts from these weights records."""
         return Started(self.stage.name, self.stage.digest)
+
+
+def total_flops(stages: Iterable[Done]) -> int | None:
+    """Return the training FLOPs of stages and their ancestors, each counted once; None if some are not known.
+
+    Examples
+    --------
+    >>> total_flops([])
+    0
+    """
+    found: dict[str, int | None] = {}
+    waiting = [*stages]
+    while waiting:
+        done = waiting.pop()
+        found[done.stage.name] = done.result["train_flops"]
+        waiting += done.parents
+    known = [flops for flops in found.values() if flops is not None]
+    return sum(known) if len(known) == len(found) else None
+
+
+def start_of(parents: Sequence[Done]) -> Started | None:
+    """Return what a stage records that needs the weights of these; None for none."""
+    starts = [parent.started for parent in parents]
+    if len(starts) < 2:
+        return starts[0] if starts else None
+    digests = "".join(start.digest for start in starts)
+    return Started(" and ".join(start.name for start in starts), hashlib.sha256(digests.encode()).hexdigest())
 
 
 @dataclass(frozen=True)

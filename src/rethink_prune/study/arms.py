@@ -34,7 +34,10 @@ Rule = Literal["large", "finetune", "scratch_b"]
 
 @dataclass(frozen=True)
 class Total:
-    """As many epochs from scratch as fit into what retraining for `retrained` costs, its ancestors included."""
+    """As many epochs from scratch as fit into what retraining for `retrained` costs, its ancestors included.
+
+    With a teacher, what retraining with the teacher costs.
+    """
 
     retrained: Epochs | Share | Rule
 
@@ -85,6 +88,8 @@ class Arm:
     style : Style
         How its curve is drawn. No two entries may share a colour, dashes or a marker; those of the networks that are no
         arm are in ``report/networks.py``. One entry with several lengths has one style.
+    taught : bool
+        Whether it learns from the unpruned network as well as from the labels, see ``training/distillation.py``.
     """
 
     network: Literal["pruned", "large"]
@@ -94,6 +99,7 @@ class Arm:
     name: str
     meaning: str
     style: Style
+    taught: bool = False
 
 
 ARMS: Mapping[str, Arm] = {
@@ -152,6 +158,37 @@ ARMS: Mapping[str, Arm] = {
         name="training from scratch",
         meaning="the pruned architecture with new random weights, trained with the unpruned network's recipe",
         style=Style("#332288", (0, (4, 1)), ">"),
+    ),
+    # The same three with the unpruned network as a teacher: today's pipelines retrain that way.
+    "finetune_kd": Arm(
+        network="pruned",
+        weights="inherited",
+        length="finetune",
+        title="fine-tuned, taught",
+        name="fine-tuning with a teacher",
+        meaning="the pruned network, trained further with the unpruned network as its teacher",
+        style=Style("#DDCC77", (0, (8, 2, 1, 2)), "p"),
+        taught=True,
+    ),
+    "retrain_kd": Arm(
+        network="pruned",
+        weights="inherited",
+        length=None,
+        title="retrained, taught",
+        name="retraining with a teacher",
+        meaning="as retrained, with the unpruned network as a teacher",
+        style=Style("#882255", (0, (5, 2, 2, 2)), "h"),
+        taught=True,
+    ),
+    "scratch_kd": Arm(
+        network="pruned",
+        weights="fresh",
+        length=None,
+        title="from scratch, taught",
+        name="training from scratch with a teacher",
+        meaning="as from scratch, with the unpruned network as a teacher",
+        style=Style("#44AA99", (0, (3, 1, 1, 1, 1, 1, 1, 1)), "*"),
+        taught=True,
     ),
 }
 

@@ -101,6 +101,8 @@ class Budget:
         MACs per image of the network that Scratch-B is measured against.
     train_images : int
         Images of an epoch.
+    trains_sparse : bool
+        Whether the pruner trains the unpruned network its own way, beside the plain training.
     """
 
     recipe: RecipeConfig
@@ -108,6 +110,7 @@ class Budget:
     large: Cost
     macs_reference: int
     train_images: int
+    trains_sparse: bool = False
 
     @property
     def base_epochs(self) -> int:
@@ -119,7 +122,7 @@ class Budget:
         """The epochs of fine-tuning that Scratch-B gets on top."""
         return self.recipe.finetune.epochs if self.rule.add_finetune_epochs else 0
 
-    def optimizer(self, length: Length, pruned: Cost | None) -> OptimizerSpec | None:
+    def optimizer(self, length: Length, pruned: Cost | None, *, taught: bool = False) -> OptimizerSpec | None:
         """Return how a network is trained for this length; None where that follows from a pruned network not known yet.
 
         Parameters
@@ -127,6 +130,8 @@ class Budget:
         length : Length
         pruned : Cost, optional
             Of the pruned network.
+        taught : bool
+            Whether it has the unpruned network as its teacher.
 
         Raises
         ------
@@ -137,7 +142,7 @@ class Budget:
             As `epochs`.
         """
         phase: Phase = self.recipe.finetune if length == "finetune" else self.recipe
-        epochs = self.epochs(length, pruned)
+        epochs = self.epochs(length, pruned, taught=taught)
         if epochs is None:
             return None
         training = training_for(phase, epochs, self.base_epochs if length == "scratch_b" else phase.epochs)
@@ -151,7 +156,7 @@ class Budget:
             warmup=self._warmup(phase, training, length),
         )
 
-    def epochs(self, length: Length, pruned: Cost | None) -> int | None:
+    def epochs(self, length: Length, pruned: Cost | None, *, taught: bool = False) -> int | None:
         """Return the epochs of a length; None where they follow from a pruned network that is not known yet.
 
         Raises
@@ -179,8 +184,10 @@ class Budget:
                 retraining = self.epochs(retrained, pruned)
                 if pruned is None or retraining is None:
                     return None
-                # The unpruned network is trained for the recipe's epochs, by a pruner's own training as well.
-                return retraining + self.recipe.epochs * self.large.macs // pruned.macs
+                # The unpruned network is trained for the recipe's epochs, by a pruner's own training as well. A teacher
+                # has to be trained for either arm.
+                saved = 0 if taught and not self.trains_sparse else self.large.train_flops(self.recipe.epochs)
+                return retraining + saved // self.image_flops(pruned, taught=taught)
             case "scratch_b":
                 if pruned is None:
                     return None
@@ -209,9 +216,15 @@ class Budget:
         # At least the last epoch before the first drop has the recipe's learning rate.
         return min(warmup, first_drop - 1)
 
-    def train_flops(self, cost: Cost | None, phase: OptimizerSpec | None) -> int | None:
+    def image_flops(self, cost: Cost, *, taught: bool) -> int:
+        """Return the FLOPs of training a network on one image, those of its teacher's forward pass included."""
+        return cost.train_flops(1) + (self.large.forward_flops(1) if taught else 0)
+
+    def train_flops(self, cost: Cost | None, phase: OptimizerSpec | None, *, taught: bool = False) -> int | None:
         """Return the FLOPs of a training; None if the network or the length is not known."""
-        return cost.train_flops(phase.epochs * self.train_images) if cost and phase else None
+        if cost is None or phase is None:
+            return None
+        return self.image_flops(cost, taught=taught) * phase.epochs * self.train_images
 
     def ledger(self, pruned: Cost | None) -> dict[str, object]:
         """Return the rule, and the numbers it is applied to where the pruned network is known."""

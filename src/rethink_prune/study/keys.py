@@ -41,12 +41,15 @@ class KeyParts:
         What the pruner's own training adds.
     given : mapping, optional
         What decides the result of weights the user brought: they are evaluated on the test images.
+    distillation : mapping
+        How arms with a teacher learn from it.
     """
 
     training: Mapping[str, Any]
     pruner: Mapping[str, Any]
     sparse: Mapping[str, Any] | None
     given: Mapping[str, Any] | None
+    distillation: Mapping[str, Any]
 
 
 def key_parts(
@@ -113,6 +116,7 @@ def key_parts(
         },
         sparse={"name": config.pruner.name, "source": source, **hooks.key} if hooks else None,
         given={"checkpoint": given.digest, "known": given.training_cost, **evaluation} if given else None,
+        distillation=config.recipe.distillation.model_dump(),
     )
 
 
@@ -130,24 +134,25 @@ def add_keys(stages: Sequence[StageSpec], parts: KeyParts, names: Mapping[str, s
     names = dict(names)
     keyed = []
     for spec in stages:
-        if spec.parent is None or spec.parent in names:
-            spec = replace(spec, key=stage_key(spec, parts, names.get(spec.parent or "")))
+        if names.keys() >= set(spec.needs):
+            spec = replace(spec, key=stage_key(spec, parts, names))
         if spec.key is not None:
             names[spec.title] = stage_name(spec.kind, spec.key)
         keyed.append(spec)
     return tuple(keyed)
 
 
-def stage_key(spec: StageSpec, parts: KeyParts, parent: str | None) -> dict[str, Any] | None:
+def stage_key(spec: StageSpec, parts: KeyParts, names: Mapping[str, str]) -> dict[str, Any] | None:
     """Return what decides a stage's result; None if its length or its architecture is not known yet.
 
     Parameters
     ----------
     spec : StageSpec
     parts : KeyParts
-    parent : str, optional
-        Name of the stage it starts from.
+    names : mapping of str to str
+        Names of the stages it needs, by title.
     """
+    parent = names[spec.parent] if spec.parent else None
     if spec.kind == "prune":
         return {"parent": parent, "pruner": dict(parts.pruner)}
     if spec.given:
@@ -160,6 +165,7 @@ def stage_key(spec: StageSpec, parts: KeyParts, parent: str | None) -> dict[str,
         "architecture": architecture_key(spec.architecture),
         "parent": parent,
         "pruner": parts.sparse if spec.kind == "sparse" else None,
+        **({"teacher": {"stage": names[spec.teacher], **parts.distillation}} if spec.teacher else {}),
     }
 
 

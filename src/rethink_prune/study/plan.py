@@ -33,6 +33,8 @@ class StageSpec:
         What kind of work it is: the first part of its folder's name.
     parent : str, optional
         Title of the stage whose weights it starts from.
+    teacher : str, optional
+        Title of the stage whose network it learns from.
     given : bool
         Whether it takes weights the user brought, and trains nothing. Without these and a parent, weights are drawn.
     optimizer : OptimizerSpec, optional
@@ -52,6 +54,7 @@ class StageSpec:
     title: str
     kind: Kind
     parent: str | None = None
+    teacher: str | None = None
     given: bool = False
     optimizer: OptimizerSpec | None = None
     architecture: Architecture | None = None
@@ -64,6 +67,11 @@ class StageSpec:
     def names(self) -> tuple[str, ...]:
         """All names of the stage: its title, and the further ones."""
         return (self.title, *self.also)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Titles of the stages whose weights it needs."""
+        return tuple(title for title in (self.parent, self.teacher) if title is not None)
 
 
 def needs_pruning(target: Target, arms: Sequence[str]) -> bool:
@@ -93,7 +101,7 @@ def plan_study(
     stages = []
     prunes = needs_pruning(target, arms)
     large = _unpruned("large", "large", budget, "large", None)
-    if baseline or prunes:
+    if baseline or prunes or any(arm_of(name).taught for name in arms):
         stages.append(replace(large, given=True, optimizer=None, train_flops=0) if given else large)
     if prunes and trains_sparse:
         stages.append(replace(large, title="sparse", kind="sparse"))
@@ -143,7 +151,7 @@ def plan_arms(
             stages.append(_unpruned(name, "large", budget, arm.length, pruned))
             continue
         try:
-            optimizer = budget.optimizer(arm.length, pruned)
+            optimizer = budget.optimizer(arm.length, pruned, taught=arm.taught)
         except ValueError as error:
             raise UserError(f"arms: {name}: {error}") from None
         inherits = arm.weights == "inherited"
@@ -152,10 +160,11 @@ def plan_arms(
                 title=name,
                 kind="finetune" if inherits else "scratch",
                 parent="prune" if inherits else None,
+                teacher="large" if arm.taught else None,
                 optimizer=optimizer,
                 architecture=architecture,
                 cost=pruned,
-                train_flops=budget.train_flops(pruned, optimizer),
+                train_flops=budget.train_flops(pruned, optimizer, taught=arm.taught),
             )
         )
     return _merge_equal(stages)
@@ -167,7 +176,7 @@ def _merge_equal(stages: Sequence[StageSpec]) -> tuple[StageSpec, ...]:
     for spec in stages:
         # The network follows from the kind. A length that is not known yet is that of equal arms.
         length = spec.optimizer or arm_of(spec.title).length
-        training = (spec.kind, spec.parent, length)
+        training = (spec.kind, spec.needs, length)
         first = merged.get(training)
         merged[training] = spec if first is None else replace(first, also=(*first.also, spec.title))
     return tuple(merged.values())

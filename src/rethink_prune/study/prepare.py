@@ -122,6 +122,7 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
         large=target.full_cost,
         macs_reference=target.full_cost.macs if reference is None else reference_macs(reference, inputs.info),
         train_images=inputs.info.train_images,
+        trains_sparse=pruner.trains_sparse,
     )
     store.check()
     init = networks.init_of(model)

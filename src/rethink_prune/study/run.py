@@ -89,7 +89,7 @@ def run_study(
     # The unpruned network, trained plainly, and by some pruners also their own way.
     for title in ("large", "sparse"):
         if title in planned:
-            summary.begin(planned[title], None)
+            summary.begin(planned[title], ())
             outcome = runner.run(planned[title])
             summary.add_base(title, outcome)
             if isinstance(outcome, Done):
@@ -98,7 +98,7 @@ def run_study(
     # Pruning, of what was trained last. A training that failed leaves nothing to prune.
     prune = planned.get("prune")
     if prune is not None and prune.parent in done:
-        outcome = runner.run(prune, done[prune.parent])
+        outcome = runner.run(prune, (done[prune.parent],))
         assert isinstance(outcome, Done), "only trainings can fail"
         done["prune"] = outcome
     pruned = pruned_network(study, done.get("prune"))
@@ -112,9 +112,9 @@ def run_study(
         lengths = ", ".join(f"{spec.title} {spec.optimizer.epochs} epochs" for spec in arms if spec.optimizer)
         log.info("pruned: %s parameters, %.4g MACs; %s", f"{pruned.cost.params:,}", pruned.cost.macs, lengths)
     for spec in arms:
-        parent = done.get(spec.parent or "")
-        summary.begin(spec, parent)
-        outcome = runner.run(spec, parent)
+        parents = tuple(done[title] for title in spec.needs if title in done)
+        summary.begin(spec, parents)
+        outcome = runner.run(spec, parents)
         for name in spec.names:
             summary.add_arm(name, outcome)
     summary.finish()
@@ -141,9 +141,10 @@ def join_study(interrupts: Interrupts, processes: Processes) -> None:
                 raise UserError(f"{name}: {value} here, {order.shared[name]} in the first process; all have to agree")
         assert order.spec.architecture is not None
         model = reshape(study.networks.large(), order.spec.architecture)
+        teacher = study.networks.large() if order.spec.teacher else None
         # All processes see the same non-finite loss; the first one records it.
         with suppress(Diverged):
-            train_stage(study, order.spec, model, interrupts)
+            train_stage(study, order.spec, model, interrupts, teacher=teacher)
 
 
 def _call_others(config: StudyConfig, processes: Processes) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rethink_prune.errors import Interrupted
 from rethink_prune.store.metrics import read_metrics, steady_pace, write_metrics
-from rethink_prune.store.stage import MODEL_FILE, SAMPLE_FILE, Done, Failed, Stage
+from rethink_prune.store.stage import MODEL_FILE, SAMPLE_FILE, Done, Failed, Stage, start_of, total_flops
 from rethink_prune.store.weights import save_weights
 from rethink_prune.study.arms import file_name
 from rethink_prune.study.keys import stage_name
@@ -59,29 +59,28 @@ class Runner:
             # A training that has two names takes its time once.
             self._planned_flops |= {**dict.fromkeys(spec.also, 0), spec.title: spec.train_flops}
 
-    def run(self, spec: StageSpec, parent: Done | None = None) -> Done | Failed:
+    def run(self, spec: StageSpec, parents: tuple[Done, ...] = ()) -> Done | Failed:
         """Return a stage from the store, or do its work.
 
         Parameters
         ----------
         spec : StageSpec
-        parent : Done, optional
-            The stage it starts from.
+        parents : tuple of Done
+            The stages it needs, as ``spec.needs`` names them.
 
         Raises
         ------
         Interrupted
             After a signal; the state is saved.
         UserError
-            If an earlier attempt started from other weights than the parent's.
+            If an earlier attempt needed other weights than the parents have now.
         """
         if self._interrupts.requested is not None:
             self._interrupts.stop(f"before {spec.title}")
         if spec.key is None:
             return Failed(self._what_is_missing(spec))
         stage = self._study.store.stage(stage_name(spec.kind, spec.key))
-        started = parent.started if parent else None
-        done_before = parent.flops_total if parent else 0
+        started, done_before = start_of(parents), total_flops(parents)
         with self._events(spec, done_before) as events:
             result: dict[str, Any] | Failed | None = stage.result(started)
             if isinstance(result, dict):
@@ -89,16 +88,16 @@ class Runner:
             else:
                 with stage.hold():
                     # Another process may have finished it while this one waited for the lock.
-                    result = stage.result(started) or self._do(spec, stage, parent, events)
+                    result = stage.result(started) or self._do(spec, stage, parents, events)
             if isinstance(result, Failed):
                 return result
             if events is not None:
                 # A stage from the store has its curves in every run that uses it.
                 events.write(read_metrics(stage.folder))
-        return Done(stage, result, done_before)
+        return Done(stage, result, parents)
 
     def _do(
-        self, spec: StageSpec, stage: Stage, parent: Done | None, events: ArmEvents | None
+        self, spec: StageSpec, stage: Stage, parents: tuple[Done, ...], events: ArmEvents | None
     ) -> dict[str, Any] | Failed:
         """Do the work of a stage that is held, and keep what it makes."""
         # What `config.yaml` says, also for those who take the network along.
@@ -106,7 +105,7 @@ class Runner:
         images = {"mean": list(dataset.mean), "std": list(dataset.std)}
         config = {"network": network, "images": images, "key": dict(spec.key or {}), "title": spec.title}
         config["seed"] = self._study.config.seed
-        stage.begin(config, parent.started if parent else None)
+        stage.begin(config, start_of(parents))
 
         def on_epoch(rows: list[Row]) -> None:
             write_metrics(stage.folder, rows)
@@ -118,7 +117,7 @@ class Runner:
         device = self._study.runtime.device
         reset_peak_memory(device)
         try:
-            product = do_stage(self._study, self._interrupts, spec, parent, StageAccess(checkpoints, on_epoch))
+            product = do_stage(self._study, self._interrupts, spec, parents, StageAccess(checkpoints, on_epoch))
             save_weights(stage.model_file, product.weights)
             save_weights(stage.folder / SAMPLE_FILE, {"logits": product.sample})
             product.architecture.save(stage.folder)
@@ -141,7 +140,8 @@ class Runner:
         if spec.optimizer is None or spec.cost is None:
             return nullcontext()
         folder = self._run_dir / "tensorboard" / file_name(spec.title)
-        return closing(ArmEvents(folder, flops_before=done_before, flops_per_image=spec.cost.train_flops(1)))
+        per_image = self._study.budget.image_flops(spec.cost, taught=spec.teacher is not None)
+        return closing(ArmEvents(folder, flops_before=done_before, flops_per_image=per_image))
 
     def _log_time_left(self, spec: StageSpec, rows: list[Row]) -> None:
         """Say how long the rest of the study will take, once in each stage, when it has found its pace."""
@@ -151,8 +151,9 @@ class Runner:
         self._timed.add(spec.title)
         titles = list(self._planned_flops)
         left = [self._planned_flops[title] for title in titles[titles.index(spec.title) :]]
-        trained = sum(spec.cost.train_flops(int(row["images"])) for row in rows)
-        per_epoch = spec.cost.train_flops(int(rows[-1]["images"]))
+        per_image = self._study.budget.image_flops(spec.cost, taught=spec.teacher is not None)
+        trained = per_image * sum(int(row["images"]) for row in rows)
+        per_epoch = per_image * int(rows[-1]["images"])
         seconds = pace / per_epoch * (sum(flops or 0 for flops in left) - trained)
         rest = f"about {duration(seconds)} more" + (", and what follows pruning" if None in left else "")
         log.info("%s: an epoch takes %.1f s; the study will take %s", spec.title, pace, rest)
@@ -162,4 +163,6 @@ class Runner:
         failed = "sparse" if self._study.pruner.trains_sparse else "large"
         if spec.optimizer is None or spec.architecture is None:
             return f"{failed} failed, so it is not known what is pruned"
+        if spec.teacher is not None and spec.parent is None:
+            return f"{spec.teacher} failed, so there is no network to learn from"
         return f"{failed} failed, so there is no pruned network to start from"

@@ -4,7 +4,7 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from rethink_prune.config import TARGET_OPTIONS
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically, write_json
-from rethink_prune.store.stage import Done, Failed
+from rethink_prune.store.stage import Done, Failed, total_flops
 from rethink_prune.study.arms import arm_of, draws_anew
 from rethink_prune.study.keys import settings, stage_name
 from rethink_prune.study.plan import StageSpec
@@ -45,22 +45,22 @@ class Summary:
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
         self.content: dict[str, Any] = {"study": describe_study(study, experiment)}
         self._stages: dict[str, str] = {}
-        # Of the trainings that the pruned network's widths had to be found by.
-        self._search_flops: int | None = 0
+        # What the pruned network's widths had to be found by.
+        self._search: Done | None = None
         self._write()
 
-    def begin(self, spec: StageSpec, parent: Done | None) -> None:
+    def begin(self, spec: StageSpec, parents: Sequence[Done]) -> None:
         """Record a training that starts now, under ``unfinished``: where its metrics grow, and what it will cost.
 
         Parameters
         ----------
         spec : StageSpec
-        parent : Done, optional
-            The stage it starts from.
+        parents : sequence of Done
+            The stages it needs.
         """
         if spec.key is None or spec.optimizer is None or spec.train_flops is None:
             return
-        before = parent.flops_total if parent else 0
+        before = total_flops(parents)
         self.content["unfinished"] = {
             spec.title: {
                 "status": "unfinished",
@@ -97,7 +97,7 @@ class Summary:
             entry.update({name: done.result[name] for name in shown if name in done.result})
             entry["stage"] = str(done.stage.folder)
             self._stages["prune"] = done.stage.name
-            self._search_flops = 0 if self.study.target.known else done.flops_total
+            self._search = None if self.study.target.known else done
         entry.update(layers=list(pruned.report["layers"]), frozen=dict(pruned.report["frozen"]))
         self.content["pruned"] = entry
         self.content["study"]["warnings"] += list(pruned.report["warnings"])
@@ -109,11 +109,9 @@ class Summary:
         """Add one arm."""
         entry = self._entry(name, outcome)
         if isinstance(outcome, Done):
-            total = outcome.flops_total
-            # Fine-tuning has the search among its ancestors already.
-            arm = arm_of(name)
-            search = self._search_flops if arm.network == "pruned" and arm.weights == "fresh" else 0
-            entry["train_flops_with_search"] = None if total is None or search is None else total + search
+            # Fine-tuning has the search among its ancestors already, and a teacher may belong to both.
+            search = [self._search] if self._search and arm_of(name).network == "pruned" else []
+            entry["train_flops_with_search"] = total_flops([outcome, *search])
         self.content["arms"][name] = entry
         self._write()
 

@@ -22,6 +22,7 @@ from rethink_prune.study.prepare import PreparedStudy
 from rethink_prune.study.trial import UNSEEDED
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.checkpoint import Checkpoints
+from rethink_prune.training.distillation import Teacher
 from rethink_prune.training.evaluate import evaluate
 from rethink_prune.training.hooks import HeldMasks
 from rethink_prune.training.interrupts import Interrupts
@@ -64,7 +65,7 @@ class StageAccess:
 
 
 def do_stage(
-    study: PreparedStudy, interrupts: Interrupts, spec: StageSpec, parent: Done | None, access: StageAccess
+    study: PreparedStudy, interrupts: Interrupts, spec: StageSpec, parents: Sequence[Done], access: StageAccess
 ) -> Product:
     """Do the work of a stage, as the runner asks for it.
 
@@ -74,14 +75,15 @@ def do_stage(
     interrupts : Interrupts
         Tells when to stop.
     spec : StageSpec
-    parent : Done, optional
-        The stage whose weights it starts from.
+    parents : sequence of Done
+        The stages it needs, as ``spec.needs`` names them.
     access : StageAccess
         Where the state of a training is kept.
     """
     if spec.given:
         return take_given(study)
-    weights = load_stage_weights(parent.stage) if parent else None
+    needed = {title: load_stage_weights(done.stage) for title, done in zip(spec.needs, parents, strict=True)}
+    weights = needed[spec.parent] if spec.parent else None
     if spec.kind == "prune":
         assert weights is not None
         return prune_network(study, weights)
@@ -93,10 +95,20 @@ def do_stage(
         model = study.networks.scratch(spec.architecture)
     else:
         model = study.networks.large()
+    teacher = study.networks.load(UNPRUNED, needed[spec.teacher]) if spec.teacher else None
     # The other processes build the same shapes; the weights reach them as the training starts.
     study.processes.order(Order(spec, shared_by_processes(study.runtime.device.type, study.parts)))
-    progress = train_stage(study, spec, model, interrupts, checkpoints=access.checkpoints, on_epoch=access.on_epoch)
-    result = _training_result(progress.rows, spec.cost, progress.seconds)
+    progress = train_stage(
+        study,
+        spec,
+        model,
+        interrupts,
+        teacher=teacher,
+        checkpoints=access.checkpoints,
+        on_epoch=access.on_epoch,
+    )
+    flops = study.budget.image_flops(spec.cost, taught=spec.teacher is not None)
+    result = _training_result(progress.rows, spec.cost, progress.seconds, flops_per_image=flops)
     return Product(full_state(model), spec.architecture, result, sample_logits(model, study.inputs.image_shape))
 
 
@@ -114,6 +126,7 @@ def train_stage(
     model: nn.Module,
     interrupts: Interrupts,
     *,
+    teacher: nn.Module | None = None,
     checkpoints: Checkpoints | None = None,
     on_epoch: Callable[[list[Row]], None] = lambda rows: None,
 ) -> Progress:
@@ -123,6 +136,8 @@ def train_stage(
     ----------
     study, spec, model, interrupts
         As for `do_stage`.
+    teacher : torch.nn.Module, optional
+        The unpruned network, if it teaches; only the first process has to know its weights.
     checkpoints, on_epoch
         Of the first process alone.
     """
@@ -145,6 +160,7 @@ def train_stage(
         checkpoints=checkpoints,
         interrupts=interrupts,
         processes=study.processes,
+        teacher=None if teacher is None else Teacher(teacher, **study.config.recipe.distillation.model_dump()),
         title=spec.title,
         on_epoch=on_epoch,
     )
@@ -238,7 +254,7 @@ def _evaluation_result(study: PreparedStudy, model: nn.Module) -> dict[str, floa
     return {"top1": found.top1, **top5, "loss": found.loss if math.isfinite(found.loss) else None}
 
 
-def _training_result(rows: Sequence[Row], cost: Cost, seconds: float) -> dict[str, Any]:
+def _training_result(rows: Sequence[Row], cost: Cost, seconds: float, *, flops_per_image: int) -> dict[str, Any]:
     """Return what a finished training records: the last epoch's numbers, and the best epoch's as the paper has them."""
     last = rows[-1]
     best = max(rows, key=lambda row: row["test_top1"])
@@ -251,7 +267,7 @@ def _training_result(rows: Sequence[Row], cost: Cost, seconds: float) -> dict[st
         "epochs": len(rows),
         "processes": sorted({int(row.get("processes", 1)) for row in rows}),
         **asdict(cost),
-        "train_flops": cost.train_flops(sum(int(row["images"]) for row in rows)),
+        "train_flops": flops_per_image * sum(int(row["images"]) for row in rows),
         "seconds": seconds,
     }
     for name in dict.fromkeys(name for row in rows for name in row):

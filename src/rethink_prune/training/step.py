@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from rethink_prune.errors import UserError, first_line
 from rethink_prune.outputs import main_output, output_loss
+from rethink_prune.training.distillation import Teacher
 from rethink_prune.training.distributed import is_connection_error
 from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.recording import CudaRecorder, Recorded, warn_not_recorded, why_not_recorded
@@ -37,6 +38,7 @@ def build_step(
     runtime: Runtime,
     forward: nn.Module | None = None,
     label_smoothing: float = 0.0,
+    teacher: Teacher | None = None,
 ) -> Step:
     """Return the fastest step that `runtime` asks for and that can train `model`.
 
@@ -50,6 +52,8 @@ def build_step(
         What to call instead of the network: several processes wrap it.
     label_smoothing : float
         Of the loss, in [0, 1).
+    teacher : Teacher, optional
+        Ready to teach; its forward pass is part of the step.
 
     Examples
     --------
@@ -67,7 +71,7 @@ def build_step(
     (True, torch.Size([4, 3]))
     """
     # The network itself goes to the hooks, which know its parameters by their own names.
-    plain = PlainStep(model, forward or model, optimizer, hooks, runtime, label_smoothing)
+    plain = PlainStep(model, forward or model, optimizer, hooks, runtime, label_smoothing, teacher)
     step = CompiledStep(plain) if runtime.accelerate == "compile" else plain
     if not runtime.accelerates_cuda:
         return step
@@ -94,6 +98,8 @@ class PlainStep:
         What the hooks see.
     forward : callable
         The same network, perhaps wrapped for several processes, or compiled.
+    teacher : Teacher, optional
+        What it learns from beside the labels.
     """
 
     model: nn.Module
@@ -102,6 +108,7 @@ class PlainStep:
     hooks: TrainingHooks
     runtime: Runtime
     label_smoothing: float
+    teacher: Teacher | None = None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossAndLogits:
         """Train on one batch; raise `UserError` if ``deterministic=true`` refuses an operation."""
@@ -109,7 +116,7 @@ class PlainStep:
             # Forward alone: the backward pass takes the types that the forward pass has chosen.
             with self.runtime.autocast():
                 output = self.forward(images)
-            loss = output_loss(output, labels, label_smoothing=self.label_smoothing)
+            loss = self._loss(images, output, labels)
             (loss * weight).backward()
             lr = self.optimizer.param_groups[0]["lr"]
             self.hooks.before_step(self.model, lr)
@@ -118,6 +125,12 @@ class PlainStep:
             # At the end, not before the next forward pass: no gradient takes memory while the network is evaluated.
             self.optimizer.zero_grad(set_to_none=True)
         return loss.detach(), main_output(output).detach()
+
+    def _loss(self, images: torch.Tensor, output: object, labels: torch.Tensor) -> torch.Tensor:
+        smoothing = self.label_smoothing
+        if self.teacher is None:
+            return output_loss(output, labels, label_smoothing=smoothing)
+        return self.teacher.loss(images, output, labels, runtime=self.runtime, label_smoothing=smoothing)
 
 
 @contextmanager

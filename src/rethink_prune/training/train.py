@@ -9,6 +9,7 @@ from torch import nn
 from rethink_prune.data.batches import EvalBatches, TrainBatches
 from rethink_prune.seeds import derive_seed, seed_generators
 from rethink_prune.training.checkpoint import Checkpoints, Parts, TrainingSaver
+from rethink_prune.training.distillation import Teacher
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.evaluate import Evaluation, build_score, evaluate, loss_and_correct
 from rethink_prune.training.hooks import TrainingFailed, TrainingHooks
@@ -39,6 +40,7 @@ def train(
     checkpoints: Checkpoints | None,
     interrupts: Interrupts,
     processes: Processes = ALONE,
+    teacher: Teacher | None = None,
     title: str = "",
     on_epoch: Callable[[list[Row]], None] = lambda rows: None,
 ) -> Progress:
@@ -58,6 +60,8 @@ def train(
         A checkpoint is written when one is due and when a signal arrives. None for all but the first process.
     processes : Processes
         Those that train together, all of them with the same arguments; they share every batch.
+    teacher : Teacher, optional
+        What `model` learns from beside the labels; ``train_loss`` is then the loss of both.
     title : str
         Shown beside the progress bar.
     on_epoch : callable
@@ -111,7 +115,15 @@ def train(
         on_epoch(progress.rows)
     # After the state is restored, because wrapping sends the first process's weights to the others.
     forward = processes.wrap(model, runtime.device, static=runtime.accelerate != "compile")
-    step = build_step(model, optimizer, hooks, runtime=runtime, forward=forward, label_smoothing=spec.label_smoothing)
+    step = build_step(
+        model,
+        optimizer,
+        hooks,
+        runtime=runtime,
+        forward=forward,
+        label_smoothing=spec.label_smoothing,
+        teacher=teacher and teacher.prepare(runtime, processes),
+    )
     score = build_score(model, hooks, runtime=runtime)
     # What a resumed training does not do again counts as well, so that it computes as it did before.
     search = search_algorithms(spec.epochs * batches.steps_per_epoch, deterministic=runtime.deterministic)
