@@ -88,6 +88,19 @@ def test_arms_are_paired_by_their_epochs_and_total_ones_by_what_was_typed(write_
     assert [p.comparison.second for p in training.points] == ["scratch@1", "scratch@2", "scratch_e"]
 
 
+def test_arms_with_a_teacher_have_curves_and_a_panel_of_their_own(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed in range(2):
+        taught = {"retrain_kd@1": 94.0, "scratch_kd@1": 92.0, "retrain_kd@2": 94.0, "scratch_kd@2": 94.5}
+        epochs = {"retrain_kd@1": 1, "scratch_kd@1": 1, "retrain_kd@2": 2, "scratch_kd@2": 2}
+        write_lengths(write_run, seed, GAPS, top1=taught, epochs=epochs)
+    row = only_row(tmp_path / "runs")
+    plain, taught_curve = row.curves
+    assert (plain.kind, taught_curve.kind) == ("", "_kd")
+    assert gaps_of(taught_curve) == {1: (2.0, 2), 2: (-0.5, 2)}
+    assert taught_curve.verdict.startswith("At equal training, with a teacher (paper recipe")
+    assert len(gap_figure(row.curves, margin=0.5).axes) == 4
+
+
 def test_pairs_are_the_seeds_that_finished_both(write_run: WriteRun, tmp_path: Path) -> None:
     for seed in range(3):
         write_lengths(write_run, seed, GAPS, top1={"scratch@4": "nan"} if seed == 1 else {})

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from rethink_prune.report.networks import split_name
 from rethink_prune.report.records import RunRecord, TrainedRecord
 from rethink_prune.study.arms import known_arm
 
@@ -56,7 +55,7 @@ def _ancestors(run: RunRecord, network: str) -> list[TrainedRecord]:
     """Return the trained networks that an arm builds on: the one that was pruned, and its teacher."""
     arm = known_arm(network)
     bases = [run.sparse or run.large] if arm is not None and arm.weights == "inherited" else []
-    if split_name(network)[0].endswith("_kd") and run.large not in bases:
+    if arm is not None and arm.taught and run.large not in bases:
         bases.append(run.large)
     return [base for base in bases if base is not None]
 
