@@ -3,10 +3,10 @@
 The gap is interpolated linearly in the logarithm of the length. Two choices matter, and simulations of both are in
 ``tests/report/test_crossover.py``:
 
-- Noise makes a gap change its sign several times. The first change comes too early on average (by 10 to 40 % where the
-  noise of a seed is as large as the gap's slope), the last one too late. So the change counts that agrees with most of
-  the gaps: the sum of those before it, less the sum of those after it, is greatest. It treats both sides alike, and it
-  is where the best fit of a falling curve (isotonic regression) changes its sign.
+- Noise makes a gap change its sign several times. The first change comes too early (by 10 to 40 % where the noise is as
+  large as what the gap changes from one length to the next), the last one too late. So the change counts that agrees
+  with most of the gaps: the sum of those before it, less the sum of those after it, is greatest. It treats both sides
+  alike, and it is where the best fit of a falling curve (isotonic regression) changes its sign.
 - The interval holds every length at which the paired-t interval of the interpolated gap holds zero. It does so at its
   nominal level with two seeds as well, and with seeds whose own gap never changes its sign. An interval of the seeds'
   crossovers by their ranks would reach 75 % with three seeds, and go from the least to the greatest with eight.
