@@ -67,7 +67,7 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
         (["recipe.milestones=[6,12,20]"], "recipe: milestones 12, 20: come after the 12 epochs"),
         (
             ["recipe.finetune.schedule=steps"],
-            "recipe.finetune.schedule=steps: must be multistep, step, cosine or constant",
+            "recipe.finetune.schedule=steps: must be multistep, step, cosine, constant or linear",
         ),
         (
             ["recipe.finetune.schedule=step"],

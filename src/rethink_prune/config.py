@@ -11,7 +11,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from rethink_prune.errors import UserError
@@ -125,15 +135,23 @@ class ModelConfig(Frozen):
         return self.model_extra or {}
 
 
+# The names of the choices are no part of what an error says, see `_line`.
+Rate = Annotated[
+    Annotated[Positive, Tag("union, a number")] | Annotated[Literal["auto"], Tag("union, auto")],
+    Discriminator(lambda rate: "union, auto" if rate == "auto" else "union, a number"),
+]
+
+
 class Phase(Frozen):
     """One training: its length and learning rate, which rises over `warmup` epochs.
 
-    Milestones below 1 are fractions of the epochs.
+    Milestones below 1 are fractions of the epochs. ``lr=auto``, for fine-tuning, is described in
+    ``training/adaptive_start.py``.
     """
 
     epochs: Count
-    lr: Positive
-    schedule: Literal["multistep", "step", "cosine", "constant"] = "multistep"
+    lr: Rate
+    schedule: Literal["multistep", "step", "cosine", "constant", "linear"] = "multistep"
     milestones: tuple[Finite, ...] = ()
     step: Count | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] | tuple[Positive, ...] = 0.1
@@ -159,6 +177,8 @@ class Phase(Frozen):
             raise ValueError("schedule=step and step (epochs between two drops) go together")
         if isinstance(self.gamma, tuple) and (self.schedule != "multistep" or len(self.gamma) != len(self.milestones)):
             raise ValueError("a list of gamma needs schedule=multistep and as many milestones")
+        if self.lr == "auto" and self.schedule != "linear":
+            raise ValueError("lr=auto is the start of a linear schedule: it needs schedule=linear")
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup={self.warmup}: must be shorter than the training, epochs={self.epochs}")
         return self
@@ -197,6 +217,13 @@ class RecipeConfig(Phase):
     strengths: Strengths = Strengths()
     distillation: Distillation = Distillation()
     finetune: Phase
+
+    @field_validator("lr")
+    @classmethod
+    def _rate_is_a_number(cls, rate: Rate) -> Rate:
+        if rate == "auto":
+            raise ValueError("must be a number: auto is for recipe.finetune.lr, after pruning")
+        return rate
 
 
 class BudgetConfig(Frozen):

@@ -91,8 +91,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[b
     return results(cwd)
 
 
-# 4 steps an epoch: 12 steps of large, 4 of finetune, 12 of scratch_e, 8 of retrain_kd@2; a checkpoint after each but the
-# last.
+# 4 steps an epoch: 12 steps of large, 4 of finetune, 12 of scratch_e, 8 of retrain_kd@2; a checkpoint after each but
+# the last.
 @pytest.mark.parametrize(
     ("point", "count"),
     [

@@ -32,8 +32,8 @@ def test_a_teacher_is_trained_where_nothing_else_needs_it() -> None:
 
 
 def test_keys_hold_the_teacher_where_there_is_one() -> None:
-    usual, hot = planned("arms=[scratch@2,scratch_kd@2,finetune,finetune_kd]"), {}
-    hot = planned("arms=[scratch@2,scratch_kd@2,finetune,finetune_kd]", "recipe.distillation.temperature=8")
+    arms = "arms=[scratch@2,scratch_kd@2,finetune,finetune_kd]"
+    usual, hot = planned(arms), planned(arms, "recipe.distillation.temperature=8")
     for name in ("large", "prune", "scratch@2", "finetune"):
         assert usual[name].key == hot[name].key
     for name in ("scratch_kd@2", "finetune_kd"):

@@ -6,11 +6,14 @@ with a length of its own, such as ``retrain@12``, has the schedule of the large 
 """
 
 from dataclasses import asdict, dataclass
+from itertools import accumulate
+from operator import mul
 
 from rethink_prune.config import BudgetConfig, Phase, RecipeConfig
 from rethink_prune.cost import Cost
 from rethink_prune.errors import UserError
 from rethink_prune.study.arms import Epochs, Length, Share, Total
+from rethink_prune.training.adaptive_start import AdaptiveStart
 from rethink_prune.training.schedule import OptimizerSpec
 
 
@@ -150,11 +153,19 @@ class Budget:
         return OptimizerSpec(
             **self.recipe.model_dump(include=shared),
             **asdict(training),
-            lr=phase.lr,
+            lr=self.peak_lr if phase.lr == "auto" else phase.lr,
+            start=AdaptiveStart(min(1.0, epochs / self.recipe.epochs)) if phase.lr == "auto" else None,
             # Steps are written as milestones by now.
             schedule="multistep" if phase.schedule == "step" else phase.schedule,
             warmup=self._warmup(phase, training, length),
         )
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate of the recipe, whose factors may raise it."""
+        training = training_for(self.recipe, self.recipe.epochs, self.recipe.epochs)
+        factors = accumulate(training.gammas, mul) if self.recipe.schedule == "multistep" else ()
+        return float(self.recipe.lr) * max([1.0, *factors])
 
     def epochs(self, length: Length, pruned: Cost | None, *, taught: bool = False) -> int | None:
         """Return the epochs of a length; None where they follow from a pruned network that is not known yet.
@@ -207,7 +218,7 @@ class Budget:
                 where = "recipe.finetune" if length == "finetune" else "recipe"
                 raise UserError(
                     f"{where}.warmup={phase.warmup}: the learning rate would fall after epoch {first_drop} of "
-                    f"{training.epochs}, before it has reached {where}.lr={phase.lr:g}; warm up for fewer epochs, or "
+                    f"{training.epochs}, before it has reached {where}.lr={phase.lr}; warm up for fewer epochs, or "
                     f"set later {where}.milestones"
                 )
             return phase.warmup

@@ -24,7 +24,7 @@ from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.schedule import OptimizerSpec
 
 # Options that came after the first stages were stored.
-_LATER_OPTIONS = {"warmup", "decay_norms", "label_smoothing"}
+_LATER_OPTIONS = {"warmup", "decay_norms", "label_smoothing", "start"}
 
 
 @dataclass(frozen=True)

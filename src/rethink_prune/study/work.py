@@ -1,9 +1,10 @@
 """What each kind of stage does: train a network, take given weights, prune. The runner keeps what they make."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress, Row
 from rethink_prune.training.recalibrate import recalibrate
 from rethink_prune.training.train import train
+
+log = logging.getLogger(__name__)
 
 # Of rows, beside losses and accuracies.
 _COLUMNS = ("epoch", "lr", "images", "processes", "seconds")
@@ -96,11 +99,15 @@ def do_stage(
     else:
         model = study.networks.large()
     teacher = study.networks.load(UNPRUNED, needed[spec.teacher]) if spec.teacher else None
+    lr = _chosen_start(study, spec, model, parents)
+    trained = spec
+    if lr is not None and spec.optimizer is not None:
+        trained = replace(spec, optimizer=replace(spec.optimizer, lr=lr, start=None))
     # The other processes build the same shapes; the weights reach them as the training starts.
-    study.processes.order(Order(spec, shared_by_processes(study.runtime.device.type, study.parts)))
+    study.processes.order(Order(trained, shared_by_processes(study.runtime.device.type, study.parts)))
     progress = train_stage(
         study,
-        spec,
+        trained,
         model,
         interrupts,
         teacher=teacher,
@@ -109,7 +116,21 @@ def do_stage(
     )
     flops = study.budget.image_flops(spec.cost, taught=spec.teacher is not None)
     result = _training_result(progress.rows, spec.cost, progress.seconds, flops_per_image=flops)
+    if lr is not None:
+        result["lr_start"] = lr
     return Product(full_state(model), spec.architecture, result, sample_logits(model, study.inputs.image_shape))
+
+
+def _chosen_start(study: PreparedStudy, spec: StageSpec, pruned: nn.Module, parents: Sequence[Done]) -> float | None:
+    """Return the learning rate a stage starts from, where that follows from what pruning removed; None elsewhere."""
+    optimizer, architecture = spec.optimizer, spec.architecture
+    if optimizer is None or optimizer.start is None or architecture is None:
+        return None
+    # Its parent is the prune stage, and that one's the network that was pruned.
+    unpruned = study.networks.load(UNPRUNED, load_stage_weights(parents[0].parents[0].stage))
+    lr = optimizer.lr * optimizer.start.share(unpruned, pruned, architecture.masks)
+    log.info("%s: starts at learning rate %.4g", spec.title, lr)
+    return lr
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
+from rethink_prune.training.adaptive_start import AdaptiveStart
+
 
 @dataclass(frozen=True)
 class OptimizerSpec:
@@ -19,19 +21,22 @@ class OptimizerSpec:
     lr, momentum, weight_decay : float
         `momentum` and `nesterov` are for SGD. Weight decay acts on every parameter, as in the paper, unless
         `decay_norms` is False.
-    schedule : {"multistep", "cosine", "constant"}
-        Changes the learning rate after whole epochs; ``cosine`` falls to zero over `epochs`.
+    schedule : {"multistep", "cosine", "constant", "linear"}
+        Changes the learning rate after whole epochs; ``cosine`` and ``linear`` fall to zero over `epochs`.
     epochs : int
     milestones : tuple of int
         Epochs after which ``multistep`` multiplies the learning rate.
     gammas : tuple of float
         What it is multiplied by, for each milestone.
     warmup : int
-        Epochs in which the learning rate rises from ``lr / (warmup + 1)`` in equal steps; ``cosine`` begins after them.
+        Epochs in which the learning rate rises from ``lr / (warmup + 1)`` in equal steps. ``cosine`` and ``linear``
+        begin after them.
     decay_norms : bool
         Whether weight decay acts on norms and biases: parameters of one dimension.
     label_smoothing : float
         Of the training loss, in [0, 1).
+    start : AdaptiveStart, optional
+        Says what share of `lr` the training starts from, which has to be put in its place before it begins.
     """
 
     optimizer: str
@@ -46,6 +51,7 @@ class OptimizerSpec:
     warmup: int = 0
     decay_norms: bool = True
     label_smoothing: float = 0.0
+    start: AdaptiveStart | None = None
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, fused: bool) -> Optimizer:
@@ -114,6 +120,8 @@ def _build_decay(optimizer: Optimizer, spec: OptimizerSpec) -> lr_scheduler.LRSc
             )
         case "cosine":
             return lr_scheduler.CosineAnnealingLR(optimizer, T_max=spec.epochs)
+        case "linear":
+            return lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=spec.epochs)
         case "constant":
             return lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    raise ValueError(f"schedule={spec.schedule}: must be multistep, cosine or constant")
+    raise ValueError(f"schedule={spec.schedule}: must be multistep, cosine, constant or linear")
