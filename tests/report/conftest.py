@@ -17,7 +17,10 @@ WriteRun = Callable[..., Path]
 
 
 def writer(root: Path) -> WriteRun:
-    """Return a function that writes a run folder and its stages below `root`, from last-epoch accuracies by arm."""
+    """Return a function that writes a run folder and its stages below `root`, from last-epoch accuracies by arm.
+
+    Of `epochs`, each arm that is not named has four; `same` names arms that are other names of a training.
+    """
 
     def write(
         seed: int,
@@ -27,6 +30,8 @@ def writer(root: Path) -> WriteRun:
         large_stage: str | None = None,
         settings: Mapping[str, Any] | None = None,
         processes: Mapping[str, list[int]] | None = None,
+        epochs: Mapping[str, int] | None = None,
+        same: Mapping[str, str] | None = None,
         **study: Any,
     ) -> Path:
         place = root / "runs" / (folder or f"run{len(list((root / 'runs').glob('*')))}")
@@ -59,24 +64,27 @@ def writer(root: Path) -> WriteRun:
             name = large_stage if arm == "large" and large_stage else f"{arm}-{seed}-{value}-{json.dumps(target)}"
             stage = root / "stages" / name
             stage.mkdir(parents=True, exist_ok=True)
-            epochs = 4
-            write_metrics(stage, [{"epoch": e, "test_top1": value - 10 / e**2 + 10 / epochs**2} for e in range(1, 5)])
-            own = 2e15 if arm == "large" else 1e15
+            length = (epochs or {}).get(arm, 4)
+            rows = [{"epoch": e, "test_top1": value - 10 / e**2 + 10 / length**2} for e in range(1, length + 1)]
+            write_metrics(stage, rows)
+            own = length * (5e14 if arm == "large" else 2.5e14)
+            before = 5e14 * (epochs or {}).get("large", 4) if arm.startswith(("finetune", "retrain")) else 0
             return {
                 "status": "done",
                 "top1": value,
                 "top1_best": value + 0.1,
-                "epochs": epochs,
+                "epochs": length,
                 "params": 200 if arm == "large" else 50,
                 "macs": 1000 if arm == "large" else 400,
                 "train_flops": own,
-                "train_flops_total": own + (2e15 if arm == "finetune" else 0),
+                "train_flops_total": own + before,
                 "stage": str(stage),
                 **({"processes": processes[arm]} if processes else {}),
             }
 
         summary: dict[str, Any] = {"study": described}
         arms = {arm: entry(arm, value) for arm, value in top1.items()}
+        arms |= {alias: arms[arm] for alias, arm in (same or {}).items()}
         if "large" in arms:
             summary["large"] = arms.pop("large")
         layers = [{"layer": f"features.{i}", "kept": 16 + i, "full": 32} for i in range(3)]
@@ -97,6 +105,12 @@ def browser() -> Iterator[Any]:
         chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="session")
+def writer_below() -> Callable[[Path], WriteRun]:
+    """Return a function that makes such a function for a folder."""
+    return writer
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -200,7 +201,9 @@ def test_names_of_others_are_names_of_folders_inside(
     write_run(0, {"finetune": 93.0}, model=name)
     run = write_run(1, {"finetune": 93.0}, model=name)
     summary = json.loads((run / "summary.json").read_text())
-    summary["arms"][name] = summary["arms"]["finetune"]
+    # A training of its own, of that name.
+    stage = Path(summary["arms"]["finetune"]["stage"])
+    summary["arms"][name] = {**summary["arms"]["finetune"], "stage": str(shutil.copytree(stage, tmp_path / "other"))}
     (run / "summary.json").write_text(json.dumps(summary))
     show(board, tmp_path / "runs")
     found = [path.relative_to(board.folder) for path in tmp_path.rglob("*tfevents*")]

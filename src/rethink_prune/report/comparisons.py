@@ -1,6 +1,6 @@
 """Which arms of a study are compared, seed by seed; their p values, corrected for a whole table; and their verdicts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rethink_prune.report.networks import in_column_order, network_label, trains_pruned
@@ -43,7 +43,7 @@ def planned_networks(runs: Sequence[RunRecord]) -> list[str]:
     return in_column_order({name for run in runs for name in (*run.trained, *run.study.arms)})
 
 
-def compare_arms(runs: Sequence[RunRecord], *, margin: float) -> Iterator[ArmComparison]:
+def compare_arms(runs: Sequence[RunRecord], *, margin: float, apart: Collection[str] = ()) -> Iterator[ArmComparison]:
     """Yield every arm of the pruned network against fine-tuning; without that, against the first one.
 
     Parameters
@@ -52,9 +52,11 @@ def compare_arms(runs: Sequence[RunRecord], *, margin: float) -> Iterator[ArmCom
         One for each seed.
     margin
         Points within which arms count as equivalent.
+    apart
+        Arms that are compared elsewhere.
     """
     # In the order of columns: the first one is fine-tuning, if any run has it.
-    contenders = [network for network in planned_networks(runs) if trains_pruned(network)]
+    contenders = [network for network in planned_networks(runs) if trains_pruned(network) and network not in apart]
     for first in contenders[1:]:
         second = contenders[0]
         # All arms of a seed see the same images in the same order, so only differences within a seed count.
@@ -64,8 +66,22 @@ def compare_arms(runs: Sequence[RunRecord], *, margin: float) -> Iterator[ArmCom
             if (a := run.arms.get(first)) is not None and (b := run.arms.get(second)) is not None
             if a.finished and b.finished and a.top1 is not None and b.top1 is not None
         ]
-        difference = paired_difference([p[1] for p in pairs], [p[2] for p in pairs], margin=margin) if pairs else None
-        yield ArmComparison(first, second, tuple(seed for seed, _, _ in pairs), difference)
+        seeds, ours, theirs = zip(*pairs, strict=True) if pairs else ((), (), ())
+        yield compare_pair(first, second, seeds, ours, theirs, margin=margin)
+
+
+def compare_pair(
+    first: str, second: str, seeds: Sequence[int], ours: Sequence[float], theirs: Sequence[float], *, margin: float
+) -> ArmComparison:
+    """Compare two arms by their accuracies in percent, of the same seeds in the same order.
+
+    Examples
+    --------
+    >>> compare_pair("scratch_b", "finetune", [0, 1], [93.0, 94.0], [92.0, 92.0], margin=0.5).difference.mean
+    1.5
+    """
+    difference = paired_difference(ours, theirs, margin=margin) if seeds else None
+    return ArmComparison(first, second, tuple(seeds), difference)
 
 
 def correct_for_table(rows: Sequence[Sequence[ArmComparison]]) -> list[list[ArmComparison]]:

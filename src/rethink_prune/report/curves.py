@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rethink_prune.report.aliases import other_names, under_one_name
 from rethink_prune.report.groups import natural_order, recorded_settings
 from rethink_prune.report.networks import PAPER_ARMS, in_column_order
 from rethink_prune.report.records import RunRecord, StudyRecord, TrainedRecord, value_text
@@ -21,6 +22,7 @@ _LONGEST_WORD = 40
 class _Group:
     study: StudyRecord
     settings: dict[str, str]
+    runs: list[RunRecord] = field(default_factory=list)
     arms: dict[str, dict[int, TrainedRecord]] = field(default_factory=lambda: defaultdict(dict))
 
 
@@ -35,16 +37,23 @@ def board_groups(runs: Iterable[RunRecord]) -> list[BoardGroup]:
         settings = _what_decides(run)
         target = json.dumps(run.study.target, sort_keys=True)
         names = json.dumps([run.study.model, run.study.pruner, target, settings], sort_keys=True)
-        group = found.setdefault(names, _Group(run.study, settings))
-        for arm, entry in {**run.unfinished, **run.trained}.items():
-            known = group.arms[arm].get(run.study.seed)
-            if entry.curve and (known is None or len(entry.curve) >= len(known.curve or ())):
-                group.arms[arm][run.study.seed] = entry
+        found.setdefault(names, _Group(run.study, settings)).runs.append(run)
+    for group in found.values():
+        _collect_arms(group)
     groups = [group for group in found.values() if any(group.arms.values())]
     # The arms of the paper keep their places, and so their colours, where some are missing.
     arms = in_column_order({*PAPER_ARMS, *(arm for group in groups for arm in group.arms)})
     labelled = sorted(zip(_labels(groups), groups, strict=True), key=lambda item: natural_order([item[0]]))
     return [_board_group(label, group, arms) for label, group in labelled]
+
+
+def _collect_arms(group: _Group) -> None:
+    """Find the entry that counts of each arm and seed; a training with several names counts once."""
+    for run in under_one_name(group.runs, other_names(group.runs)):
+        for arm, entry in {**run.unfinished, **run.trained}.items():
+            known = group.arms[arm].get(run.study.seed)
+            if entry.curve and (known is None or len(entry.curve) >= len(known.curve or ())):
+                group.arms[arm][run.study.seed] = entry
 
 
 def _board_group(label: str, group: _Group, arms: Iterable[str]) -> BoardGroup:

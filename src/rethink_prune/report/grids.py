@@ -1,9 +1,11 @@
 """A report's tables as cells: what stands in each, as text and as numbers. :mod:`documents` writes them."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from rethink_prune.report.budget_axis import BudgetCurve, BudgetPoint, place_text
 from rethink_prune.report.comparisons import ArmComparison
+from rethink_prune.report.crossover import Place
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label
 from rethink_prune.report.results import Report, ResultRow, ResultTable
 from rethink_prune.report.statistics import SeedStatistics
@@ -60,12 +62,27 @@ _CAPTIONS = {
     "arXiv:1810.05270v1). It favours arms that are tested more often, so nothing else here rests on it.",
     "cost": "Means over seeds. MACs are those of convolutions and linear layers for one image, without masked weights; "
     "training FLOPs are 6 x MACs x images. With ancestors: with the trainings that a row starts from. With search: "
-    "with those by which the pruned network's widths had to be found; empty where a run did not record it.",
+    "with those by which the pruned network's widths had to be found; empty where a run did not record it. Amortised: "
+    "with ancestors, each divided by the rows of this report that build on it, as in a sweep over ratios. S_N: from "
+    "scratch for N epochs; P_K-R_N: a parent trained for K epochs, pruned, retrained for N.",
+    "lengths": "Gap: top-1 of the retrained network less that of the same architecture from scratch, in points, paired "
+    "by seed. Equal training: both train for N epochs. Equal total computation: from scratch for as many epochs as the "
+    "large network's training and N epochs of retraining pay for. The intervals are pointwise: each holds at 95 % for "
+    "its own N, not for all N at once. Holm: p corrected for all N of a curve; bold: a gap that is shown after it. "
+    "TOST: equivalence within {margin:g} points.",
+    "crossover": "The N at which the mean gap reaches zero, interpolated in log N, where retraining has lost its head "
+    "start. Its interval holds every N at which the paired-t interval of the interpolated gap holds zero. If the gap "
+    "changes its sign more than once, the change counts that agrees with most of the gaps. Below or beyond: outside "
+    "the lengths that were run.",
 }
 _P_COLUMNS = ("p", "p (Holm)", "least p (Holm)", "TOST p (Holm)")
 _DIFFERENCE_COLUMNS = ("arm", "against", "n", "difference", "95 % interval", *_P_COLUMNS)
 _PAPER_COLUMNS = ("arm", "best epoch on test", "paper", "difference")
-_COST_COLUMNS = ("arm", "epochs", "parameters", "MACs", "training FLOPs", "with ancestors", "with search")
+_FLOPS_COLUMNS = ("training FLOPs", "with ancestors", "with search", "amortised")
+_COST_COLUMNS = ("arm", "notation", "epochs", "parameters", "MACs", *_FLOPS_COLUMNS)
+_GAP_COLUMNS = ("n", "gap", "95 % interval", "p", "p (Holm)", "TOST p (Holm)")
+_LENGTH_COLUMNS = ("equal", "N", "N from scratch", "retrained", "from scratch", *_GAP_COLUMNS)
+_CROSSOVER_COLUMNS = ("equal", "lengths", "n", "crossover N", "95 % from", "95 % to", "crossover N of each seed")
 
 
 def report_grids(report: Report) -> list[Grid]:
@@ -75,6 +92,8 @@ def report_grids(report: Report) -> list[Grid]:
         arms = tuple(network_label(arm).title for arm in table.arms)
         for kind, prefix, columns, find_rows in (
             ("accuracy", "", (*arms, "MACs kept, %", "parameters kept, %"), _accuracy_rows),
+            ("crossover", "Crossover: ", _CROSSOVER_COLUMNS, _crossover_rows),
+            ("lengths", "Retraining against from scratch: ", _LENGTH_COLUMNS, _length_rows),
             ("differences", "Differences: ", _DIFFERENCE_COLUMNS, _difference_rows),
             ("paper", "Beside the paper: ", _PAPER_COLUMNS, _paper_rows),
             ("cost", "Cost: ", _COST_COLUMNS, _cost_rows),
@@ -85,12 +104,18 @@ def report_grids(report: Report) -> list[Grid]:
                 columns = ("network", "pruned by", *columns)
                 caption = _CAPTIONS[kind].format(margin=report.margin)
                 if kind == "accuracy":
-                    known = filter(None, map(known_arm, table.arms))
-                    meanings = (f"{arm.title}: {arm.meaning}." for arm in known)
-                    caption = " ".join([caption, *meanings])
+                    caption = " ".join([caption, *_meanings(table)])
                 notes = tuple(_notes_about_rows(table)) if kind == "accuracy" else ()
                 grids.append(Grid(f"{kind}-{number}", f"{prefix}{table.title}", columns, rows, caption, notes))
     return grids
+
+
+def _meanings(table: ResultTable) -> Iterator[str]:
+    for name in table.arms:
+        if (arm := known_arm(name)) is not None and arm.meaning:
+            yield f"{arm.title}: {arm.meaning}."
+    if any(row.on_axis for row in table.rows):
+        yield "Arms that are compared over lengths have a table of their own."
 
 
 def _accuracy_rows(table: ResultTable) -> _Rows:
@@ -105,14 +130,54 @@ def _difference_rows(table: ResultTable) -> _Rows:
     return ((row, _comparison_cells(comparison)) for row in table.rows for comparison in row.comparisons)
 
 
+def _crossover_rows(table: ResultTable) -> _Rows:
+    for row in table.rows:
+        for curve in row.curves:
+            if curve.crossover is not None:
+                yield row, _crossover_cells(curve)
+
+
+def _crossover_cells(curve: BudgetCurve) -> Iterator[Cell]:
+    found = curve.crossover
+    assert found is not None
+    shortest, longest = f"{found.shortest:.4g}", f"{found.longest:.4g}"
+
+    def cell(place: Place | None) -> Cell:
+        if place is None:
+            return Cell("none")
+        return Cell(place_text(place, shortest, longest), {} if isinstance(place, str) else {"": place})
+
+    yield Cell(curve.title)
+    yield Cell(f"{shortest} to {longest}")
+    yield _cell(len(curve.seeds), "d")
+    yield from (cell(place) for place in (found.place, *(found.interval or (None, None))))
+    yield Cell(", ".join(cell(place).text for place in found.by_seed))
+
+
+def _length_rows(table: ResultTable) -> _Rows:
+    for row in table.rows:
+        for curve in row.curves:
+            for point in curve.points:
+                yield row, [Cell(curve.title), *_point_cells(point)]
+
+
+def _point_cells(point: BudgetPoint) -> Iterator[Cell]:
+    yield from (_cell(epochs, ",.4g") for epochs in (point.epochs, point.scratch_epochs))
+    yield from (_cell(top1, ".2f") for top1 in (point.top1, point.scratch_top1))
+    # The lengths name the two arms already, and the verdict says what n allows.
+    _, _, n, gap, interval, p, p_holm, _, equivalent = _comparison_cells(point.comparison)
+    yield from (n, replace(gap, bold=point.survives), interval, p, p_holm, equivalent)
+
+
 def _cost_rows(table: ResultTable) -> _Rows:
     for row in table.rows:
         for result in row.arms:
             # Pruning itself trains nothing, and means over no seed are not known.
             if result.arm not in (PRUNED, RECALIBRATED) and result.top1 is not None:
                 numbers = (_cell(result.epochs, ",.4g"), _cell(result.params, ",.0f"), _cell(result.macs, ",.0f"))
-                flops = (result.train_flops, result.flops_total, result.train_flops_with_search)
-                yield row, [Cell(network_label(result.arm).title), *numbers, *(_cell(f, ".3g") for f in flops)]
+                flops = [result.train_flops, result.flops_total, result.train_flops_with_search]
+                cells = (_cell(f, ".3g") for f in (*flops, result.train_flops_amortised))
+                yield row, [Cell(network_label(result.arm).title), Cell(result.notation), *numbers, *cells]
 
 
 def _paper_rows(table: ResultTable) -> _Rows:

@@ -1,5 +1,6 @@
 """The networks of a study as a report shows them: what each is called, how it is drawn, and in which order."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,6 +33,33 @@ _NOT_ARMS = {
         "pruned, statistics re-estimated", "pruned, statistics re-estimated", Style("#999999", (0, (1, 3)), "d")
     ),
 }
+# Names that the paper gives to a length.
+_OLD_NAMES = {"scratch_e": "scratch@e", "scratch_b": "scratch@b"}
+
+
+def split_name(network: str) -> tuple[str, str]:
+    """Return the family of an arm and its length as it was typed; no length where the name has none.
+
+    Examples
+    --------
+    >>> split_name("retrain@0.5x"), split_name("scratch_e"), split_name("finetune")
+    (('retrain', '0.5x'), ('scratch', 'e'), ('finetune', ''))
+    """
+    family, _, length = _OLD_NAMES.get(network, network).partition("@")
+    return family, length
+
+
+def has_own_name(network: str) -> bool:
+    """Tell whether an arm is compared with fine-tuning, though its length may be one of several.
+
+    Those are the arms of the paper, and the one that gets fine-tuning's computation.
+
+    Examples
+    --------
+    >>> [has_own_name(arm) for arm in ("scratch_e", "scratch@total:finetune", "scratch@12")]
+    [True, True, False]
+    """
+    return "@" not in network or split_name(network)[1] == "total:finetune"
 
 
 def network_label(network: str) -> Arm | NetworkLabel:
@@ -44,12 +72,8 @@ def network_label(network: str) -> Arm | NetworkLabel:
     >>> network_label("large").name, network_label("an_arm_of_a_later_version").name
     ('the unpruned network', 'an_arm_of_a_later_version')
     """
-    return (
-        known_arm(network)
-        or ARMS.get(network)
-        or _NOT_ARMS.get(network)
-        or NetworkLabel(network, network, _UNKNOWN_STYLE)
-    )
+    known = known_arm(network) or ARMS.get(network) or _NOT_ARMS.get(network)
+    return known or NetworkLabel(network, network, _UNKNOWN_STYLE)
 
 
 def trains_pruned(network: str) -> bool:
@@ -61,7 +85,7 @@ def trains_pruned(network: str) -> bool:
     [False, True, False]
     """
     arm = known_arm(network)
-    return network not in _NOT_ARMS if arm is None else arm.network == "pruned"
+    return arm.network == "pruned" if arm else network not in _NOT_ARMS
 
 
 def in_column_order(networks: Iterable[str]) -> list[str]:
@@ -71,13 +95,17 @@ def in_column_order(networks: Iterable[str]) -> list[str]:
     --------
     >>> in_column_order({"pruned", "large_longer", "scratch_b", "unknown", "finetune", "large"})
     ['large', 'finetune', 'scratch_b', 'unknown', 'large_longer', 'pruned']
+    >>> in_column_order({"retrain@16", "retrain@2", "scratch@2", "retrain@0.5x"})
+    ['retrain@0.5x', 'retrain@2', 'retrain@16', 'scratch@2']
     """
     order = [*PAPER_ARMS, *(arm for arm in ARMS if arm not in PAPER_ARMS), "sparse", PRUNED, RECALIBRATED]
     after_paper = len(PAPER_ARMS) - 0.5
 
-    def column(name: str) -> tuple[float, str]:
-        # Those of one family, such as retrain@4 and retrain@8, stand together.
-        family = name.partition("@")[0]
-        return (order.index(family) if family in order else after_paper, name)
+    def place(name: str) -> tuple[float, list[str | float]]:
+        base = name if name in order else name.partition("@")[0]
+        # Numbers count as numbers: they are every second part.
+        parts = re.split(r"(\d+(?:\.\d+)?)", name)
+        numbers = [float(part) if index % 2 else part for index, part in enumerate(parts)]
+        return (order.index(base) if base in order else after_paper), numbers
 
-    return sorted(networks, key=column)
+    return sorted(networks, key=place)

@@ -2,7 +2,7 @@
 
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label
+from rethink_prune.report.gap_plot import gap_figure
+from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label, split_name
 from rethink_prune.report.results import ArmOverSeeds, KeptWidth, Report, ResultRow, ResultTable, SeedCurve
 
 PLOT_STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
@@ -24,6 +25,9 @@ _SEARCH: dict[str, Any] = {"color": "#555555", "linestyle": ":", "linewidth": 1,
 
 # What each kind of picture shows, before the name of its row or table.
 _CAPTIONS = {
+    "gap": "Retraining against training from scratch over the length of retraining: the gap, paired by seed, with its "
+    "pointwise 95 % interval; filled: shown after correction for all lengths. Below: where the gap reaches zero, with "
+    "its interval and the seeds",
     "differences": "Difference to the arm named second, paired by seed, with its 95 % interval",
     "targets": "Top-1 after the last epoch against how much is pruned, mean and standard deviation over seeds",
     "curves": "Top-1 during training: mean over seeds, band from the lowest to the highest seed",
@@ -46,7 +50,7 @@ def draw_pictures(report: Report) -> list[Picture]:
     """Draw all pictures of a report for which it has the numbers."""
     pictures = []
     with mpl.rc_context(fname=PLOT_STYLE):
-        for kind, slug, title, figure in (each for table in report.tables for each in _figures(table)):
+        for kind, slug, title, figure in (each for table in report.tables for each in _figures(table, report.margin)):
             pictures.append(save_figure(figure, f"{kind}-{slug}", f"{_CAPTIONS[kind]}: {title}"))
     return pictures
 
@@ -60,7 +64,7 @@ def save_figure(figure: Figure, name: str, caption: str) -> Picture:
     return Picture(name, caption, png.getvalue(), svg.getvalue())
 
 
-def _figures(table: ResultTable) -> Iterator[tuple[str, str, str, Figure]]:
+def _figures(table: ResultTable, margin: float) -> Iterator[tuple[str, str, str, Figure]]:
     """Yield each figure with its kind, the end of its file name, and the name of its row or table."""
     if any(comparison.difference for row in table.rows for comparison in row.comparisons):
         yield "differences", table.rows[0].slug.split("-")[0], table.title, _differences_figure(table.rows)
@@ -71,23 +75,33 @@ def _figures(table: ResultTable) -> Iterator[tuple[str, str, str, Figure]]:
         if len(rows) > 1:
             yield "targets", rows[0].slug.split("-")[0], sweep, _targets_figure(rows)
     for row in table.rows:
+        if row.curves:
+            yield "gap", row.slug, row.title, gap_figure(row.curves, margin=margin)
         if drawn := [result for result in row.arms if result.curve is not None]:
-            yield "curves", row.slug, row.title, _curves_figure(drawn)
+            yield "curves", row.slug, row.title, _curves_figure(drawn, row.on_axis)
         if trained := [result for result in row.arms if result.flops_total is not None]:
             yield "ledger", row.slug, row.title, _ledger_figure(trained)
         if row.widths:
             yield "widths", row.slug, row.title, _widths_figure(row.widths)
 
 
-def _curves_figure(results: Sequence[ArmOverSeeds]) -> Figure:
+def _curves_figure(results: Sequence[ArmOverSeeds], on_axis: Collection[str] = ()) -> Figure:
+    """Draw each network's training; arms that are compared over lengths have one entry a family in the legend."""
+    families: dict[str, list[str]] = defaultdict(list)
+    for result in results:
+        if result.arm in on_axis:
+            families[split_name(result.arm)[0]].append(result.arm)
+    titles = {names[0]: network_label(names[0]).title.partition(" @")[0] for names in families.values()}
+    labels = {names[0]: f"{titles[names[0]]}, {len(names)} lengths" for names in families.values()}
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     by_epoch, by_flops = figure.subplots(1, 2, sharey=True)
     for result in results:
         curve = result.curve
         assert curve is not None
-        _draw_curve(by_epoch, result.arm, curve, curve.epoch)
+        label = labels.get(result.arm, "_") if result.arm in on_axis else _short_title(result.arm)
+        _draw_curve(by_epoch, result.arm, curve, curve.epoch, clip(label, 32))
         if curve.flops is not None:
-            _draw_curve(by_flops, result.arm, curve, curve.flops)
+            _draw_curve(by_flops, result.arm, curve, curve.flops, label)
             _draw_search(by_flops, result, curve.flops[-1], curve.mean[-1])
     by_epoch.set(xlabel="epoch", ylabel="test top-1 (%)")
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -99,12 +113,12 @@ def _curves_figure(results: Sequence[ArmOverSeeds]) -> Figure:
     return figure
 
 
-def _draw_curve(axes: Axes, arm: str, curve: SeedCurve, x: Sequence[float]) -> None:
+def _draw_curve(axes: Axes, arm: str, curve: SeedCurve, x: Sequence[float], label: str) -> None:
     axes.fill_between(x, curve.low, curve.high, color=network_label(arm).style.color, alpha=0.2, linewidth=0)
     every = max(1, len(x) // 8)
     # The last epoch is among the marked ones: it is the one that counts.
     marked = ((len(x) - 1) % every, every)
-    axes.plot(x, curve.mean, **_line_style(arm), markersize=4, markevery=marked, label=_short_title(arm))
+    axes.plot(x, curve.mean, **_line_style(arm), markersize=4, markevery=marked, label=label)
 
 
 def _draw_search(axes: Axes, result: ArmOverSeeds, end: float, top1: float) -> None:
@@ -123,9 +137,8 @@ def _targets_figure(rows: Sequence[ResultRow]) -> Figure:
     figure = Figure(figsize=(5.5, 3.8), layout="constrained")
     axes = figure.subplots()
     # Accuracies right after pruning are so low that they would flatten all the others.
-    for arm in dict.fromkeys(
-        result.arm for row in rows for result in row.arms if result.arm not in (PRUNED, RECALIBRATED)
-    ):
+    aside = {PRUNED, RECALIBRATED, *(arm for row in rows for arm in row.on_axis)}
+    for arm in dict.fromkeys(result.arm for row in rows for result in row.arms if result.arm not in aside):
         points = [(place, result.top1) for place, row in zip(places, rows, strict=True) if (result := row.arm(arm))]
         known = sorted((x, top1.mean, top1.sd or 0) for x, top1 in points if x is not None and top1 is not None)
         if known:

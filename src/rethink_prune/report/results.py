@@ -10,12 +10,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from typing import Any
 
 import numpy as np
 
+from rethink_prune.report.aliases import other_names, under_one_name
+from rethink_prune.report.budget_axis import BudgetCurve, arms_on_axis, budget_curves
 from rethink_prune.report.comparisons import ArmComparison, compare_arms, correct_for_table, planned_networks, verdict
 from rethink_prune.report.groups import RunGroup
-from rethink_prune.report.networks import PRUNED, RECALIBRATED, in_column_order, network_label, trains_pruned
+from rethink_prune.report.ledger import amortised_flops, arm_notation, shared_networks
+from rethink_prune.report.networks import (
+    PRUNED,
+    RECALIBRATED,
+    has_own_name,
+    in_column_order,
+    network_label,
+    trains_pruned,
+)
 from rethink_prune.report.notes import PaperRow, paper_row, pretrained_networks, row_notes
 from rethink_prune.report.records import RunRecord, TrainedRecord, printable
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
@@ -49,6 +60,11 @@ class ArmOverSeeds:
     epochs, params, macs, train_flops, flops_before, train_flops_with_search
         Means over seeds; `flops_before` is what its ancestors' training took, `train_flops_with_search` all of it with
         the trainings that found the pruned network's widths.
+    train_flops_amortised
+        With its ancestors', each divided by the rows of the report that build on it; mean over seeds.
+    notation
+        ``S_N`` for the pruned architecture from scratch for N epochs, ``P_K-R_N`` for a parent of K epochs, pruned and
+        retrained for N; empty for others.
     curve
         Where every seed's is known.
     """
@@ -62,6 +78,8 @@ class ArmOverSeeds:
     train_flops: float | None = None
     flops_before: float | None = None
     train_flops_with_search: float | None = None
+    train_flops_amortised: float | None = None
+    notation: str = ""
     curve: SeedCurve | None = None
 
     @property
@@ -105,9 +123,14 @@ class ResultRow:
     sweep
         Equal for rows that differ in their target alone.
     best
-        The arms of the pruned network with the highest mean, if there are two or more to choose from.
+        The arms of the pruned network with the highest mean, if there are two or more to choose from; of those that are
+        not compared over lengths.
     macs_kept, params_kept
         Percent.
+    curves
+        Retraining against training from scratch over lengths, where there are such arms.
+    on_axis
+        The arms that `curves` compare, which `comparisons` leave out.
     one_pretrained
         Whether all seeds start from one and the same pretrained network.
     """
@@ -126,6 +149,8 @@ class ResultRow:
     params_kept: SeedStatistics | None
     widths: tuple[KeptWidth, ...]
     comparisons: tuple[ArmComparison, ...]
+    curves: tuple[BudgetCurve, ...]
+    on_axis: tuple[str, ...]
     paper: PaperRow | None
     one_pretrained: bool
     notes: tuple[str, ...]
@@ -134,6 +159,11 @@ class ResultRow:
     def title(self) -> str:
         """Name of the row in a sentence."""
         return f"{self.network}, {self.pruned_by}"
+
+    @property
+    def verdicts(self) -> list[str]:
+        """What all its comparisons show, a sentence or two each."""
+        return [curve.verdict for curve in self.curves] + [comparison.verdict for comparison in self.comparisons]
 
     def arm(self, name: str) -> ArmOverSeeds | None:
         """Return the results of an arm, if the row has it."""
@@ -190,34 +220,66 @@ def compute_report(groups: Sequence[RunGroup], *, margin: float, problems: Itera
     families: dict[tuple[str, str, str], list[RunGroup]] = defaultdict(list)
     for group in groups:
         families[group.study.dataset, group.study.recipe, group.study.budget].append(group)
-    numbers = count(1)
-    tables = [_result_table(members, margin, numbers) for members in families.values()]
+    numbers, shared = count(1), shared_networks([group.runs for group in groups])
+    tables = [_result_table(members, margin, numbers, shared) for members in families.values()]
     return Report(tuple(tables), margin, sum(len(group.runs) for group in groups), tuple(map(printable, problems)))
 
 
-def _result_table(groups: Sequence[RunGroup], margin: float, numbers: Iterator[int]) -> ResultTable:
+def _result_table(
+    groups: Sequence[RunGroup], margin: float, numbers: Iterator[int], shared: Mapping[str, int]
+) -> ResultTable:
     """Return the table of groups with one data set, recipe and budget; its rows take the next numbers."""
     study = groups[0].study
-    compared = correct_for_table([list(compare_arms(group.runs, margin=margin)) for group in groups])
-    family = sum(comparison.tested is not None for row in compared for comparison in row)
-    say = partial(verdict, margin=margin, family=family)
+    parts = [_compared(group, margin) for group in groups]
+    corrected = correct_for_table([part.comparisons for part in parts])
+    family = sum(comparison.tested is not None for row in corrected for comparison in row)
     rows = []
-    for group, comparisons in zip(groups, compared, strict=True):
-        conditions = _conditions(study.recipe, study.budget, group.precision)
-        said = [replace(each, verdict=say(each, conditions=conditions)) for each in comparisons]
-        rows.append(_result_row(group, next(numbers), said))
-    arms = in_column_order({result.arm for row in rows for result in row.arms})
+    for part, comparisons in zip(parts, corrected, strict=True):
+        say = partial(verdict, margin=margin, family=family, conditions=_group_conditions(part.group))
+        said = [replace(each, verdict=say(each)) for each in comparisons]
+        rows.append(_result_row(replace(part, comparisons=said), next(numbers), shared))
+    arms = in_column_order({result.arm for row in rows for result in row.arms if result.arm not in row.on_axis})
     precision = " or ".join(sorted({group.precision for group in groups} - {""}))
     return ResultTable(study.dataset, study.recipe, study.budget, precision, tuple(arms), tuple(rows))
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A group, each training under one name, with its comparisons."""
+
+    group: RunGroup
+    comparisons: Sequence[ArmComparison]
+    curves: tuple[BudgetCurve, ...]
+    on_axis: tuple[str, ...]
+
+
+def _compared(group: RunGroup, margin: float) -> _Compared:
+    names = other_names(group.runs)
+    # Typed names say which lengths belong together, so curves come first.
+    curves = tuple(budget_curves(group.runs, margin=margin, conditions=_group_conditions(group)))
+    on_axis = {names.get(arm, arm) for arm in arms_on_axis(group.runs, curves)}
+    on_axis = {arm for arm in on_axis if not has_own_name(arm)}
+    runs = under_one_name(group.runs, names)
+    told = [
+        f"{a} and {name} are one training: it counts once, as {network_label(name).title}" for a, name in names.items()
+    ]
+    comparisons = list(compare_arms(runs, margin=margin, apart=on_axis))
+    group = replace(group, runs=tuple(runs), notes=(*group.notes, *told))
+    return _Compared(group, comparisons, curves, tuple(in_column_order(on_axis)))
+
+
+def _group_conditions(group: RunGroup) -> str:
+    return _conditions(group.study.recipe, group.study.budget, group.precision)
 
 
 def _conditions(recipe: str, budget: str, precision: str) -> str:
     return f"{recipe} recipe, {budget} budget" + (f", {precision}" if precision else "")
 
 
-def _result_row(group: RunGroup, number: int, comparisons: Iterable[ArmComparison]) -> ResultRow:
+def _result_row(compared: _Compared, number: int, shared: Mapping[str, int]) -> ResultRow:
+    group = compared.group
     runs, study = group.runs, group.study
-    arms = [arm_over_seeds(network, runs) for network in planned_networks(runs)]
+    arms = [_with_ledger(arm_over_seeds(network, runs), runs, shared) for network in planned_networks(runs)]
     after_pruning = [run.pruned.top1 for run in runs if run.pruned is not None and run.pruned.top1 is not None]
     if after_pruning:
         arms.append(ArmOverSeeds(PRUNED, describe_seeds(after_pruning)))
@@ -226,16 +288,18 @@ def _result_row(group: RunGroup, number: int, comparisons: Iterable[ArmCompariso
         arms.append(ArmOverSeeds(RECALIBRATED, describe_seeds(again)))
     # As the table shows them: arms that look equal there are all the best.
     means = {r.arm: round(r.top1.mean, 2) for r in arms if r.top1 is not None and trains_pruned(r.arm)}
+    means = {arm: mean for arm, mean in means.items() if arm not in compared.on_axis}
     # A value can be the hash of a file, too long for a table.
     settings = [f"{name} {value[:20]}" for name, value in group.by]
     pruned_by = ", ".join([f"{study.pruner} {study.target_text}", *settings])
     paper = paper_row(group.experiment, study.target)
     seeds = tuple(run.study.seed for run in runs)
     costs = {result.arm: result for result in arms}
-    comparisons = [_with_search(comparison, costs) for comparison in comparisons]
+    comparisons, curves = [_with_search(each, costs) for each in compared.comparisons], compared.curves
     one_pretrained = len(set(seeds)) > 1 and len(pretrained_networks(runs)) == 1
     if one_pretrained:
         comparisons = [replace(each, verdict=f"{each.verdict} {ONE_PRETRAINED}") for each in comparisons]
+        curves = tuple(replace(each, verdict=f"{each.verdict} {ONE_PRETRAINED}") for each in curves)
     return ResultRow(
         # The number keeps rows apart whose names differ only in what file names leave out.
         slug=f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', f'{study.model} {pruned_by}'.lower()).strip('-')[:60]}",
@@ -252,10 +316,18 @@ def _result_row(group: RunGroup, number: int, comparisons: Iterable[ArmCompariso
         params_kept=_kept_shares([(run.pruned.params, run.large.params) for run in runs if run.pruned and run.large]),
         widths=tuple(_mean_widths(runs)),
         comparisons=tuple(comparisons),
+        curves=curves,
+        on_axis=compared.on_axis,
         paper=paper,
         one_pretrained=one_pretrained,
         notes=(*group.notes, *row_notes(runs, paper)),
     )
+
+
+def _with_ledger(result: ArmOverSeeds, runs: Sequence[RunRecord], shared: Mapping[str, int]) -> ArmOverSeeds:
+    """Add the amortised cost and the notation of an arm."""
+    flops = _mean_if_known([amortised_flops(run, result.arm, shared) for run in _done(result.arm, runs)])
+    return replace(result, train_flops_amortised=flops, notation=arm_notation(result.arm, runs))
 
 
 def _with_search(comparison: ArmComparison, costs: Mapping[str, ArmOverSeeds]) -> ArmComparison:
@@ -270,10 +342,10 @@ def _with_search(comparison: ArmComparison, costs: Mapping[str, ArmOverSeeds]) -
 
 def arm_over_seeds(arm: str, runs: Sequence[RunRecord]) -> ArmOverSeeds:
     """Summarise an arm over the runs that finished it."""
-    done = [entry for run in runs if (entry := run.trained.get(arm)) is not None and entry.finished]
+    done = [run.trained[arm] for run in _done(arm, runs)]
     best = [entry.top1_best for entry in done if entry.top1_best is not None]
     costs = ("epochs", "params", "macs", "train_flops", "flops_before", "train_flops_with_search")
-    means = {cost: _mean_if_known([getattr(entry, cost) for entry in done]) for cost in costs}
+    means: dict[str, Any] = {cost: _mean_if_known([getattr(entry, cost) for entry in done]) for cost in costs}
     return ArmOverSeeds(
         arm=arm,
         top1=describe_seeds([entry.top1 for entry in done if entry.top1 is not None]),
@@ -282,6 +354,11 @@ def arm_over_seeds(arm: str, runs: Sequence[RunRecord]) -> ArmOverSeeds:
         curve=curve_over_seeds(done),
         **means,
     )
+
+
+def _done(arm: str, runs: Iterable[RunRecord]) -> list[RunRecord]:
+    """Return the runs that finished an arm."""
+    return [run for run in runs if (entry := run.trained.get(arm)) is not None and entry.finished]
 
 
 def curve_over_seeds(entries: Sequence[TrainedRecord]) -> SeedCurve | None:

@@ -22,9 +22,9 @@ from rethink_prune.tracking.tensorboard import gflops_step, tag_name
 
 MEAN = "mean"
 
-# What the address opens. For Time series: no smoothing, the means, and one colour for an arm's mean and seeds. For
-# Custom scalars, which alone draws bands: the means.
-_OPENING = {"smoothing": "0", "runFilter": f"/{MEAN}$", "runColorGroup": "regex:^([^/]+)"}
+# What the address opens. For Time series: no smoothing, the means, and one colour for an arm's mean and seeds, and for
+# its lengths ("scratch@4", "scratch@8"). For Custom scalars, which alone draws bands: the means.
+_OPENING = {"smoothing": "0", "runFilter": f"/{MEAN}$", "runColorGroup": "regex:^([^/@]+)"}
 _OPENING_TAB = f"custom_scalars&regexInput={quote(f'/{MEAN}$')}"
 
 RELOAD_SECONDS = 5
@@ -276,4 +276,5 @@ def _layout_summary(groups: Layout) -> Any:
 
 
 def _folder_name(name: str) -> str:
-    return re.sub(r"[^\w.,=+ -]+", "_", name)[:_LONGEST_NAME].strip(". ") or "_"
+    # A colon ends the name of a drive on some systems.
+    return re.sub(r"[^\w.,=+@ -]+", "_", name.replace(":", "-"))[:_LONGEST_NAME].strip(". ") or "_"
