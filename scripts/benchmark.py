@@ -53,9 +53,11 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -106,6 +108,7 @@ from rethink_prune.training.hooks import TrainingHooks
 from rethink_prune.training.runtime import Runtime, prepare_runtime
 from rethink_prune.training.schedule import build_optimizer
 from rethink_prune.training.step import build_step
+from rethink_prune.turns import do_in_turns, pass_turn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_BATCH = 256
@@ -252,6 +255,7 @@ def bare_side(model: nn.Module, split: ImageArray, device: torch.device, precisi
             F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            loop.pass_turn()
 
     return run
 
@@ -299,7 +303,11 @@ def measure_overhead(network: str, device: torch.device, options: argparse.Names
             "loop": framework_side(build_model(network), split, device, precision),
             "loop, empty": empty_side(build_model(network), split, device, precision),
         }
-        seconds = take_turns(sides, options.rounds, device)
+        both = {name: sides.pop(name) for name in ("bare", "loop")}
+        if device.type == "cuda":  # which goes on with a step while the next is launched
+            seconds = take_turns({**both, **sides}, options.rounds, device)
+        else:
+            seconds = take_steps_in_turn(both, options.rounds) | take_turns(sides, options.rounds, device)
         for name, values in seconds.items():
             milliseconds = [1000 * value / options.steps for value in values]
             yield Line("overhead", network, f"{name}, {precision}", "ms/step", milliseconds)
@@ -307,6 +315,42 @@ def measure_overhead(network: str, device: torch.device, options: argparse.Names
         yield Line("overhead", network, f"loop / bare, {precision}", "ratio", ratios)
         added = [100 * share for share in quotients(seconds["loop, empty"], seconds["bare"])]
         yield Line("overhead", network, f"added by the loop, {precision}", "%", added, ("<=", 3.0))
+
+
+def take_steps_in_turn(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds each side took in each round, after one that does not count; sides take turns step by step.
+
+    So a slow moment of the machine meets both. Each side has one thread.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    resumed = 0.0
+
+    def stop_watch() -> None:
+        seconds[threading.current_thread().name][-1] += time.perf_counter() - resumed
+
+    def timed_turn() -> None:
+        nonlocal resumed
+        stop_watch()
+        pass_turn()
+        resumed = time.perf_counter()
+
+    def work(name: str) -> None:
+        nonlocal resumed
+        threading.current_thread().name = name
+        torch.set_num_threads(1)
+        resumed = time.perf_counter()
+        sides[name]()
+        stop_watch()
+
+    with mock.patch.object(loop, "pass_turn", timed_turn):
+        for number in range(1 + rounds):
+            for values in seconds.values():
+                values.append(0.0)
+            works = [partial(work, name) for name in list(sides)[:: 1 if number % 2 else -1]]
+            for outcome in do_in_turns(works, at_once=2):
+                if isinstance(outcome, BaseException):
+                    raise outcome
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 def evaluation_side(model: nn.Module, split: ImageArray, device: torch.device, precision: str, recorded: bool) -> Side:
