@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -198,6 +199,23 @@ def test_sides_take_turns_and_the_warm_up_does_not_count(script: ModuleType) -> 
     seconds = script.take_turns(sides, 3, CPU)
     assert calls == [*"ba", *"ab", *"ba", *"ab"]
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_loop_and_bare_steps_take_turns_step_by_step(script: ModuleType) -> None:
+    calls: list[str] = []
+
+    class Named(Counting):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(threading.current_thread().name)
+            return super().forward(x)
+
+    split = script.random_images(3 * script.BATCH_SIZE)
+    sides = {"bare": script.bare_side(Named(), split, CPU, "fp32")}
+    sides["loop"] = script.framework_side(Named(), split, CPU, "fp32")
+    seconds = script.take_steps_in_turn(sides, 1)
+    assert calls == ["loop", "bare"] * 3 + ["bare", "loop"] * 3
+    assert {name: len(values) for name, values in seconds.items()} == {"bare": 1, "loop": 1}
+    assert all(value > 0 for (value,) in seconds.values())
 
 
 @pytest.mark.parametrize(
