@@ -24,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 from rethink_prune import build_model, count_cost
+from rethink_prune.training.runtime import Runtime, Speed
 
 SCRIPT = Path(__file__).parents[1] / "scripts/benchmark.py"
 CPU = torch.device("cpu")
@@ -308,13 +309,13 @@ def test_short_trainings_are_timed_with_the_kernels_of_long_ones(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[bool] = []
-    forward = Counting.forward
+    choose = Runtime.choose
 
-    def noticing(self: Counting, x: torch.Tensor) -> torch.Tensor:
-        found.append(torch.backends.cudnn.benchmark)
-        return forward(self, x)
+    def noticing(runtime: Runtime, steps: int) -> Speed:
+        found.append(choose(dataclasses.replace(runtime, device=torch.device("cuda")), steps).searches)
+        return choose(runtime, steps)
 
-    monkeypatch.setattr(Counting, "forward", noticing)
+    monkeypatch.setattr(Runtime, "choose", noticing)
     script.framework_side(Counting(), script.random_images(script.BATCH_SIZE), CPU, "fp32")()
     assert found == [True]
 
