@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import TypeVar
 from rethink_prune.errors import Interrupted
 
 Made = TypeVar("Made")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class _Turn:
@@ -152,35 +154,61 @@ def do_in_turns(works: Sequence[Callable[[], Made]], *, at_once: int) -> list[Ma
     outcomes: dict[int, Made | BaseException] = {}
     left = deque(enumerate(works))
 
-    def work_off(mine: threading.Event) -> None:
+    def work_off(mine: threading.Event, ended: threading.Event) -> None:
         mine.wait()
         _of_thread.turn = turn
-        while left:
+        while left and turn.stopped is None:
             number, work = left.popleft()
             try:
                 outcomes[number] = work()
             except BaseException as error:
                 outcomes[number] = error
         turn.give()
+        ended.set()
 
     # Queued here, so that the order is that of the works.
     places = [turn.queue() for _ in range(at_once)]
     # Daemons: after a second signal, the process ends without them.
-    threads = [threading.Thread(target=work_off, args=(mine,), daemon=True) for mine in places]
-    for thread in threads:
-        thread.start()
-    turn.give()
+    ended = [threading.Event() for _ in places]
+    threads = [
+        threading.Thread(target=work_off, args=events, daemon=True) for events in zip(places, ended, strict=True)
+    ]
+    started = False
     try:
-        _join(threads)
+        with _signals_held_back():
+            for thread in threads:
+                thread.start()
+            turn.give()
+            started = True
+        _wait_for(ended)
     except Interrupted as stop:
         turn.stopped = stop
-        _join(threads)
+        if started:
+            _wait_for(ended)
         raise
     return [outcomes[number] for number in range(len(works))]
 
 
-def _join(threads: Sequence[threading.Thread]) -> None:
-    for thread in threads:
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Let the handlers of signals run after the body: a thread must not be left half started."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread alone
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for came_first in came:
+        signal.raise_signal(came_first)
+
+
+def _wait_for(events: Sequence[threading.Event]) -> None:
+    # Not Thread.join: a wait that a handler's error ends marks its thread as ended (Python 3.11, bpo-45274).
+    for event in events:
         # A signal that the system gives to another thread does not end a wait, and its handler runs after it.
-        while thread.is_alive():
-            thread.join(timeout=0.2)
+        while not event.wait(timeout=0.2):
+            pass

@@ -19,7 +19,6 @@ from rethink_prune.training.step import build_step, record_step
 
 CPU = torch.device("cpu")
 PLAIN = Runtime(CPU, "fp32", "off")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def network(seed: int) -> nn.Module:
@@ -113,7 +112,7 @@ def test_labels_are_smoothed_in_their_own_part() -> None:
     assert float(smooth) == pytest.approx(float(expected))
 
 
-@cuda
+@pytest.mark.cuda
 def test_cuda_graphs_with_a_teacher_train_as_plain_steps(caplog: pytest.LogCaptureFixture) -> None:
     device = torch.device("cuda")
     expected = losses(network(2), Teacher(network(1), 4.0, 0.9), runtime=Runtime(device, "fp32", "off"))
