@@ -11,6 +11,7 @@ train     Images/s of the whole loop, data included, against the usual script: t
             loop           that, and plain steps (accelerate=off)
             evaluation     images/s with the evaluation after every epoch
             card           the card's bf16 matrix rate and memory bandwidth, and what share of them is used
+            batches        microseconds to make a batch, augmented on the card
             compile        as evaluation, with torch.compile
             processes      --together trainings at once, as processes
             streams        steps alone, as streams of one process

@@ -57,7 +57,7 @@ from rethink_prune.training.train import train
 LARGE_EPOCHS, PRUNED_EPOCHS = 160, 40 + 160 + 243
 LEAST_EPOCHS = 20  # from fewer, nothing is projected
 # What is measured on CUDA, beside the training loop; see benchmark.py.
-GPU_LINES = ("evaluation", "card", "compile", "processes", "streams", "together", "deterministic", "study")
+GPU_LINES = ("evaluation", "card", "batches", "compile", "processes", "streams", "together", "deterministic", "study")
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ def measure_gpu(network: str, device: torch.device, options: argparse.Namespace)
     if "card" in asked:
         for what, unit, values in card_shares(network, device, precision, rates(one)):
             yield line(what, unit, values)
+    if "batches" in asked:
+        made = take_turns({"": batches_side(options.steps, device)}, options.rounds, device)[""]
+        yield line("making a batch", "us", [1e6 * value / options.steps for value in made])
     if "compile" in asked:
         compiled = run_together(replace(fast, accelerate="compile"), 1)
         yield line(f"{precision}, compile, the same", "images/s", rates(compiled))
@@ -225,6 +228,16 @@ def work(training: Training) -> None:
 
 def _test_images(training: Training) -> ImageArray:
     return random_images(max(1, training.steps * BATCH_SIZE // 5))
+
+
+def batches_side(steps: int, device: torch.device) -> Side:
+    """Return an epoch of batches, augmented on the device, that nobody trains on."""
+    batches = batches_of(random_images(steps * BATCH_SIZE), device)
+
+    def run() -> int:
+        return sum(1 for _ in batches.epoch(0))
+
+    return run
 
 
 def streams_side(network: str, count: int, steps: int, device: torch.device, precision: str) -> Side:

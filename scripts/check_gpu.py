@@ -82,7 +82,7 @@ SIZES = {
     "cuda": Sizes(
         digits=(),
         networks={"vgg16": "vgg16", "resnet56": "resnet56"},
-        train=("--steps=391", "--rounds=1", "--lines=loop,evaluation,compile,together"),
+        train=("--steps=391", "--rounds=1", "--lines=loop,evaluation,batches,compile,together"),
         pruners=("--networks=vgg16", "--pruners=l1,thinet,regression", "--rounds=1"),
         evaluate=("--networks=vgg16,resnet56", "--steps=157", "--rounds=3"),
         # VGG-16-A, hardly trained: what a pass costs depends on the architecture alone.

@@ -361,6 +361,7 @@ def test_every_rate_on_the_card_is_told_with_its_share(gpu: ModuleType, monkeypa
     assert lines[f"{precision}, with evaluation"].values == [640.0] * 3
     assert lines[f"{precision}, 4 processes"].values == [640.0] * 3, "four times the images in four times the time"
     assert lines[f"{precision}, 4 by turns"].values == [4 * 640.0] * 3, "four times the images in the time of one"
+    assert len(lines["making a batch"].values) == 3
     assert lines["deterministic / not, time"].values == [2.0] * 3
     flops = build_model_flops("resnet20")
     assert lines["of the matmul rate"].values == pytest.approx([100 * 640 * flops / 2e12] * 3)

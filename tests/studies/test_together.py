@@ -46,6 +46,7 @@ def test_arms_that_train_at_once_end_with_the_same_bits(
     assert {entry["together"] for entry in summary["arms"].values()} == {3}
     assert "together" not in summary["large"]
     assert "unfinished" not in summary
+    assert "up to 3 trainings shared the device" in (tmp_path / "run2/summary.md").read_text()
 
 
 @pytest.mark.slow

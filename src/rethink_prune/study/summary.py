@@ -164,6 +164,9 @@ class Summary:
             if entry["status"] == "failed"
         ]
         notes = [f"Note: {warning}." for warning in described["warnings"]]
+        at_once = max((entry.get("together", 1) for entry in self.content.get("arms", {}).values()), default=1)
+        if at_once > 1:
+            notes.append(f"Note: up to {at_once} trainings shared the device; seconds are those of all.")
         return "\n\n".join([title, study_table(self.content), *failures, *notes])
 
     @property
