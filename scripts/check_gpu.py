@@ -354,10 +354,13 @@ def digests(check: Check, name: str) -> dict[str, str]:
 def check_processes(check: Check, found: dict[str, Any]) -> None:
     _, _, *study = check.study("processes", *check.sizes.digits, "recipe.epochs=2", "recipe.finetune.epochs=1")
     launcher = (PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m")
-    # NCCL then prints its version when it starts.
-    found["command_seconds"] = check.call(*launcher, *study, environment={"NCCL_DEBUG": "VERSION"})
+    found["command_seconds"] = check.call(*launcher, *study)
     found["trainings"] = check.results("processes")
-    found["nccl"] = next((line for line in check.log.read_text().splitlines() if "NCCL version" in line), None)
+    # A study alone needs nobody to talk to.
+    check.call(*launcher[:-1], str(SCRIPTS / "collective.py"), check.device, environment={"NCCL_DEBUG": "VERSION"})
+    lines = check.log.read_text().splitlines()
+    found["nccl"] = next((line for line in lines if "NCCL version" in line), None)
+    found["sum"] = next((line for line in lines if line.startswith("sum ")), None)
 
 
 def check_throughput(check: Check, found: dict[str, Any], *, network: str) -> None:

@@ -88,3 +88,25 @@ def test_a_signal_ends_all_at_their_next_turn(delay: float) -> None:
         do_in_turns([lambda: endless("a"), lambda: endless("b")], at_once=2)
     assert sorted(ended) == sorted(began)
     assert number_at_once() == 1
+
+
+def test_after_one_was_stopped_no_other_begins_and_who_waits_outside_ends() -> None:
+    began: list[str] = []
+    waiting = threading.Event()
+
+    def stopped() -> None:
+        began.append("stopped")
+        while not waiting.is_set():
+            pass_turn()
+        raise Interrupted("saved", signal.SIGTERM)
+
+    def waits() -> None:
+        began.append("waits")
+        while True:
+            with turn_given_away():
+                waiting.set()
+                time.sleep(0.01)
+
+    outcomes = do_in_turns([stopped, waits, *[lambda: began.append("late")] * 4], at_once=2)
+    assert began == ["stopped", "waits"]
+    assert all(isinstance(outcome, Interrupted) for outcome in outcomes)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import TypeVar
 
 from rethink_prune.errors import Interrupted
@@ -25,6 +27,8 @@ class _Turn:
         self._taken = True  # by the thread that starts the others
         # What ended the wait of that thread: the others end at their next turn.
         self.stopped: Interrupted | None = None
+        # What ended one of the works: those that wait for something outside end as well; the others save first.
+        self.stopping: Interrupted | None = None
 
     def queue(self) -> threading.Event:
         """Ask for the turn; it is there when the event is set."""
@@ -46,11 +50,6 @@ class _Turn:
             mine = self.queue()
             self.give()
             mine.wait()
-
-    def check(self) -> None:
-        """End this thread's work if all work is to end."""
-        if self.stopped is not None:
-            raise Interrupted(str(self.stopped), self.stopped.signum)
 
     def _call_next(self) -> None:
         if not self._taken and self._waiting:
@@ -92,7 +91,7 @@ def pass_turn() -> None:
     turn = _turn_of_thread()
     if turn is not None:
         turn.pass_on()
-        turn.check()
+        _end(turn.stopped)
 
 
 @contextmanager
@@ -118,11 +117,18 @@ def turn_given_away() -> Iterator[None]:
         yield
     finally:
         turn.queue().wait()
-    turn.check()
+    _end(turn.stopped or turn.stopping)
+
+
+def _end(signal_of_all: Interrupted | None) -> None:
+    if signal_of_all is not None:
+        raise Interrupted(str(signal_of_all), signal_of_all.signum)
 
 
 def do_in_turns(works: Sequence[Callable[[], Made]], *, at_once: int) -> list[Made | BaseException]:
     """Do all works in threads that take turns; return what each has made, or the error with which it ended.
+
+    After one has ended with `Interrupted`, no other is begun.
 
     Parameters
     ----------
@@ -163,6 +169,12 @@ def do_in_turns(works: Sequence[Callable[[], Made]], *, at_once: int) -> list[Ma
                 outcomes[number] = work()
             except BaseException as error:
                 outcomes[number] = error
+                # They hold what the work has made, such as a network on a device.
+                traceback.clear_frames(error.__traceback__)
+                if isinstance(error, Interrupted):
+                    turn.stopping = error
+                    outcomes.update((number, error) for number, _ in left)
+                    left.clear()
         turn.give()
         ended.set()
 
@@ -171,7 +183,8 @@ def do_in_turns(works: Sequence[Callable[[], Made]], *, at_once: int) -> list[Ma
     # Daemons: after a second signal, the process ends without them.
     ended = [threading.Event() for _ in places]
     threads = [
-        threading.Thread(target=work_off, args=events, daemon=True) for events in zip(places, ended, strict=True)
+        threading.Thread(target=copy_context().run, args=(work_off, *events), daemon=True)
+        for events in zip(places, ended, strict=True)
     ]
     started = False
     try:

@@ -1,6 +1,7 @@
 """Arms, and whole studies of a sweep, that train at once in one process give what each alone does."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,12 +15,13 @@ import pytest
 import torch
 
 from harness import SMALL, command, configure
+from rethink_prune.commands import packing
 from rethink_prune.errors import UserError
 from rethink_prune.study.run import run_study
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.interrupts import Interrupts
-from rethink_prune.training.together import MOST_AT_ONCE, arms_at_once, train_together
-from rethink_prune.turns import number_at_once, pass_turn
+from rethink_prune.training.together import MOST_AT_ONCE, NeedsDevice, arms_at_once, train_together
+from rethink_prune.turns import do_in_turns, number_at_once, pass_turn
 
 CPU = torch.device("cpu")
 ARMS = "arms=[finetune,scratch_e,scratch_b]"
@@ -145,7 +147,60 @@ def test_a_training_without_room_beside_others_is_done_again_alone(caplog: pytes
 
     assert train_together([large, lambda: 2], at_once=2, device=CPU) == [1, 2]
     assert tried == [2, 1]
-    assert "no room on the device for 2 trainings at once" in caplog.text
+    assert "not beside others, going on alone: CUDA out of memory" in caplog.text
+
+
+def test_what_cannot_share_the_device_goes_on_alone_after_the_others() -> None:
+    ended: list[str] = []
+
+    def streamed() -> None:
+        if number_at_once() > 1:
+            raise NeedsDevice("images are read from files")
+        ended.append("streamed")
+
+    def other() -> None:
+        pass_turn()
+        ended.append("other")
+
+    train_together([streamed, other, other], at_once=2, device=CPU)
+    assert ended == ["other", "other", "streamed"]
+
+
+def test_a_pack_keeps_each_jobs_log_apart_in_the_process_that_ran_hydra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [logging.FileHandler(tmp_path / "last.log")])  # as Hydra leaves it
+    monkeypatch.setattr(root, "level", logging.INFO)
+
+    def run_study(config: object, folder: Path, *arguments: object, **options: object) -> None:
+        def arm() -> None:
+            logging.getLogger("rethink_prune").info("an arm of %s", folder.name)
+
+        do_in_turns([arm], at_once=1)  # in a thread of its own
+
+    monkeypatch.setattr(packing, "run_study", run_study)
+    monkeypatch.setattr(packing, "check_config", lambda plain: plain)
+    study = {"device": "cpu", "precision": "fp32", "deterministic": False, "together": 2}
+    jobs = []
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        jobs.append({"job": number, "overrides": [], "study": study, "experiment": None, "folder": folder})
+    packing.run_packed(jobs)
+    for number in range(3):
+        (line,) = (tmp_path / str(number) / "rethink_prune.log").read_text().splitlines()
+        assert f"[#{number}]" in line
+        assert line.endswith(f"an arm of {number}")
+    assert (tmp_path / "last.log").read_text() == ""
+
+
+def test_a_pack_whose_device_is_not_there_fails_job_by_job(tmp_path: Path) -> None:
+    study = {"device": "cuda:99", "precision": "fp32", "deterministic": False, "together": 2}
+    packing.run_packed([{"job": 7, "overrides": ["seed=1"], "study": study, "experiment": None, "folder": tmp_path}])
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert (outcome["state"], outcome["overrides"]) == ("failed", ["seed=1"])
+    assert outcome["reason"].startswith("device=cuda:99: no such CUDA device")
 
 
 class _Batches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,21 @@ def test_replays_warm_ups_and_partial_batches_add_up_to_plain_training(hooks: Ca
     assert recorder.warmed == WARM_UP
     assert recorder.replayed == 30 - WARM_UP - 4, "four batches of 30 are partial"
     assert recorder.recorded == 1, "learning rates are read from the device"
+
+
+def test_plain_steps_read_the_learning_rate_where_replayed_ones_do() -> None:
+    class Noticing(TrainingHooks):
+        replayable = True
+
+        def before_step(self, model: nn.Module, lr: float) -> None:
+            seen.append(lr)
+
+    seen: list[Any] = []
+    Trained(recorded(FakeRecorder()), Noticing(), count=8)
+    assert len({id(lr) for lr in seen}) == 1, (
+        "the same tensor: a resumed training, whose first steps are plain, rounds alike"
+    )
+    assert isinstance(seen[0], torch.Tensor)
 
 
 def test_a_partial_batch_that_comes_first_is_not_what_is_recorded() -> None:

@@ -5,20 +5,25 @@ launcher is through: those of one device in one process, as many at once as ``to
 """
 
 import logging
-import threading
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
 from rethink_prune.commands.sweeps import Outcome, write_outcome
+from rethink_prune.errors import UserError
 from rethink_prune.study.prepare import check_config
 from rethink_prune.study.run import run_study
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.runtime import prepare_runtime
-from rethink_prune.training.together import MOST_AT_ONCE, train_together
+from rethink_prune.training.together import ALONE_ONLY, MOST_AT_ONCE, train_together
+from rethink_prune.turns import number_at_once
 
-_FORMAT = "[%(asctime)s][%(threadName)s][%(name)s][%(levelname)s] - %(message)s"
+_FORMAT = "[%(asctime)s]%(job)s[%(name)s][%(levelname)s] - %(message)s"
+# Of the job that this thread, or the one that started it, runs.
+_number: ContextVar[int | None] = ContextVar("number", default=None)
 
 
 def run_packed(jobs: Sequence[Outcome]) -> None:
@@ -42,17 +47,27 @@ def run_packed(jobs: Sequence[Outcome]) -> None:
     devices = {device for device, _ in packs}
     # A process that has used CUDA otherwise cannot become deterministic.
     in_order = [pack for _, pack in sorted(packs.items(), key=lambda item: not item[0][1])]
-    Parallel(n_jobs=len(devices))(delayed(run_pack)(pack) for pack in in_order)
+    with Interrupts() as interrupts:
+        # The terminal's Ctrl-C reaches the other processes as well, which save and stop.
+        with interrupts.deferred():
+            Parallel(n_jobs=len(devices))(delayed(run_pack)(pack) for pack in in_order)
+        if interrupts.requested is not None:
+            interrupts.stop("in a sweep")
 
 
 def run_pack(jobs: Sequence[Outcome]) -> None:
     """Run studies in this process, some at once."""
     study = jobs[0]["study"]
-    runtime = prepare_runtime(study["device"], study["precision"], deterministic=study["deterministic"])
+    try:
+        runtime = prepare_runtime(study["device"], study["precision"], deterministic=study["deterministic"])
+    except UserError as error:
+        for job in jobs:
+            with write_outcome(job["folder"], job["job"], job["overrides"]):
+                raise error
+        return
     wishes = [job["study"]["together"] for job in jobs]
     at_once = max(MOST_AT_ONCE if wish == "auto" else wish for wish in wishes)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT))
+    _log_to_the_terminal()
     with Interrupts() as interrupts:
         works = [partial(_run_job, job, interrupts) for job in jobs]
         train_together(works, at_once=at_once, device=runtime.device)
@@ -60,16 +75,45 @@ def run_pack(jobs: Sequence[Outcome]) -> None:
 
 def _run_job(job: Outcome, interrupts: Interrupts) -> None:
     folder: Path = job["folder"]
-    thread = threading.current_thread()
-    name, thread.name = thread.name, f"#{job['job']}"  # as Hydra numbers it; the log says it in every line
+    number = _number.set(job["job"])
     handler = logging.FileHandler(folder / "rethink_prune.log")
-    handler.setFormatter(logging.Formatter(_FORMAT))
-    handler.addFilter(lambda record: record.thread == thread.ident)
+    handler.setFormatter(_Numbered(_FORMAT))
+    handler.addFilter(lambda record: _number.get() == job["job"])
     logging.getLogger().addHandler(handler)
+    needs_device = None
     try:
-        with write_outcome(folder, job["job"], job["overrides"]):
-            run_study(check_config(job["study"]), folder, interrupts, experiment=job["experiment"])
+        with write_outcome(folder, job["job"], job["overrides"]) as outcome:
+            try:
+                run_study(check_config(job["study"]), folder, interrupts, experiment=job["experiment"])
+            except ALONE_ONLY as error:
+                if number_at_once() == 1:
+                    raise
+                outcome["state"], needs_device = "running", error
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
-        thread.name = name
+        _number.reset(number)
+    if needs_device is not None:
+        raise needs_device
+
+
+class _Numbered(logging.Formatter):
+    """Writes the number of the job that a line is about, as Hydra counts them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        number = _number.get()
+        record.job = "" if number is None else f"[#{number}]"
+        return super().format(record)
+
+
+def _log_to_the_terminal() -> None:
+    """Let the log go to the terminal alone, whatever Hydra has set up for the job that ran last."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.FileHandler):
+            root.removeHandler(handler)
+    if not root.handlers:
+        root.addHandler(logging.StreamHandler(sys.stdout))
+    for handler in root.handlers:
+        handler.setFormatter(_Numbered(_FORMAT))
+    root.setLevel(logging.INFO)

@@ -127,7 +127,10 @@ def _end_sweep(run_packed: Callable[[Sequence[Outcome]], None]) -> None:
     sweep = Path(HydraConfig.get().sweep.dir)
     planned = [job for job in _outcomes(sweep) if job["state"] == PLANNED]
     if planned:
-        run_packed(sorted(planned, key=lambda job: job["job"]))
+        try:
+            run_packed(sorted(planned, key=lambda job: job["job"]))
+        except Exception:
+            log.exception("a process with several jobs ended")
     jobs = _outcomes(sweep)
     failed = sorted((job for job in jobs if job["state"] != "done"), key=lambda job: job["job"])
     if failed:

@@ -73,6 +73,8 @@ def evaluate(
     classes = 0
     # A network that draws random numbers in evaluation mode, too, draws the same ones wherever it is evaluated.
     with seeded(0):
+        if runtime.device.type == "cuda":
+            torch.cuda.manual_seed(0)  # training seeds it again before every step
         for images, labels in batches.part(processes.shard):
             sums, logits = score(runtime.take(images), labels)
             classes = logits.shape[1]

@@ -43,10 +43,8 @@ class Recorded(Generic[Made]):
         Takes images and labels, and gives tensors. It has to launch the same kernels for every batch, and to wait for
         nothing.
     recorder : CudaRecorder
-    recorded : callable, optional
-        The same work as it is recorded, if that differs.
     refresh : callable
-        Brings what a replay reads from the device up to date.
+        Brings what the work reads from the device up to date, before it is done.
     constants : callable
         Gives what a recording holds as constants, such as addresses: it is made anew when this has changed.
     clean_up : callable
@@ -56,7 +54,6 @@ class Recorded(Generic[Made]):
     what: str
     work: Work[Made]
     recorder: CudaRecorder
-    recorded: Work[Made] | None = None
     refresh: Callable[[], None] = lambda: None
     constants: Callable[[], list[int]] = list
     clean_up: Callable[[], None] = lambda: None
@@ -68,6 +65,7 @@ class Recorded(Generic[Made]):
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Made:
         """Do the work on one batch; the next call may overwrite what this one returns."""
+        self.refresh()
         if self._replay is None and images.shape != self._shape:
             self._shape, self._warm = images.shape, 0
         if self._given_up or images.shape != self._shape:
@@ -75,7 +73,6 @@ class Recorded(Generic[Made]):
         if self._warm < WARM_UP:
             self._warm += 1
             return self.recorder.warm_up(partial(self.work, images, labels))
-        self.refresh()
         constants = self.constants()
         if self._replay is None or self._constants != constants:
             self._constants = constants
@@ -89,7 +86,10 @@ class Recorded(Generic[Made]):
         try:
             if self.recorder.draws:
                 raise RuntimeError("the network draws random numbers")
-            launch, outputs = self.recorder.record(partial(self.recorded or self.work, images, labels))
+            launch, outputs = self.recorder.record(partial(self.work, images, labels))
+        except torch.OutOfMemoryError:
+            self.clean_up()
+            raise
         except RuntimeError as error:
             self.clean_up()
             self._given_up = True
@@ -154,9 +154,13 @@ class CudaRecorder:
     def record(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
         """Return what launches the graph, and the tensors that a launch fills; nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
+        # Else the graph would keep the work space that cuBLAS has for this stream. Streams come from a small pool, and
+        # another recording, replayed at the same time, may have the same one (PyTorch before 2.15).
+        torch._C._cuda_clearCublasWorkspaces()
         # The default mode, global, would also fail on what other threads do meanwhile, such as loading images.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             outputs = work()
+        torch._C._cuda_clearCublasWorkspaces()
         return graph.replay, outputs
 
     def _random_offset(self) -> int:

@@ -173,7 +173,7 @@ class CompiledStep:
         try:
             return self._step(images, labels, weight)
         except RuntimeError as error:
-            if self._step is self._plain or is_connection_error(error):
+            if self._step is self._plain or is_connection_error(error) or isinstance(error, torch.OutOfMemoryError):
                 raise
             # An error that has nothing to do with compilation comes again in the plain step, and is raised there.
             self._step = self._plain
@@ -221,9 +221,9 @@ def record_step(step: Step, model: nn.Module, optimizer: Optimizer, recorder: Cu
 
     recorded = Recorded(
         "training steps",
-        step,
+        # Plain steps as well: with rates as numbers they would round otherwise, and a resumed training has other ones.
+        with_rates,
         recorder,
-        recorded=with_rates,
         refresh=rates.refresh,
         # A recording that broke off may leave gradients.
         clean_up=lambda: model.zero_grad(set_to_none=True),

@@ -8,7 +8,6 @@ numbers, is as it would be for each training alone, and so are the results.
 
 import gc
 import logging
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, TypeVar
@@ -18,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rethink_prune.data.batches import TrainBatches
 from rethink_prune.data.streamed_images import StreamedImages
-from rethink_prune.errors import Interrupted, UserError
+from rethink_prune.errors import Interrupted, UserError, first_line
 from rethink_prune.training.distributed import Processes
 from rethink_prune.turns import do_in_turns, number_at_once
 
@@ -27,6 +26,14 @@ log = logging.getLogger(__name__)
 # As many as were measured on a card: five small networks take about twice the time of one.
 MOST_AT_ONCE = 5
 Made = TypeVar("Made")
+
+
+class NeedsDevice(Exception):
+    """Raised by work that cannot share the device with other work; it is done again alone."""
+
+
+# What is done again after the others, alone.
+ALONE_ONLY = (torch.OutOfMemoryError, NeedsDevice)
 
 
 def arms_at_once(
@@ -48,12 +55,16 @@ def arms_at_once(
     ------
     UserError
         If more than one is asked for where only one is possible.
+    NeedsDevice
+        If only one is possible, and whole studies take turns.
     """
-    if number_at_once() > 1:
-        return 1  # whole studies take turns already
     alone = "torchrun's processes train one network at a time" if processes.world > 1 else None
     if isinstance(batches.images, StreamedImages):
         alone = "images that are read from files feed one training at a time"
+    if number_at_once() > 1:
+        if alone is not None:
+            raise NeedsDevice(alone)
+        return 1  # whole studies take turns already
     if together == "auto":
         return MOST_AT_ONCE if device.type == "cuda" and alone is None else 1
     if together > 1 and alone is not None:
@@ -65,7 +76,8 @@ def train_together(trainings: Sequence[Callable[[], Made]], *, at_once: int, dev
     """Do all trainings, some at once, and return what each has made.
 
     An error ends the training that raises it; the others go on to their ends before it is raised. A training that finds
-    no room on the device beside others is done again after them, alone: it goes on from its checkpoint.
+    no room on the device beside others, or cannot share it, is done again after them, alone: it goes on from its
+    checkpoint.
 
     Parameters
     ----------
@@ -92,13 +104,15 @@ def train_together(trainings: Sequence[Callable[[], Made]], *, at_once: int, dev
     # Lines of the log go above the bars of all trainings, whichever ends first.
     with logging_redirect_tqdm():
         outcomes = do_in_turns(works, at_once=at_once)
+        stopped = any(isinstance(outcome, Interrupted) for outcome in outcomes)
         for number, outcome in enumerate(outcomes):
-            if isinstance(outcome, torch.OutOfMemoryError):
-                log.warning("no room on the device for %s trainings at once: one of them goes on alone", at_once)
-                # The frames hold the network, in cycles that only a collection frees.
-                traceback.clear_frames(outcome.__traceback__)
-                gc.collect()
-                (outcomes[number],) = do_in_turns([works[number]], at_once=1)
+            if isinstance(outcome, ALONE_ONLY) and not stopped:
+                log.warning("not beside others, going on alone: %s", first_line(outcome))
+                gc.collect()  # networks of trainings that have ended can be in cycles
+                try:
+                    outcomes[number] = works[number]()
+                except Exception as error:
+                    outcomes[number] = error
     _raise_first([outcome for outcome in outcomes if isinstance(outcome, BaseException)])
     return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 

@@ -154,6 +154,7 @@ def train(
                 if progress.step < batches.steps_per_epoch and progress.step % processes.steps_together == 0:
                     saver.pause(progress, title, spec.epochs)
                 pass_turn()
+            speed.apply()
             noticed = _ask_hooks(hooks, model, progress)
             # Running statistics of batch norms differ between processes; the first one's are evaluated and saved.
             processes.share_state(model)
