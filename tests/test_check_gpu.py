@@ -207,6 +207,7 @@ def test_a_machine_without_the_device_ends_the_check(tmp_path: Path) -> None:
     assert {record["state"] for record in parts.values()} == {"left out"}
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_part_under_way_and_keeps_what_is_known(tmp_path: Path) -> None:
     process = start("out", "--device=cpu", "--parts=default,cost", cwd=tmp_path)
     deadline = time.monotonic() + 60

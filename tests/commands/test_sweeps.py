@@ -70,6 +70,7 @@ def test_only_jobs_of_joblib_choose_a_gpu_and_only_for_auto(monkeypatch: pytest.
     assert chosen("auto", "joblib", RunMode.RUN) == "auto"
 
 
+@pytest.mark.slow
 def test_failed_jobs_are_listed_and_only_what_is_missing_is_done_again(tmp_path: Path) -> None:
     folder = "hydra.sweep.dir=sweep"
     first = command("-m", *TINY, folder, "pruner.ratio=7,0.5", "recipe.lr=0.1,1e30", cwd=tmp_path)
@@ -232,6 +233,7 @@ exec "${@:6}"
 
 
 @needs("hydra_submitit_launcher", "launchers")
+@pytest.mark.slow
 def test_jobs_of_a_slurm_cluster(tmp_path: Path) -> None:
     """Only ``sbatch`` and ``srun`` stand in for Slurm: what is submitted is what a cluster would be given, and runs."""
     tools = tmp_path / "bin"

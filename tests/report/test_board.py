@@ -323,6 +323,7 @@ def started(runs: Path, out: Path) -> Iterator[Board]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_tensorboard_takes_up_new_runs_and_ends_with_the_board(write_run: WriteRun, tmp_path: Path) -> None:
     write_run(0, ARMS)
     query = f"run=large%2Fmean&tag={urllib.request.quote(f'vgg16 l1 0.5/{BY_EPOCH}')}"
@@ -350,7 +351,7 @@ def sweep(write_run: WriteRun, ratios: int, seeds: int) -> None:
 
 @pytest.mark.parametrize(
     ("ratios", "seeds"),
-    [(1, 1), (2, 4), pytest.param(20, 2, marks=pytest.mark.slow)],
+    [(1, 1), pytest.param(2, 4, marks=pytest.mark.slow), pytest.param(20, 2, marks=pytest.mark.slow)],
     ids=["one study", "eight", "forty"],
 )
 def test_the_first_page_shows_four_lines_with_bands_for_each_group(

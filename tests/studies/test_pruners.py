@@ -58,6 +58,7 @@ def test_every_arm_of_a_study(pruner: str, options: list[str], small_study: Run)
             assert not model.get_parameter(name)[~mask].any(), f"{name}: a masked weight moved"
 
 
+@pytest.mark.slow
 def test_strengths_remove_something_and_the_network_still_learns(tmp_path: Path) -> None:
     """The default study, but for the size of the images: only a whole training shows what a strength does.
 

@@ -118,7 +118,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(
     assert not list((tmp_path / "store").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_go_on(
     number: signal.Signals, tmp_path: Path, uninterrupted: dict[str, tuple[bytes, list[dict[str, str]]]]
 ) -> None:
