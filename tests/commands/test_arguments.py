@@ -71,6 +71,7 @@ def test_the_store_can_be_named_by_an_environment_variable(tmp_path: Path) -> No
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_the_wheel_finds_its_configuration_from_an_empty_folder(tmp_path: Path) -> None:
     """The dependencies come from the test's environment by a path file; the package itself only from the wheel."""
     subprocess.run(

@@ -159,6 +159,7 @@ def test_local_processes(tmp_path: Path) -> None:
 
 
 @needs("hydra_joblib_launcher", "launchers")
+@pytest.mark.slow
 def test_a_job_whose_process_was_killed_is_listed(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text("import os\ndef build(num_classes):\n    os.kill(os.getpid(), 9)\n")
     result = command("-m", "launcher=local", "hydra.launcher.n_jobs=2", *TINY, "model.name=nets:build", cwd=tmp_path)

@@ -55,6 +55,7 @@ EPOCHS = """
 """
 
 
+@pytest.mark.slow
 def test_resident_memory_is_flat_over_thirty_epochs() -> None:
     code = "\n".join(line[4:] for line in EPOCHS.splitlines())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
