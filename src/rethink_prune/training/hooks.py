@@ -54,7 +54,7 @@ class TrainingHooks:
     def before_step(self, model: nn.Module, lr: float) -> None:
         """Act between the backward pass and the optimiser's step, at learning rate `lr`.
 
-        While a step is recorded, `lr` is a tensor without dimensions on the device: compute with it as with a number.
+        Where steps are recorded, `lr` is a tensor without dimensions on the device: compute with it as with a number.
         """
 
     def after_step(self, model: nn.Module, lr: float) -> None:
