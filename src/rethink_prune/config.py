@@ -32,7 +32,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-TARGET_OPTIONS = ("ratio", "variant", "widths", "target_macs", "target_params")
+TARGET_OPTIONS = ("ratio", "variant", "widths", "target_macs", "target_params", "share_per_round")
 
 
 class Frozen(BaseModel):
@@ -256,6 +256,8 @@ Widths = list[int] | dict[str, int]
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
+# Options of pruners of which the keys of stages have what follows from them.
+_RESOLVED = {"rounds", "share_per_round", "between_rounds", "redraw"}
 # Options of pruners that came after the first stages were stored.
 _LATER = {"recalibrate", "min_share", "distribution", "intercept"}
 
@@ -264,16 +266,45 @@ class PrunerOptions(Frozen):
     """What every pruner takes. A pruner adds its own options in a subclass beside its code.
 
     With `recalibrate`, fine-tuning starts with batch norms whose statistics were estimated anew in the pruned network.
+
+    Attributes
+    ----------
+    rounds : int or None
+        Prune in so many steps, each of what the step before left; see ``pruning/rounds.py``.
+    share_per_round : float or None
+        What each round removes of what is left; None: the rounds reach the target in equal shares.
+    between_rounds : {"init", "epoch", "none"}
+        How the network is trained between two rounds: from the weights it had before any training, from those it had
+        after ``rewind.epoch`` epochs, or on, as fine-tuning does.
+    redraw : {"nonzeros", "dense"}
+        The fan-out by which scratch arms draw weights: that of the pruned network, or that of the unpruned one.
     """
 
     name: str
     recalibrate: bool = False
+    rounds: int | None = None
+    share_per_round: Annotated[float, Field(gt=0, lt=1)] | None = None
+    between_rounds: Literal["init", "epoch", "none"] = "init"
+    redraw: Literal["nonzeros", "dense"] = "nonzeros"
+
+    @field_validator("rounds")
+    @classmethod
+    def _rounds_are_several(cls, rounds: int | None) -> int | None:
+        if rounds is not None and not 2 <= rounds <= 1000:
+            raise ValueError("must be from 2 to 1000; for one round, leave it out (null)")
+        return rounds
+
+    @model_validator(mode="after")
+    def _shares_need_rounds(self) -> Self:
+        if self.share_per_round is not None and self.rounds is None:
+            raise ValueError(f"share_per_round={self.share_per_round:g}: needs rounds, e.g. pruner.rounds=5")
+        return self
 
     def key(self) -> dict[str, Any]:
         """Return the options as plain values; those that came later only where they differ from their default."""
         fields = type(self).model_fields
         unused = {name for name in _LATER & fields.keys() if getattr(self, name) == fields[name].default}
-        return self.model_dump(mode="json", exclude=unused)
+        return self.model_dump(mode="json", exclude=unused | _RESOLVED)
 
     @property
     def target_option(self) -> str:
@@ -298,7 +329,8 @@ class TargetOptions(PrunerOptions):
     def _one_target(self) -> TargetOptions:
         given = self._given()
         if not given:
-            options = ", ".join(name for name in TARGET_OPTIONS if name in type(self).model_fields)
+            targets = TARGET_OPTIONS if self.rounds else TARGET_OPTIONS[:-1]
+            options = ", ".join(name for name in targets if name in type(self).model_fields)
             raise ValueError(f"no target: give exactly one of {options}, e.g. pruner.ratio=0.5")
         if len(given) > 1:
             # The last one is most likely meant: a pruner's defaults state a ratio, the first of them.
@@ -384,6 +416,29 @@ class ChannelOptions(TargetOptions):
         return self.ranking == "layer" or self.target_option in ("variant", "widths")
 
 
+class RewindConfig(Frozen):
+    """How far tickets go back.
+
+    Attributes
+    ----------
+    epoch : float
+        ``weight_rewind`` takes the unpruned network's weights after so many epochs; below 1, a share of
+        ``recipe.epochs``.
+    length : float
+        ``lr_rewind`` trains for the last so many epochs of the schedule; likewise.
+    """
+
+    epoch: NonNegative = 0.1
+    length: Positive = 0.5
+
+    @field_validator("epoch", "length")
+    @classmethod
+    def _whole_epochs(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("must be whole epochs, or below 1 a share of recipe.epochs")
+        return value
+
+
 class StudyConfig(Frozen):
     """One study: one dataset, model, pruner, budget and seed, run through its arms."""
 
@@ -403,6 +458,16 @@ class StudyConfig(Frozen):
     dry_run: bool = False
     store: StoreConfig
     large: LargeConfig = LargeConfig()
+    rewind: RewindConfig = RewindConfig()
+
+    @model_validator(mode="after")
+    def _rewinds_within_the_training(self) -> StudyConfig:
+        epochs = self.recipe.epochs
+        if self.rewind.epoch >= epochs:
+            raise ValueError(f"rewind.epoch={self.rewind.epoch:g}: must be before the end, recipe.epochs={epochs}")
+        if self.rewind.length > epochs:
+            raise ValueError(f"rewind.length={self.rewind.length:g}: is longer than recipe.epochs={epochs}")
+        return self
 
     @field_validator("arms")
     @classmethod

@@ -89,7 +89,7 @@ class ChannelTarget(Target):
             )
         self.widths = self._widths_from_options() if options.decides_widths else None
         # Where scores decide, the largest ratio shows what skip and the limits leave to remove.
-        self._narrowest = self.widths or self._widths_for_ratio(1 - 1e-6)
+        self._narrowest = self.widths or self.widths_for_ratio(1 - 1e-6)
         self._check_removal(self._narrowest)
         if self._wanted is not None:
             self._wanted.check_reach(self._cost_at(self._narrowest))
@@ -98,6 +98,16 @@ class ChannelTarget(Target):
     def known(self) -> bool:
         """Whether the widths follow from the options alone."""
         return self.widths is not None
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Units of each group in the unpruned network."""
+        return self._sizes
+
+    def widths_for_ratio(self, ratio: PerLayer, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Return the widths that a ratio leaves of the unpruned network, or of groups of these sizes."""
+        kept, skip = self._pruner.kept_count, self._options.skip
+        return selection.widths_for_ratio(ratio, sizes or self._sizes, skip=skip, limits=self._limits, kept=kept)
 
     def architecture(self) -> Architecture:
         """Return an architecture with these widths, the channels of highest index gone."""
@@ -146,6 +156,14 @@ class ChannelTarget(Target):
         widths = {name: size - len(choice.drop.get(name, ())) for name, size in self._sizes.items()}
         return PruneResult(pruned, architecture, self.report(widths, choice.warnings))
 
+    def reshuffled(self, layers: Sequence[LayerWidth], generator: torch.Generator) -> Architecture:
+        """Return an architecture with these widths and random units of each group; groups that keep all stay whole."""
+        drop: dict[str, list[int]] = {}
+        for layer in layers:
+            order = torch.randperm(self._sizes[layer.layer], generator=generator)
+            drop[layer.layer] = sorted(order[layer.kept :].tolist())
+        return self._drop(self.shapes, drop)[1]
+
     def rehearsal(self) -> Architecture:
         """Return an architecture as any scores would leave it: where they decide the widths, the narrowest."""
         return self._cut_last(self._narrowest)[1]
@@ -184,13 +202,9 @@ class ChannelTarget(Target):
         if options.widths is not None:
             return selection.explicit_widths(options.widths, self._sizes)
         if self._wanted is not None:
-            return self._wanted.find_widths(self._widths_for_ratio, self._cost_at)
+            return self._wanted.find_widths(self.widths_for_ratio, self._cost_at)
         assert options.ratio is not None
-        return self._widths_for_ratio(options.ratio)
-
-    def _widths_for_ratio(self, ratio: PerLayer) -> dict[str, int]:
-        kept, skip = self._pruner.kept_count, self._options.skip
-        return selection.widths_for_ratio(ratio, self._sizes, skip=skip, limits=self._limits, kept=kept)
+        return self.widths_for_ratio(options.ratio)
 
     def _ranked_widths(self, scores: Scores) -> tuple[dict[str, int], list[str]]:
         """Return the widths that one threshold for all channels leaves, and the groups it would empty."""
@@ -259,6 +273,7 @@ class Channelwise(Pruner[Options, ChannelTarget]):
 
     options_type: ClassVar[type[PrunerOptions]] = ChannelOptions
     selecting: ClassVar[Literal["norm", "conv"] | None] = None
+    in_rounds: ClassVar[bool] = True
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
         """Find the groups that may be pruned, and, where the options alone decide it, their widths."""

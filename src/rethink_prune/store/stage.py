@@ -200,11 +200,16 @@ def total_flops(stages: Iterable[Done]) -> int | None:
     0
     """
     found: dict[str, int | None] = {}
+    parts: dict[str, str] = {}
     waiting = [*stages]
     while waiting:
         done = waiting.pop()
         found[done.stage.name] = done.result["train_flops"]
+        if "part_of" in done.result:
+            parts[done.stage.name] = done.result["part_of"]
         waiting += done.parents
+    # The start of a training that is there as well is paid for with it.
+    found = {name: flops for name, flops in found.items() if parts.get(name) not in found}
     known = [flops for flops in found.values() if flops is not None]
     return sum(known) if len(known) == len(found) else None
 

@@ -5,11 +5,11 @@ Scratch-E trains the pruned architecture for as many epochs as the large network
 with a length of its own, such as ``retrain@12``, has the schedule of the large network's recipe, scaled to that length.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from operator import mul
 
-from rethink_prune.config import BudgetConfig, Phase, RecipeConfig
+from rethink_prune.config import BudgetConfig, Phase, RecipeConfig, RewindConfig
 from rethink_prune.cost import Cost
 from rethink_prune.errors import UserError
 from rethink_prune.study.arms import Epochs, Length, Share, Total
@@ -106,6 +106,8 @@ class Budget:
         Images of an epoch.
     trains_sparse : bool
         Whether the pruner trains the unpruned network its own way, beside the plain training.
+    rewind : RewindConfig
+        How far tickets go back.
     """
 
     recipe: RecipeConfig
@@ -114,6 +116,12 @@ class Budget:
     macs_reference: int
     train_images: int
     trains_sparse: bool = False
+    rewind: RewindConfig = field(default_factory=RewindConfig)
+
+    @property
+    def early_epochs(self) -> int:
+        """The epochs after which the unpruned network has the weights that are rewound to; 0 for the initial ones."""
+        return self._rewound(self.rewind.epoch)
 
     @property
     def base_epochs(self) -> int:
@@ -144,6 +152,11 @@ class Budget:
         ValueError
             As `epochs`.
         """
+        if length == "rewind":
+            whole, epochs = self.optimizer("large", pruned), self.epochs(length, pruned)
+            assert whole is not None
+            assert epochs is not None
+            return replace(whole, epochs=epochs, passed=whole.epochs - epochs)
         phase: Phase = self.recipe.finetune if length == "finetune" else self.recipe
         epochs = self.epochs(length, pruned, taught=taught)
         if epochs is None:
@@ -180,6 +193,14 @@ class Budget:
                 return self.recipe.epochs
             case "finetune":
                 return self.recipe.finetune.epochs
+            case "rewind":
+                epochs = self._rewound(self.rewind.length)
+                if epochs < 1:
+                    raise ValueError(
+                        f"rewind.length={self.rewind.length:g} is less than one of the {self.recipe.epochs} epochs of "
+                        "recipe.epochs; take at least one epoch"
+                    )
+                return epochs
             case Epochs(count):
                 return count
             case Share(factor):
@@ -209,6 +230,10 @@ class Budget:
                     cap=self.rule.cap,
                     finetune_epochs=self.finetune_epochs,
                 )
+
+    def _rewound(self, amount: float) -> int:
+        """Return whole epochs: as they are, or a share of the recipe's."""
+        return int(amount) if amount >= 1 else int(amount * self.recipe.epochs + 1e-9)
 
     def _warmup(self, phase: Phase, training: Training, length: Length) -> int:
         """Return the epochs of warm-up: the phase's own where its length is; scaled for a length that was typed."""

@@ -15,7 +15,9 @@ from rethink_prune.config import StudyConfig
 from rethink_prune.imports import source_digest
 from rethink_prune.models import model_factory
 from rethink_prune.models.initialisers import initialiser
-from rethink_prune.pruning import PRUNERS, Pruner, Target
+from rethink_prune.pruning import PRUNERS, Pruner
+from rethink_prune.pruning.rounds import Rounds
+from rethink_prune.study.arms import arm_of
 from rethink_prune.study.inputs import Inputs
 from rethink_prune.study.networks import Networks
 from rethink_prune.study.plan import StageSpec
@@ -24,7 +26,7 @@ from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.schedule import OptimizerSpec
 
 # Options that came after the first stages were stored.
-_LATER_OPTIONS = {"warmup", "decay_norms", "label_smoothing", "start"}
+_LATER_OPTIONS = {"warmup", "decay_norms", "label_smoothing", "start", "passed"}
 
 
 @dataclass(frozen=True)
@@ -35,21 +37,24 @@ class KeyParts:
     ----------
     training : mapping
         What the keys of all trainings have in common: ``data``, ``training``, ``seed``, ``network``.
-    pruner : mapping
-        What decides what goes, given the network's weights.
+    rounds : tuple of mapping
+        What decides what goes in each round, given the network's weights.
     sparse : mapping, optional
         What the pruner's own training adds.
     given : mapping, optional
         What decides the result of weights the user brought: they are evaluated on the test images.
     distillation : mapping
         How arms with a teacher learn from it.
+    redraw : {"nonzeros", "dense"}
+        How scratch arms draw weights.
     """
 
     training: Mapping[str, Any]
-    pruner: Mapping[str, Any]
+    rounds: tuple[Mapping[str, Any], ...]
     sparse: Mapping[str, Any] | None
     given: Mapping[str, Any] | None
     distillation: Mapping[str, Any]
+    redraw: str = "nonzeros"
 
 
 def key_parts(
@@ -58,7 +63,7 @@ def key_parts(
     networks: Networks,
     init: str | None,
     pruner: Pruner,
-    target: Target,
+    rounds: Rounds,
     given: Checkpoint | None,
 ) -> KeyParts:
     """Return what the keys of a study's stages are made of.
@@ -73,7 +78,7 @@ def key_parts(
     init : str, optional
         Name of the network's initialiser.
     pruner : Pruner
-    target : Target
+    rounds : Rounds
         What is to go: the pruner's own training, if it has one, depends on it.
     given : Checkpoint, optional
         Weights of the unpruned network that the user brought.
@@ -94,29 +99,36 @@ def key_parts(
     }
     if ":" in (init or ""):
         network["init_source"] = source_digest(initialiser(str(init)), str(init))
-    options = config.pruner.key()
     source = None if config.pruner.name in PRUNERS else source_digest(type(pruner), config.pruner.name)
-    hooks = pruner.sparse(target) if pruner.trains_sparse else None
+    evaluation = {"network": network, "fingerprint": fingerprint, "precision": precision}
+    hooks = pruner.sparse(rounds.target) if pruner.trains_sparse else None
+
+    def pruning(step: Pruner) -> dict[str, Any]:
+        options = step.options.key()
+        return {
+            **options,
+            **({"revision": step.revision} if step.revision > 1 else {}),
+            "source": source,
+            "seed": config.seed,
+            # An option of the same name says how many are sampled.
+            **({"sampled": options["images"]} if "images" in options else {}),
+            "images": {**data, "batch_size": batch_size} if step.needs_data else None,
+            # It has no parent whose key would tell.
+            **(evaluation if step.at_start else {}),
+        }
+
     training = {
         "batch_size": batch_size,
         "precision": precision,
         **({} if config.sync_batchnorm else {"sync_batchnorm": False}),  # came later
     }
-    evaluation = {"network": network, "fingerprint": fingerprint, "precision": precision}
     return KeyParts(
         training={"data": data, "training": training, "seed": config.seed, "network": network},
-        pruner={
-            **options,
-            **({"revision": pruner.revision} if pruner.revision > 1 else {}),
-            "source": source,
-            "seed": config.seed,
-            # An option of the same name says how many are sampled.
-            **({"sampled": options["images"]} if "images" in options else {}),
-            "images": {**data, "batch_size": batch_size} if pruner.needs_data else None,
-        },
+        rounds=tuple(pruning(step) for step in rounds.pruners),
         sparse={"name": config.pruner.name, "source": source, **hooks.key} if hooks else None,
         given={"checkpoint": given.digest, "known": given.training_cost, **evaluation} if given else None,
         distillation=config.recipe.distillation.model_dump(),
+        redraw=config.pruner.redraw,
     )
 
 
@@ -154,18 +166,29 @@ def stage_key(spec: StageSpec, parts: KeyParts, names: Mapping[str, str]) -> dic
     """
     parent = names[spec.parent] if spec.parent else None
     if spec.kind == "prune":
-        return {"parent": parent, "pruner": dict(parts.pruner)}
+        return {"parent": parent, "pruner": dict(parts.rounds[spec.round - 1])}
     if spec.given:
         return dict(parts.given or {})
     if spec.optimizer is None or spec.architecture is None:
         return None
+    trains_own_way = spec.kind == "sparse" or (spec.kind == "early" and parts.sparse is not None)
+    # What is not part of these was no stage of earlier versions.
+    extra: dict[str, Any] = {}
+    if spec.teacher:
+        extra["teacher"] = {"stage": names[spec.teacher], **parts.distillation}
+    if spec.kind == "ticket":
+        extra["positions"] = names[spec.chosen_by] if spec.chosen_by else "random"
+    if spec.kind == "early":
+        extra["until"] = spec.until
+    if spec.kind == "scratch" and parts.redraw != "nonzeros":
+        extra["redraw"] = parts.redraw
     return {
         **parts.training,
         "training": {**optimizer_key(spec.optimizer), **parts.training["training"]},
         "architecture": architecture_key(spec.architecture),
         "parent": parent,
-        "pruner": parts.sparse if spec.kind == "sparse" else None,
-        **({"teacher": {"stage": names[spec.teacher], **parts.distillation}} if spec.teacher else {}),
+        "pruner": parts.sparse if trains_own_way else None,
+        **extra,
     }
 
 
@@ -219,13 +242,21 @@ def settings(config: StudyConfig, parts: KeyParts) -> dict[str, Any]:
         "dataset": {**dataset, "fingerprint": parts.training["data"]["fingerprint"]},
         "model": parts.training["network"],
         # In full: what is not recorded would agree with any value.
-        "pruner": {**config.pruner.model_dump(mode="json"), "source": parts.pruner["source"]},
+        "pruner": {**config.pruner.model_dump(mode="json"), "source": parts.rounds[0]["source"]},
         # The strength that was chosen is among the pruner's options.
         "recipe": config.recipe.model_dump(mode="json", exclude={"eval_batch_size", "strengths"}),
         "budget": config.budget.model_dump(mode="json"),
         "large": {"checkpoint": parts.given["checkpoint"] if parts.given else None},
         "sync_batchnorm": config.sync_batchnorm,
+        **({"rewind": config.rewind.model_dump()} if rewinds(config) else {}),
     }
+
+
+def rewinds(config: StudyConfig) -> bool:
+    """Tell whether some training of a study depends on the options ``rewind``."""
+    arms = map(arm_of, config.arms)
+    between = config.pruner.rounds is not None and config.pruner.between_rounds == "epoch"
+    return between or any(arm.weights == "early" or arm.length == "rewind" for arm in arms)
 
 
 def shared_by_processes(device_type: str, parts: KeyParts) -> dict[str, str]:
@@ -235,5 +266,5 @@ def shared_by_processes(device_type: str, parts: KeyParts) -> dict[str, str]:
         "precision": parts.training["training"]["precision"],
         "the dataset's fingerprint": parts.training["data"]["fingerprint"],
         "the network's source": str(parts.training["network"]["source"]),
-        "the pruner's source": str(parts.pruner["source"]),
+        "the pruner's source": str(parts.rounds[0]["source"]),
     }

@@ -18,7 +18,7 @@ from rethink_prune.seeds import derive_seed, seeded
 from rethink_prune.state import copied_state, full_state, load_full_state
 from rethink_prune.study.plan import UNPRUNED
 from rethink_prune.study.trial import check_output, check_state, try_training
-from rethink_prune.surgery.architecture import Architecture, draw_masked
+from rethink_prune.surgery.architecture import Architecture, apply_masks, draw_masked
 from rethink_prune.surgery.cut import reshape
 from rethink_prune.training.runtime import Runtime
 
@@ -104,21 +104,47 @@ class Networks:
         """
         return self._build("large-init")
 
-    def scratch(self, architecture: Architecture) -> nn.Module:
+    def ticket(self, architecture: Architecture, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Build a pruned network with the unpruned one's weights where they remain.
+
+        Parameters
+        ----------
+        architecture : Architecture
+            Says which ones those are.
+        weights : mapping of str to Tensor, optional
+            A state dict of the unpruned network; by default, what it started from.
+        """
+        unpruned = self.large()
+        if weights is not None:
+            load_full_state(unpruned, weights)
+        network = reshape(unpruned, architecture)
+        apply_masks(network, architecture.masks)
+        return network
+
+    def scratch(self, architecture: Architecture, *, dense: bool = False) -> nn.Module:
         """Build a pruned network with every weight drawn anew, in its own widths.
+
+        Parameters
+        ----------
+        architecture : Architecture
+            Which channels remain does not matter.
+        dense : bool
+            Draw weights as in the unpruned network's widths.
 
         Raises
         ------
         UserError
             If a tensor that is drawn at random kept the values of the unpruned network.
         """
-        unpruned = self.large()
+        unpruned, architecture = self.large(), architecture.without_positions()
         network = reshape(unpruned, architecture)
         before = copied_state(network)
         # Another stream than that of large: sharing it would be half a lottery ticket.
         with seeded(derive_seed(self.seed, "scratch-init")):
-            self._draw(network, self.init_of(unpruned) or "reset_parameters")
-            draw_masked(network, architecture.masks)
+            drawn = unpruned if dense else network
+            self._draw(drawn, self.init_of(unpruned) or "reset_parameters")
+            network = reshape(unpruned, architecture) if dense else network
+            draw_masked(network, architecture.masks, dense=dense)
         kept = [name for name, tensor in full_state(network).items() if torch.equal(tensor, before[name])]
         # Of these, what another seed gives other values was drawn; all else is a constant by design.
         other = full_state(reshape(self._build("other-init"), architecture)) if kept else {}

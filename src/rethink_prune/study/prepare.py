@@ -13,6 +13,7 @@ import torch
 from rethink_prune.config import StudyConfig, parse_config
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import Pruner, Target, find_pruner
+from rethink_prune.pruning.rounds import Rounds, plan_rounds
 from rethink_prune.store.store import Store
 from rethink_prune.study.arms import arm_of, draws_anew
 from rethink_prune.study.budget import Budget
@@ -35,8 +36,8 @@ class PreparedStudy:
     ----------
     init : str, optional
         Name of the initialiser; None where the network's modules reset themselves.
-    target : Target
-        What is to go from the unpruned network.
+    rounds : Rounds
+        What is to go from the unpruned network, in one step or several.
     given : Checkpoint, optional
         Weights of the unpruned network that the user brought.
     """
@@ -49,17 +50,24 @@ class PreparedStudy:
     networks: Networks
     init: str | None
     pruner: Pruner
-    target: Target
+    rounds: Rounds
     given: Checkpoint | None
     budget: Budget
+
+    @property
+    def target(self) -> Target:
+        """What is to go from the unpruned network in all."""
+        return self.rounds.target
 
     def plan(self) -> tuple[StageSpec, ...]:
         """Return the stages of the study."""
         return plan_study(
             self.budget,
             self.config.arms,
-            self.target,
+            self.rounds,
+            between=self.config.pruner.between_rounds,
             trains_sparse=self.pruner.trains_sparse,
+            at_start=self.pruner.at_start,
             baseline=self.config.large.baseline,
             given=self.given is not None,
         )
@@ -67,7 +75,7 @@ class PreparedStudy:
     @cached_property
     def parts(self) -> KeyParts:
         """What the keys of the stages are made of; reads the images, whose fingerprint they hold."""
-        return key_parts(self.config, self.inputs, self.networks, self.init, self.pruner, self.target, self.given)
+        return key_parts(self.config, self.inputs, self.networks, self.init, self.pruner, self.rounds, self.given)
 
 
 def check_config(tree: Mapping[str, Any]) -> StudyConfig:
@@ -111,7 +119,8 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
     networks = Networks(config.model, inputs.info, config.seed)
     model = networks.large()
     runtime = networks.check(model, runtime, draws_anew=draws_anew(config.arms))
-    target = pruner.target(model, torch.zeros(1, *inputs.image_shape), config.model.name)
+    rounds = plan_rounds(pruner, model, torch.zeros(1, *inputs.image_shape), config.model.name)
+    target = rounds.target
     if networks.is_own:
         pruned = reshape(model, target.rehearsal())
         try_training(pruned, inputs.info, runtime, f"model.name={config.model.name}: pruned")
@@ -127,10 +136,25 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
         macs_reference=target.full_cost.macs if reference is None else reference_macs(reference, inputs.info),
         train_images=inputs.info.train_images,
         trains_sparse=pruner.trains_sparse,
+        rewind=config.rewind,
     )
+    if given is not None and not pruner.at_start:
+        _check_start_is_known(config)
     store.check()
     init = networks.init_of(model)
-    return PreparedStudy(config, processes, runtime, store, inputs, networks, init, pruner, target, given, budget)
+    return PreparedStudy(config, processes, runtime, store, inputs, networks, init, pruner, rounds, given, budget)
+
+
+def _check_start_is_known(config: StudyConfig) -> None:
+    """Raise `UserError` if something needs the weights that a network had before the user brought it."""
+    early = [name for name in config.arms if arm_of(name).weights in ("initial", "early")]
+    between = config.pruner.between_rounds
+    needs = f"arms={early[0]}" if early else f"pruner.between_rounds={between}"
+    if early or (config.pruner.rounds and between != "none"):
+        raise UserError(
+            f"{needs}: needs the weights that the unpruned network started from, which large.checkpoint does not hold; "
+            f"leave large.checkpoint out" + ("" if early else ", or take pruner.between_rounds=none")
+        )
 
 
 def _check_batch_size(batch_size: int, processes: int) -> None:

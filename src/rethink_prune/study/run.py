@@ -1,9 +1,9 @@
 """A study: one dataset, model, pruner, budget and seed, run through its arms.
 
-Read :func:`run_study` top to bottom: large -> (sparse) -> prune -> arms -> summary. `plan.py` lists the stages,
-`keys.py` says what each one's result depends on, `work.py` does them, and `stages.py` runs one: it comes from the store
-if its key is there, and is computed otherwise. Where several processes train together, the others run
-:func:`join_study`.
+Read :func:`run_study` top to bottom: large -> (sparse) -> prune, at once or in rounds -> arms -> summary. `plan.py`
+lists the stages, `keys.py` says what each one's result depends on, `work.py` does them, and `stages.py` runs one: it
+comes from the store if its key is there, and is computed otherwise. Where several processes train together, the others
+run :func:`join_study`.
 """
 
 import logging
@@ -16,14 +16,14 @@ from typing import Any
 from rethink_prune.config import StudyConfig
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_json
-from rethink_prune.store.stage import Done
+from rethink_prune.store.stage import Done, Failed
 from rethink_prune.study.keys import add_keys, shared_by_processes
-from rethink_prune.study.plan import StageSpec, plan_arms, plan_content
+from rethink_prune.study.plan import StageSpec, plan_arms, plan_between, plan_content
 from rethink_prune.study.prepare import check_config, prepare_study
 from rethink_prune.study.stages import Runner
 from rethink_prune.study.summary import Summary
 from rethink_prune.study.tables import plan_text
-from rethink_prune.study.work import Order, pruned_network, train_stage
+from rethink_prune.study.work import Order, pruned_network, shuffled_architecture, train_stage
 from rethink_prune.surgery.cut import reshape
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.interrupts import Interrupts
@@ -89,36 +89,48 @@ def run_study(
     summary = Summary(run_dir, study, experiment)
     done: dict[str, Done] = {}
 
-    # The unpruned network, trained plainly, and by some pruners also their own way.
-    for title in ("large", "sparse"):
-        if title in planned:
-            summary.begin(planned[title], ())
-            outcome = runner.run(planned[title])
-            summary.add_base(title, outcome)
-            if isinstance(outcome, Done):
-                done[title] = outcome
+    def run(spec: StageSpec) -> Done | Failed:
+        parents = tuple(done[title] for title in spec.needs if title in done)
+        summary.begin(spec, parents)
+        outcome = runner.run(spec, parents)
+        if isinstance(outcome, Done):
+            done[spec.title] = outcome
+        return outcome
 
-    # Pruning, of what was trained last. A training that failed leaves nothing to prune.
-    prune = planned.get("prune")
-    if prune is not None and prune.parent in done:
-        outcome = runner.run(prune, (done[prune.parent],))
-        assert isinstance(outcome, Done), "only trainings can fail"
-        done["prune"] = outcome
+    # The unpruned network, trained plainly, and by some pruners also their own way; for tickets, its first epochs.
+    for title in ("large", "sparse", "early"):
+        if title in planned:
+            summary.add_base(title, run(planned[title]))
+
+    # Pruning, in rounds or at once, of what was trained last. A training that failed leaves nothing to prune.
+    for spec in planned.values():
+        if spec.kind != "prune" or (spec.parent is not None and spec.parent not in done):
+            continue
+        (spec,) = add_keys([spec], study.parts, _stage_names(done))
+        assert isinstance(run(spec), Done), "only trainings can fail"
+        if spec.title != "prune":
+            # The round is known by now, and so is the training that follows it.
+            left = pruned_network(study, done[spec.title])
+            between = plan_between(study.budget, spec.round, config.pruner.between_rounds, left.architecture, left.cost)
+            (between,) = add_keys([between], study.parts, _stage_names(done))
+            runner.replan([between])
+            summary.add_round(spec.round, done, run(between))
+        elif spec.round > 1:
+            summary.add_round(spec.round, done, None)
     pruned = pruned_network(study, done.get("prune"))
     summary.add_pruned(pruned, study.budget.ledger(pruned.cost) if pruned.cost else {}, done.get("prune"))
 
     # The arms. What was not known before pruning is planned now.
-    names = {title: outcome.stage.name for title, outcome in done.items()}
-    arms = add_keys(plan_arms(study.budget, config.arms, pruned.architecture, pruned.cost), study.parts, names)
+    shuffled = shuffled_architecture(study, pruned)
+    arms = plan_arms(study.budget, config.arms, pruned.architecture, pruned.cost, shuffled=shuffled)
+    arms = add_keys(arms, study.parts, _stage_names(done))
     runner.replan(arms)
     if pruned.cost is not None and not study.target.known:
         lengths = ", ".join(f"{spec.title} {spec.optimizer.epochs} epochs" for spec in arms if spec.optimizer)
         log.info("pruned: %s parameters, %.4g MACs; %s", f"{pruned.cost.params:,}", pruned.cost.macs, lengths)
 
     def run_arm(spec: StageSpec) -> None:
-        parents = tuple(done[title] for title in spec.needs if title in done)
-        summary.begin(spec, parents)
-        outcome = runner.run(spec, parents)
+        outcome = run(spec)
         for name in spec.names:
             summary.add_arm(name, outcome)
 
@@ -151,6 +163,10 @@ def join_study(interrupts: Interrupts, processes: Processes) -> None:
         # All processes see the same non-finite loss; the first one records it.
         with suppress(Diverged):
             train_stage(study, order.spec, model, interrupts, teacher=teacher)
+
+
+def _stage_names(done: Mapping[str, Done]) -> dict[str, str]:
+    return {title: outcome.stage.name for title, outcome in done.items()}
 
 
 def _call_others(config: StudyConfig, processes: Processes) -> None:

@@ -54,6 +54,8 @@ class Runner:
         self._interrupts = interrupts
         self._flops_left: dict[str, int | None] = {}
         self._timed: set[str] = set()
+        # What failed last: the arms that miss it were to start from it.
+        self._failed: str | None = None
         self.replan(stages)
 
     def replan(self, stages: Sequence[StageSpec]) -> None:
@@ -94,6 +96,7 @@ class Runner:
                     result = stage.result(started) or self._do(spec, stage, parents, events)
             self._flops_left[spec.title] = 0
             if isinstance(result, Failed):
+                self._failed = spec.title
                 return result
             if events is not None:
                 # A stage from the store has its curves in every run that uses it.
@@ -174,7 +177,7 @@ class Runner:
 
     def _what_is_missing(self, spec: StageSpec, parents: Sequence[Done]) -> str:
         """Return why a stage cannot run: a training that failed before it."""
-        failed = "sparse" if self._study.pruner.trains_sparse else "large"
+        failed = self._failed or "large"
         if spec.optimizer is None or spec.architecture is None:
             return f"{failed} failed, so it is not known what is pruned"
         is_pruned = any(parent.stage.name.startswith("prune-") for parent in parents)

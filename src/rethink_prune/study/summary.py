@@ -13,12 +13,13 @@ from typing import Any
 from rethink_prune.config import TARGET_OPTIONS
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_atomically, write_json
+from rethink_prune.pruning.channel_pruner import ChannelTarget
 from rethink_prune.store.stage import Done, Failed, total_flops
 from rethink_prune.study.arms import arm_of, draws_anew
 from rethink_prune.study.keys import settings, stage_name
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.prepare import PreparedStudy
-from rethink_prune.study.tables import study_table
+from rethink_prune.study.tables import rounds_table, study_table
 from rethink_prune.study.work import PrunedNetwork
 from rethink_prune.tracking.tensorboard import write_study
 from rethink_prune.training.runtime import describe_device
@@ -71,11 +72,49 @@ class Summary:
         self._write()
 
     def add_base(self, name: str, outcome: Done | Failed) -> None:
-        """Add the unpruned network as trained plainly (``large``) or by the pruner (``sparse``)."""
+        """Add the unpruned network as trained plainly (``large``), by the pruner (``sparse``), or ``early``."""
         self.content[name] = self._entry(name, outcome)
         if name == "sparse":
             large, sparse = self.content.get("large", {}), self.content["sparse"]
             self.content["study"]["warnings"] += collapse_warning(large, sparse, strength=self._strength)
+        self._write()
+
+    def add_round(self, number: int, done: Mapping[str, Done], trained: Done | Failed | None) -> None:
+        """Add a round of pruning, and the training that followed it.
+
+        Parameters
+        ----------
+        number : int
+            From 1.
+        done : mapping of str to Done
+            The stages so far.
+        trained : Done or Failed or None
+            None for the last round, which the arms follow.
+        """
+        title = "prune" if trained is None else f"prune_{number}"
+        prune = done[title]
+        self._stages[title] = prune.stage.name
+        between = {} if trained is None else self._entry(f"round_{number}", trained)
+        if between.get("status") == "failed":
+            self.content["study"]["warnings"].append(f"the training after round {number} failed: {between['reason']}")
+        layers = prune.result["report"]["layers"]
+        by_channel = isinstance(self.study.target, ChannelTarget)
+        entry = {
+            "round": number,
+            "params": prune.result["params"],
+            "weights": prune.result["params"],
+            "channels": sum(layer["kept"] for layer in layers) if by_channel else None,
+            "macs": prune.result["macs"],
+            "top1_before": prune.parents[0].result["top1"],
+            "top1": prune.result["top1"],
+            "top1_recalibrated": prune.result["top1_recalibrated"],
+            "top1_trained": between.get("top1"),
+            "epochs": between.get("epochs", 0),
+            "train_flops": between.get("train_flops", 0),
+            "stage": str(prune.stage.folder),
+            "trained_stage": between.get("stage"),
+        }
+        self.content.setdefault("rounds", []).append(entry)
         self._write()
 
     def add_pruned(self, pruned: PrunedNetwork, ledger: Mapping[str, Any], done: Done | None) -> None:
@@ -118,7 +157,7 @@ class Summary:
     def finish(self) -> None:
         """Print the table; raise if a stage failed."""
         arms = self.content["arms"]
-        bases = {name: self.content[name] for name in ("large", "sparse") if name in self.content}
+        bases = {name: self.content[name] for name in ("large", "sparse", "early") if name in self.content}
         entries = {**bases, **arms}
         finals = {f"top1/{name}": entry["top1"] for name, entry in entries.items() if entry["status"] == "done"}
         config = self.study.config.model_dump(mode="json", exclude={"arms", "store", "dry_run"}, serialize_as_any=True)
@@ -167,7 +206,8 @@ class Summary:
         at_once = max((entry.get("together", 1) for entry in self.content.get("arms", {}).values()), default=1)
         if at_once > 1:
             notes.append(f"Note: up to {at_once} trainings shared the device; seconds are those of all.")
-        return "\n\n".join([title, study_table(self.content), *failures, *notes])
+        rounds = [rounds_table(self.content["rounds"])] if "rounds" in self.content else []
+        return "\n\n".join([title, *rounds, study_table(self.content), *failures, *notes])
 
     @property
     def _strength(self) -> float | None:
@@ -228,12 +268,19 @@ def describe_study(study: PreparedStudy, experiment: str | None) -> dict[str, An
 
 
 def _warnings(study: PreparedStudy) -> list[str]:
-    if study.init is not None or not draws_anew(study.config.arms):
-        return []
-    return [
-        f"{study.config.model.name} belongs to no known family: scratch arms draw weights with "
-        "reset_parameters; name an initialiser with model.init if that is not how it is trained"
-    ]
+    warnings = []
+    if study.init is None and draws_anew(study.config.arms):
+        warnings.append(
+            f"{study.config.model.name} belongs to no known family: scratch arms draw weights with "
+            "reset_parameters; name an initialiser with model.init if that is not how it is trained"
+        )
+    rewound = [name for name in study.config.arms if arm_of(name).weights == "early"]
+    if rewound and not study.budget.early_epochs:
+        warnings.append(
+            f"rewind.epoch={study.config.rewind.epoch:g} is less than one of {study.config.recipe.epochs} epochs: "
+            f"{rewound[0]} goes back to the start, as lottery does"
+        )
+    return warnings
 
 
 def _commit() -> str | None:

@@ -1,6 +1,6 @@
 """The table of a study, as Markdown and for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rethink_prune.text import markdown
@@ -18,6 +18,7 @@ COLUMNS = (
     "with search",
     "seconds",
 )
+ROUND_COLUMNS = ("round", "channels", "weights", "MACs", "top-1 % before", "pruned", "trained", "epochs")
 PLAN_COLUMNS = ("arm", "epochs", "milestones", "training FLOPs", "total FLOPs")
 
 
@@ -36,6 +37,32 @@ def study_table(summary: Mapping[str, Any]) -> str:
     optional = {COLUMNS.index(name) for name in ("top-5 %", "with search")}
     shown = [index for index in range(len(COLUMNS)) if index not in optional or any(row[index] for row in rows)]
     return markdown([COLUMNS[index] for index in shown], [[row[index] for index in shown] for row in rows])
+
+
+def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rounds of a study as Markdown: what each left, and the accuracy before, after, and after training.
+
+    Examples
+    --------
+    >>> entry = {"round": 1, "channels": None, "weights": 500, "macs": 2e6, "top1_before": 99.0, "top1": 60.0}
+    >>> print(rounds_table([{**entry, "top1_trained": 98.0, "epochs": 12}]))
+    | round | weights |   MACs | top-1 % before | pruned | trained | epochs |
+    | ----- | ------: | -----: | -------------: | -----: | ------: | -----: |
+    | 1     |     500 | 2.00 M |          99.00 |  60.00 |   98.00 |     12 |
+    """
+    rows = [
+        [
+            str(entry["round"]),
+            _number(entry["channels"]),
+            _number(entry["weights"]),
+            _millions(entry["macs"]),
+            *("" if entry[name] is None else f"{entry[name]:.2f}" for name in ("top1_before", "top1", "top1_trained")),
+            _number(entry["epochs"] or None),
+        ]
+        for entry in rounds
+    ]
+    shown = [index for index in range(len(ROUND_COLUMNS)) if index != 1 or any(row[1] for row in rows)]
+    return markdown([ROUND_COLUMNS[index] for index in shown], [[row[index] for index in shown] for row in rows])
 
 
 def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -110,6 +137,8 @@ def _plan_rows(plan: Mapping[str, Any]) -> list[list[str]]:
             title = name if base["trained"] else f"{name} (not trained)"
             flops = _flops(base["train_flops"])
             rows.append([title, str(base["epochs"]), milestones, flops, flops])
+    for name, between in plan.get("before_arms", {}).items():
+        rows.append([name, _number(between["epochs"]), "", _flops(between["train_flops"]), ""])
     for names in same_trainings(plan["arms"]):
         arm = plan["arms"][names[0]]
         milestones = " ".join(map(str, arm["milestones"])) if arm["milestones"] is not None else "after pruning"

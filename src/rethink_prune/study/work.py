@@ -7,17 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rethink_prune.cost import Cost, count_cost
 from rethink_prune.data import Epoch
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS, PruneResult
+from rethink_prune.pruning.pruner import LayerWidth
 from rethink_prune.seeds import derive_generator, derive_seed, seeded
 from rethink_prune.state import copied_state, full_state, load_full_state, same_value, sample_logits
 from rethink_prune.store.stage import Done
 from rethink_prune.store.weights import load_stage_weights
-from rethink_prune.study.keys import shared_by_processes
+from rethink_prune.study.arms import arm_of
+from rethink_prune.study.keys import shared_by_processes, stage_name
 from rethink_prune.study.plan import UNPRUNED, StageSpec
 from rethink_prune.study.prepare import PreparedStudy
 from rethink_prune.study.trial import UNSEEDED
@@ -88,14 +91,18 @@ def do_stage(
     needed = {title: load_stage_weights(done.stage) for title, done in zip(spec.needs, parents, strict=True)}
     weights = needed[spec.parent] if spec.parent else None
     if spec.kind == "prune":
-        assert weights is not None
-        return prune_network(study, weights)
+        before = Architecture.load(parents[0].stage.folder) if parents else UNPRUNED
+        _check_positions(before, parents)
+        return prune_network(study, spec.round, weights, before)
     assert spec.architecture is not None
     assert spec.cost is not None
-    if weights is not None:
+    if spec.kind == "ticket":
+        _check_positions(spec.architecture, parents)
+        model = study.networks.ticket(spec.architecture, weights)
+    elif weights is not None:
         model = study.networks.load(spec.architecture, weights)
     elif spec.kind == "scratch":
-        model = study.networks.scratch(spec.architecture)
+        model = study.networks.scratch(spec.architecture, dense=study.config.pruner.redraw == "dense")
     else:
         model = study.networks.large()
     teacher = study.networks.load(UNPRUNED, needed[spec.teacher]) if spec.teacher else None
@@ -118,6 +125,10 @@ def do_stage(
     result = _training_result(progress.rows, spec.cost, progress.seconds, flops_per_image=flops)
     if lr is not None:
         result["lr_start"] = lr
+    if spec.until is not None and spec.key is not None:
+        # These epochs are the first of that training, and are paid for there.
+        whole = {name: value for name, value in spec.key.items() if name != "until"}
+        result["part_of"] = stage_name("sparse" if study.pruner.trains_sparse else "large", whole)
     return Product(full_state(model), spec.architecture, result, sample_logits(model, study.inputs.image_shape))
 
 
@@ -165,7 +176,8 @@ def train_stage(
     assert spec.optimizer is not None
     assert spec.architecture is not None
     # The pruner takes part in its own training; in those of the arms, masked weights are held at zero.
-    hooks = study.pruner.sparse(study.target) if spec.kind == "sparse" else HeldMasks(spec.architecture.masks)
+    sparse = spec.kind == "sparse" or (spec.kind == "early" and study.pruner.trains_sparse)
+    hooks = study.pruner.sparse(study.target) if sparse else HeldMasks(spec.architecture.masks)
     if study.config.sync_batchnorm:
         study.processes.share_norms(model, study.runtime.device)
     with seeded(derive_seed(study.config.seed, "prepare")):
@@ -182,6 +194,7 @@ def train_stage(
         interrupts=interrupts,
         processes=study.processes,
         teacher=None if teacher is None else Teacher(teacher, **study.config.recipe.distillation.model_dump()),
+        until=spec.until,
         title=spec.title,
         on_epoch=on_epoch,
     )
@@ -205,15 +218,36 @@ def take_given(study: PreparedStudy) -> Product:
     return Product(given.state, UNPRUNED, result, sample_logits(model, study.inputs.image_shape))
 
 
-def prune_network(study: PreparedStudy, weights: Mapping[str, Tensor]) -> Product:
-    """Prune a trained network, and evaluate what is left before any retraining."""
+def prune_network(
+    study: PreparedStudy, number: int, weights: Mapping[str, Tensor] | None, before: Architecture
+) -> Product:
+    """Prune a network, and evaluate what is left before any retraining.
+
+    Parameters
+    ----------
+    study : PreparedStudy
+    number : int
+        Of the round, from 1.
+    weights : mapping of str to Tensor, optional
+        Of the network; by default, those of the unpruned one before any training.
+    before : Architecture
+        What earlier rounds left of it.
+    """
     start = time.monotonic()
-    model = study.networks.load(UNPRUNED, weights)
-    pruned = _ask_pruner(study, model)
+    model = study.networks.large() if weights is None else study.networks.load(before, weights)
+    pruned = _ask_pruner(study, number, model, before)
     # Ours draw from the generator they are given; a user's own is asked twice, which costs little beside training.
     name = study.config.pruner.name
-    if name not in PRUNERS and not same_value(full_state(pruned.model), full_state(_ask_pruner(study, model).model)):
-        raise UserError(f"pruner.name={name}: {UNSEEDED}")
+    if name not in PRUNERS:
+        again = _ask_pruner(study, number, model, before)
+        if not same_value(full_state(pruned.model), full_state(again.model)):
+            raise UserError(f"pruner.name={name}: {UNSEEDED}")
+    architecture, report = pruned.architecture, pruned.report
+    if number > 1:
+        architecture = architecture.after(before)
+        # In terms of the unpruned network.
+        full = {layer.layer: layer.full for layer in study.target.report().layers}
+        report = replace(report, layers=tuple(replace(kept, full=full[kept.layer]) for kept in report.layers))
     # Taken before the evaluation moves the network to the device and changes its statistics.
     state = copied_state(pruned.model)
     evaluation = _evaluation_result(study, pruned.model)
@@ -227,24 +261,41 @@ def prune_network(study: PreparedStudy, weights: Mapping[str, Tensor]) -> Produc
         evaluation["top1_recalibrated"] = evaluation["top1"]
     result = {
         **evaluation,
-        **asdict(count_cost(pruned.model, study.inputs.image_shape, masks=pruned.architecture.masks)),
-        "report": asdict(pruned.report),
+        **asdict(count_cost(pruned.model, study.inputs.image_shape, masks=architecture.masks)),
+        "report": asdict(report),
         "train_flops": 0,
         "epochs": 0,
         "seconds": time.monotonic() - start,
     }
-    return Product(state, pruned.architecture, result, sample_logits(pruned.model, study.inputs.image_shape))
+    return Product(state, architecture, result, sample_logits(pruned.model, study.inputs.image_shape))
 
 
-def _ask_pruner(study: PreparedStudy, model: nn.Module) -> PruneResult:
-    seed = study.config.seed
-    with seeded(derive_seed(seed, "prune")):
-        return study.pruner.prune(
+def _ask_pruner(study: PreparedStudy, number: int, model: nn.Module, before: Architecture) -> PruneResult:
+    seed, pruner, target = study.config.seed, study.rounds.pruners[number - 1], study.target
+    if len(study.rounds.pruners) > 1:
+        # A round has a target of its own: what goes from the network as it is by now.
+        masks = {"masks": before.masks} if before.masks else {}
+        example = torch.zeros(1, *study.inputs.image_shape)
+        target = pruner.target(model, example, study.config.model.name, **masks)
+    # The first round draws what a single one does.
+    purpose = ("prune",) if number == 1 else ("prune", number)
+    with seeded(derive_seed(seed, *purpose)):
+        return pruner.prune(
             model.eval(),
-            study.target,
+            target,
             # The images of the first epoch, in its order.
             data=Epoch(study.inputs.train_batches, 0),
-            generator=derive_generator(seed, "prune"),
+            generator=derive_generator(seed, *purpose),
+        )
+
+
+def _check_positions(architecture: Architecture, parents: Sequence[Done]) -> None:
+    """Raise `UserError` if it is not known which channels of the unpruned network remain."""
+    if not architecture.has_positions:
+        made = f"{parents[-1].stage.folder}: " if parents else ""
+        raise UserError(
+            f"{made}does not say which channels remain, so no ticket can be cut: made by an earlier version (remove "
+            "that folder to prune again), or by a pruner whose architecture has no positions"
         )
 
 
@@ -265,7 +316,15 @@ def pruned_network(study: PreparedStudy, pruned: Done | None) -> PrunedNetwork:
     report = asdict(study.target.report())
     if not study.target.known:
         return PrunedNetwork(report)
-    return PrunedNetwork(report, study.target.known_architecture, study.target.cost)
+    return PrunedNetwork(report, study.target.known_architecture.without_positions(), study.target.cost)
+
+
+def shuffled_architecture(study: PreparedStudy, pruned: PrunedNetwork) -> Architecture | None:
+    """Return the pruned architecture with what remains drawn at random; None where no arm trains it."""
+    if pruned.architecture is None or not any(arm_of(name).shuffled for name in study.config.arms):
+        return None
+    layers = [LayerWidth(**layer) for layer in pruned.report["layers"]]
+    return study.target.reshuffled(layers, derive_generator(study.config.seed, "reshuffle"))
 
 
 def _evaluation_result(study: PreparedStudy, model: nn.Module) -> dict[str, float | None]:

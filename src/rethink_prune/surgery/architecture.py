@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ INPUT_WIDTHS = ("in_channels", "in_features")
 _ATTRIBUTES = (*OUTPUT_WIDTHS, *INPUT_WIDTHS, "groups", "padding")
 # The buffer with the channels that a module selects.
 SELECTED = "selected"
-# The fields that hold tensors.
-_TENSOR_FIELDS = ("selections", "masks")
+# The fields that hold tensors. Files of earlier versions have no positions.
+_POSITIONS = ("outputs", "inputs")
+_TENSOR_FIELDS = ("selections", "masks", *_POSITIONS)
 _SUFFIX = ".selected"
 
 Masks = Mapping[str, torch.Tensor]
@@ -57,6 +58,9 @@ class Architecture:
         Last modules of the residual branches that are gone; see `branches.remove_branches`.
     masks : mapping of str to torch.Tensor
         For parameters of which single weights are gone: True where a weight remains, in the parameter's shape.
+    outputs, inputs : mapping of str to torch.Tensor
+        Where the output and input channels of each changed module were in the unpruned network, int64, if that is
+        known. Two architectures that differ in nothing else are equal: shapes and cost do not depend on it.
 
     Examples
     --------
@@ -72,12 +76,57 @@ class Architecture:
     selections: Mapping[str, torch.Tensor] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    outputs: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether it says which channels remain, so that other weights of the network can be cut like those pruned."""
+        return bool(self.outputs or self.inputs) or not self.modules
+
+    def without_positions(self) -> Architecture:
+        """Return the same architecture of which it is not known which channels remain."""
+        return replace(self, outputs={}, inputs={})
+
+    def after(self, first: Architecture) -> Architecture:
+        """Return what this architecture leaves of a network that an earlier one had left.
+
+        Parameters
+        ----------
+        first : Architecture
+            What the unpruned network was pruned to; this one is relative to that.
+
+        Returns
+        -------
+        Architecture
+            Relative to the unpruned network.
+
+        Examples
+        --------
+        >>> first = Architecture({"0": {"out_features": 3}}, outputs={"0": torch.tensor([1, 4, 6])})
+        >>> then = Architecture({"0": {"out_features": 2}}, outputs={"0": torch.tensor([0, 2])})
+        >>> both = then.after(first)
+        >>> both.modules, both.outputs
+        ({'0': {'out_features': 2}}, {'0': tensor([1, 6])})
+        """
+        modules = {name: {**first.modules.get(name, {}), **values} for name, values in self.modules.items()}
+        masks = {name: _join_masks(first, self, name) for name in {**first.masks, **self.masks}}
+        return Architecture(
+            {**first.modules, **modules},
+            {**first.edits, **self.edits},
+            {**first.selections, **self.selections},
+            tuple(dict.fromkeys((*first.removed, *self.removed))),
+            masks,
+            _join_positions(first.outputs, self.outputs),
+            _join_positions(first.inputs, self.inputs),
+        )
 
     def save(self, folder: Path) -> None:
         """Write ``architecture.json``, and ``architecture.safetensors`` if it has tensors, into `folder`."""
         tables = {kind: getattr(self, kind) for kind in _TENSOR_FIELDS}
         content = {"format": _FORMAT, "modules": self.modules, "edits": self.edits, "removed": list(self.removed)}
-        text = json.dumps(content | {kind: sorted(tables[kind]) for kind in tables}, sort_keys=True, indent=1)
+        names = {kind: sorted(table) for kind, table in tables.items() if table or kind not in _POSITIONS}
+        text = json.dumps(content | names, sort_keys=True, indent=1)
         (folder / "architecture.json").write_text(text + "\n", encoding="utf-8")
         # safetensors refuses tensors that are not contiguous.
         tensors = {f"{kind}/{n}": t.cpu().contiguous() for kind, table in tables.items() for n, t in table.items()}
@@ -103,13 +152,13 @@ class Architecture:
             for table in (modules, edits):
                 if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
                     raise ValueError("modules and edits must be tables")
-            names = content["selections"] + content["masks"]
-            tensors = load_file(folder / "architecture.safetensors") if names else {}
-            selections, masks = ({n: tensors[f"{kind}/{n}"] for n in content[kind]} for kind in _TENSOR_FIELDS)
+            names = {kind: content[kind] for kind in _TENSOR_FIELDS if kind in content or kind not in _POSITIONS}
+            tensors = load_file(folder / "architecture.safetensors") if any(names.values()) else {}
+            tables = {kind: {n: tensors[f"{kind}/{n}"] for n in names[kind]} for kind in names}
             removed = tuple(map(str, content["removed"]))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{path}: damaged or incomplete: {error!r}") from error
-        return cls(modules, edits, selections, removed, masks)
+        return cls(modules, edits, removed=removed, **tables)
 
     def check_fits(self, model: nn.Module) -> None:
         """Check that this is an architecture of a network, given at full width.
@@ -133,10 +182,35 @@ class Architecture:
                     raise UserError(f"{network}: has no {name}.{attribute}, which the architecture changes")
                 if attribute != "padding" and not (isinstance(value, int) and 1 <= value <= full):
                     raise UserError(f"{name}.{attribute}={value}: must be between 1 and {full}, its full width")
+        for name, positions in [*self.outputs.items(), *self.inputs.items()]:
+            self._check_positions(name, positions, modules)
         unknown = [name for name in (*self.selections, *self.removed) if name not in modules]
         unknown += [name for name in self.masks if name not in dict(model.named_parameters())]
         if unknown:
             raise UserError(f"{network}: has no {unknown[0]}, which the architecture changes")
+
+    def _check_positions(self, name: str, positions: torch.Tensor, modules: Mapping[str, nn.Module]) -> None:
+        kind, widths = ("outputs", OUTPUT_WIDTHS) if positions is self.outputs.get(name) else ("inputs", INPUT_WIDTHS)
+        full = next((getattr(modules[name], key) for key in widths if hasattr(modules.get(name), key)), 0)
+        kept = next((self.modules.get(name, {}).get(key) for key in widths if key in self.modules.get(name, {})), None)
+        if len(positions) != kept or not (int(positions.min()) >= 0 and int(positions.max()) < full):
+            raise UserError(f"{name}: its {kind} must be {kept} positions between 0 and {full - 1}")
+
+
+def _join_positions(first: Mapping[str, torch.Tensor], then: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**first, **{name: first[name][kept] if name in first else kept for name, kept in then.items()}}
+
+
+def _join_masks(first: Architecture, then: Architecture, name: str) -> torch.Tensor:
+    """Return the mask of a parameter after both, in its final shape."""
+    earlier = first.masks.get(name)
+    if earlier is None:
+        return then.masks[name]
+    module, _, kind = name.rpartition(".")
+    for dim, positions in enumerate((then.outputs.get(module), then.inputs.get(module) if kind == "weight" else None)):
+        if positions is not None:
+            earlier = earlier.index_select(dim, positions)
+    return earlier & then.masks[name] if name in then.masks else earlier
 
 
 @torch.no_grad()
@@ -156,12 +230,12 @@ def apply_masks(model: nn.Module, masks: Masks) -> None:
 
 
 @torch.no_grad()
-def draw_masked(model: nn.Module, masks: Masks) -> None:
+def draw_masked(model: nn.Module, masks: Masks, *, dense: bool = False) -> None:
     """Draw the masked convolutions anew at a density-scaled fan-out, and set their masked weights to zero.
 
     N(0, sqrt(2 / n)) with ``n`` = remaining weights / C_in, as Liu et al. (2019) do for networks of any family: with
-    nothing masked, ``n`` is the fan-out ``k k C_out``. Other masked parameters keep the values they have where they
-    remain.
+    nothing masked, ``n`` is the fan-out ``k k C_out``. With `dense` it is that in any case, as in their lottery-ticket
+    code for whole filters. Other masked parameters keep the values they have where they remain.
 
     Parameters
     ----------
@@ -169,6 +243,8 @@ def draw_masked(model: nn.Module, masks: Masks) -> None:
         Freshly initialised; changed in place. Draws from torch's global generator, in the order of the names.
     masks : mapping of str to torch.Tensor
         Each with at least one True.
+    dense : bool
+        Take all weights for the fan-out, those that are masked included.
 
     Examples
     --------
@@ -182,7 +258,7 @@ def draw_masked(model: nn.Module, masks: Masks) -> None:
     for name in sorted(masks):
         parameter = model.get_parameter(name)
         if parameter.ndim > 2:
-            fan_out = int(masks[name].sum()) / parameter.shape[1]
+            fan_out = (parameter.numel() if dense else int(masks[name].sum())) / parameter.shape[1]
             nn.init.normal_(parameter, 0.0, math.sqrt(2.0 / fan_out))
     apply_masks(model, masks)
 

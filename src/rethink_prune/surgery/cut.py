@@ -65,7 +65,10 @@ def apply(model: nn.Module, plan: CutPlan) -> tuple[nn.Module, Architecture]:
     {'0': {'out_channels': 2}, '2': {'in_channels': 2}}
     """
     selections = {name: torch.tensor(indexes) for name, indexes in plan.selections.items()}
-    architecture = Architecture(dict(plan.attributes), plan.edits, selections)
+    outputs, inputs = (
+        {name: torch.tensor(kept) for name, kept in table.items()} for table in (plan.outputs, plan.inputs)
+    )
+    architecture = Architecture(dict(plan.attributes), plan.edits, selections, outputs=outputs, inputs=inputs)
     pruned = _cut(model, plan.outputs, plan.inputs, architecture)
     shapes = on_meta(pruned).eval()
     graph = _edit_graph(shapes, plan.edits)
@@ -87,8 +90,8 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
     Returns
     -------
     nn.Module
-        Takes the pruned network's state dict. Its weights are arbitrary pieces of the full network's: load or
-        initialise them.
+        Takes the pruned network's state dict. Its weights are those of `model` at the architecture's positions, if it
+        has them, and otherwise arbitrary pieces. Masks are not applied.
 
     Raises
     ------
@@ -106,10 +109,15 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
     """
     architecture.check_fits(model)
     widths = [(name, *item) for name, attributes in architecture.modules.items() for item in attributes.items()]
-    outputs = {name: range(value) for name, key, value in widths if key in OUTPUT_WIDTHS}
+    outputs: _Kept = {name: range(value) for name, key, value in widths if key in OUTPUT_WIDTHS}
     # A grouped convolution's weight has as many columns as before: those of one group.
     grouped = {name for name in architecture.modules if getattr(model.get_submodule(name), "groups", 1) > 1}
-    inputs = {name: range(value) for name, key, value in widths if key in INPUT_WIDTHS and name not in grouped}
+    inputs: _Kept = {name: range(value) for name, key, value in widths if key in INPUT_WIDTHS and name not in grouped}
+    if architecture.outputs or architecture.inputs:
+        outputs, inputs = (
+            {name: kept.tolist() for name, kept in table.items()}
+            for table in (architecture.outputs, architecture.inputs)
+        )
     reshaped = _cut(model, outputs, inputs, architecture)
     if architecture.edits:
         shapes = on_meta(reshaped).eval()

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
@@ -37,6 +38,8 @@ class OptimizerSpec:
         Of the training loss, in [0, 1).
     start : AdaptiveStart, optional
         Says what share of `lr` the training starts from, which has to be put in its place before it begins.
+    passed : int
+        Epochs of the schedule that lie before the training: it has the last `epochs` of ``passed + epochs``.
     """
 
     optimizer: str
@@ -52,6 +55,7 @@ class OptimizerSpec:
     decay_norms: bool = True
     label_smoothing: float = 0.0
     start: AdaptiveStart | None = None
+    passed: int = 0
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, fused: bool) -> Optimizer:
@@ -99,6 +103,10 @@ def build_scheduler(optimizer: Optimizer, spec: OptimizerSpec) -> lr_scheduler.L
     >>> rates
     [0.1, 0.2, 0.3, 0.3]
     """
+    if spec.passed:
+        rates = _rates_of(replace(spec, epochs=spec.passed + spec.epochs, passed=0))[spec.passed :]
+        # The schedule is asked once more after the last epoch.
+        return lr_scheduler.LambdaLR(optimizer, lambda epoch: rates[min(epoch, len(rates) - 1)] / spec.lr)
     if not spec.warmup:
         return _build_decay(optimizer, spec)
     rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / (spec.warmup + 1), total_iters=spec.warmup)
@@ -106,6 +114,18 @@ def build_scheduler(optimizer: Optimizer, spec: OptimizerSpec) -> lr_scheduler.L
     milestones = tuple(max(0, milestone - spec.warmup) for milestone in spec.milestones)
     decay = _build_decay(optimizer, replace(spec, epochs=spec.epochs - spec.warmup, milestones=milestones))
     return lr_scheduler.SequentialLR(optimizer, [rise, decay], milestones=[spec.warmup])
+
+
+def _rates_of(spec: OptimizerSpec) -> list[float]:
+    """Return the learning rate of every epoch of a schedule."""
+    optimizer = build_optimizer([nn.Parameter(torch.zeros(1))], spec, fused=False)
+    scheduler = build_scheduler(optimizer, spec)
+    rates = []
+    for _ in range(spec.epochs):
+        rates.append(float(scheduler.get_last_lr()[0]))
+        optimizer.step()
+        scheduler.step()
+    return rates
 
 
 def _build_decay(optimizer: Optimizer, spec: OptimizerSpec) -> lr_scheduler.LRScheduler:

@@ -42,6 +42,7 @@ def train(
     interrupts: Interrupts,
     processes: Processes = ALONE,
     teacher: Teacher | None = None,
+    until: int | None = None,
     title: str = "",
     on_epoch: Callable[[list[Row]], None] = lambda rows: None,
 ) -> Progress:
@@ -63,6 +64,8 @@ def train(
         Those that train together, all of them with the same arguments; they share every batch.
     teacher : Teacher, optional
         What `model` learns from beside the labels; ``train_loss`` is then the loss of both.
+    until : int, optional
+        Stop after so many epochs, where a training of ``spec.epochs`` passes; by default at its end.
     title : str
         Shown beside the progress bar.
     on_epoch : callable
@@ -105,6 +108,7 @@ def train(
     >>> [row["lr"] for row in progress.rows]
     [0.1, 0.05]
     """
+    epochs = until or spec.epochs
     model = runtime.place(model)
     # Built after surgery and `hooks.prepare`, both of which make new parameters.
     optimizer = build_optimizer(hooks.optimized(model), spec, fused=runtime.accelerates_cuda)
@@ -130,10 +134,10 @@ def train(
     )
     score = build_score(model, hooks, runtime=runtime)
     shard, own_batches = processes.shard, batches.part(processes.shard)
-    bar = progress_bar(progress, batches, epochs=spec.epochs, title=title, shown=runtime.show_progress)
+    bar = progress_bar(progress, batches, epochs=epochs, title=title, shown=runtime.show_progress)
     # A signal does not break a step: `saver.pause` looks for it where the training can stop.
     with bar as drawn, interrupts.deferred(), processes.translate_connection_errors():
-        while progress.epoch < spec.epochs:
+        while progress.epoch < epochs:
             # Evaluation has left the network in evaluation mode.
             model.train()
             # Summed on the device: reading a loss after every step would make the host wait for it.
@@ -152,7 +156,7 @@ def train(
                 drawn.update(size)
                 # The end of an epoch is no place to stop: its row is not written yet.
                 if progress.step < batches.steps_per_epoch and progress.step % processes.steps_together == 0:
-                    saver.pause(progress, title, spec.epochs)
+                    saver.pause(progress, title, epochs)
                 pass_turn()
             speed.apply()
             noticed = _ask_hooks(hooks, model, progress)
@@ -172,9 +176,9 @@ def train(
             scheduler.step()
             progress.complete_epoch(row)
             on_epoch(progress.rows)
-            drawn.set_postfix_str(f"epoch {progress.epoch}/{spec.epochs}")
-            if progress.epoch < spec.epochs:
-                saver.pause(progress, title, spec.epochs)
+            drawn.set_postfix_str(f"epoch {progress.epoch}/{epochs}")
+            if progress.epoch < epochs:
+                saver.pause(progress, title, epochs)
     progress.seconds = saver.seconds()
     return progress
 
