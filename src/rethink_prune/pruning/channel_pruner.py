@@ -146,6 +146,14 @@ class ChannelTarget(Target):
         widths = {name: size - len(choice.drop.get(name, ())) for name, size in self._sizes.items()}
         return PruneResult(pruned, architecture, self.report(widths, choice.warnings))
 
+    def reshuffled(self, layers: Sequence[LayerWidth], generator: torch.Generator) -> Architecture:
+        """Return an architecture with these widths and random units of each group; groups that keep all stay whole."""
+        drop: dict[str, list[int]] = {}
+        for layer in layers:
+            order = torch.randperm(self._sizes[layer.layer], generator=generator)
+            drop[layer.layer] = sorted(order[layer.kept :].tolist())
+        return self._drop(self.shapes, drop)[1]
+
     def rehearsal(self) -> Architecture:
         """Return an architecture as any scores would leave it: where they decide the widths, the narrowest."""
         return self._cut_last(self._narrowest)[1]
@@ -259,6 +267,7 @@ class Channelwise(Pruner[Options, ChannelTarget]):
 
     options_type: ClassVar[type[PrunerOptions]] = ChannelOptions
     selecting: ClassVar[Literal["norm", "conv"] | None] = None
+    in_rounds: ClassVar[bool] = True
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
         """Find the groups that may be pruned, and, where the options alone decide it, their widths."""

@@ -114,6 +114,25 @@ class Target(ABC):
     def report(self) -> PruneReport:
         """Return what goes if it is known, and what cannot go."""
 
+    def reshuffled(self, layers: Sequence[LayerWidth], generator: torch.Generator) -> Architecture:
+        """Return an architecture that keeps as much of each layer, at positions drawn at random.
+
+        It costs what the pruned network costs.
+
+        Parameters
+        ----------
+        layers : sequence of LayerWidth
+            What each layer keeps: those of a report that this target gave.
+        generator : torch.Generator
+            Decides the positions.
+
+        Raises
+        ------
+        UserError
+            If the pruner does not define it.
+        """
+        raise UserError(f"{type(self).__name__}: does not define reshuffled(), which draws positions at random")
+
     def rehearsal(self) -> Architecture:
         """Return an architecture as this target leaves it, to try; by default the empty one unless `known`."""
         return self.architecture() if self.known else Architecture()
@@ -156,6 +175,12 @@ class Pruner(ABC, Generic[Options, TargetType]):
         Whether it trains the network its own way; then :meth:`sparse` says how.
     needs_data : bool
         Whether :meth:`prune` reads training images.
+    at_start : bool
+        Whether it prunes the network as it was drawn, before any training.
+    in_rounds : bool
+        Whether it can prune a network that it has pruned before.
+    no_rounds : str
+        Why it cannot, if it cannot.
     """
 
     name: ClassVar[str]
@@ -164,6 +189,9 @@ class Pruner(ABC, Generic[Options, TargetType]):
     variants: ClassVar[Variants] = {}  # replaced, never changed
     trains_sparse: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    at_start: ClassVar[bool] = False
+    in_rounds: ClassVar[bool] = False
+    no_rounds: ClassVar[str] = "its class does not say that it can (in_rounds = True)"
 
     def __init__(self, options: Options) -> None:
         self.options = options

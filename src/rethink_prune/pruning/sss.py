@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Annotated, ClassVar, Self
 
 import torch
@@ -27,6 +28,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import nn
 
 from rethink_prune.config import Frozen, Positive, PrunerOptions, VariantName
+from rethink_prune.cost import layer_macs, on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.factors import KINDS, Kind, ScalingFactors, Structure, find_blocks, find_layers
 from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target, Variants
@@ -34,6 +36,7 @@ from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.branches import remove_branches
 from rethink_prune.surgery.channels import Positions, analyse
 from rethink_prune.surgery.cut import apply
+from rethink_prune.surgery.graph import module_calls, trace
 
 # Of each stage: how many blocks remain, and whether its first, which has the projection, is among them.
 Remaining = Mapping[str, tuple[int, bool]]
@@ -176,6 +179,49 @@ class SSSTarget(Target):
         """Return the branches that go, if they are known, and what cannot go."""
         return self.cut(self.shapes, self.gone or {}).report
 
+    def reshuffled(self, layers: Sequence[LayerWidth], generator: torch.Generator) -> Architecture:
+        """Return an architecture with as many random blocks of each kind, and random groups and channels of each layer.
+
+        Blocks are of one kind if their branches hold the same modules at the same cost: those of a stage, without the
+        first, which changes the shape. A block that takes another's place has as many groups and channels as that one.
+        """
+        kept = {layer.layer: layer.kept for layer in layers}
+        kinds: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for block, branch in self._branches.items():
+            inside = (s.name for s in self.structures if s.kind != "blocks" and s.module in branch)
+            kinds.setdefault(tuple(branch.values()), []).append((block, *inside))
+        for blocks in kinds.values():
+            counts = [[kept[name] for name in names] for names in blocks if kept[names[0]]]
+            places = torch.randperm(len(blocks), generator=generator)[: len(counts)].tolist()
+            kept |= dict.fromkeys((name for names in blocks for name in names), 0)
+            for place, remaining in zip(sorted(places), counts, strict=True):
+                kept |= zip(blocks[place], remaining, strict=True)
+        gone: dict[str, Sequence[int]] = {}
+        for structure in self.structures:
+            order = torch.randperm(len(structure.units), generator=generator)
+            gone[structure.name] = sorted(order[kept[structure.name] :].tolist())
+        return self.cut(self.shapes, gone).architecture
+
+    @cached_property
+    def _branches(self) -> dict[str, dict[str, str]]:
+        """For each block, the modules with parameters of its branch by name, each with what it is and its MACs."""
+        blocks = tuple(structure.name for structure in self.structures if structure.kind == "blocks")
+        if not blocks:
+            return {}
+        remaining = dict(remove_branches(self.shapes, blocks).named_modules())
+        macs = layer_macs(self.shapes, self.input_shape)
+        branches: dict[str, dict[str, str]] = {}
+        branch: dict[str, str] = {}
+        # In order of execution, so that each branch stands together; its last module has the block's name.
+        for name in module_calls(trace(on_meta(self.shapes))):
+            module = self.shapes.get_submodule(name)
+            if name not in remaining and [*module.parameters()]:
+                # The same modules at another resolution cost other MACs.
+                branch[name] = f"{module} {macs.get(name, 0)}"
+            if name in blocks:
+                branches[name], branch = branch, {}
+        return branches
+
     def zeros(self, model: nn.Module) -> dict[str, list[int]]:
         """Return the units of each structure that output zeros alone, by its name.
 
@@ -243,6 +289,7 @@ class SSS(Pruner[SSSOptions, SSSTarget]):
     position = 5
     options_type = SSSOptions
     trains_sparse = True
+    no_rounds = "the strength of its penalty decides how much goes, in one training of the unpruned network"
     variants: ClassVar[Variants] = {
         "preact_resnet50": {
             "41": {"blocks": {"layer1": (0, False), "layer2": (4, True), "layer3": (6, True), "layer4": (3, True)}},
