@@ -578,5 +578,5 @@ def test_lamp_is_magnitude_with_that_distribution() -> None:
     first, second = thin(model, distribution="lamp", ratio=0.8), prune(model, "lamp", example=EXAMPLE, ratio=0.8)
     assert first.report == second.report
     assert all(torch.equal(mask, second.architecture.masks[name]) for name, mask in first.architecture.masks.items())
-    with pytest.raises(UserError, match=r"pruner\.ratio: one for each layer needs pruner\.distribution=uniform"):
+    with pytest.raises(UserError, match=r"pruner\.ratio=\{layer1\.\*: 0\.5\}: must be a valid number"):
         prune(model, "lamp", example=EXAMPLE, ratio={"layer1.*": 0.5})

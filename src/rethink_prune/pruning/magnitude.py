@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from rethink_prune.config import Ratio
 from rethink_prune.pruning.lamp import lamp_scores
 from rethink_prune.pruning.pruner import Batches
 from rethink_prune.pruning.weight_pruner import Distribution, WeightOptions, WeightPruner, WeightScores, WeightTarget
@@ -37,6 +38,7 @@ class MagnitudeOptions(WeightOptions):
     """How many weights go, of which layers, and how those that stay are distributed over the layers."""
 
     distribution: Literal["global", "uniform", "erk", "lamp"] = "global"
+    ratio: Ratio = None  # type: ignore[assignment]  # with distribution=uniform also one for each layer
 
     def key(self) -> dict[str, Any]:
         """Return the options as stage keys have them: earlier versions called two of the distributions rankings."""

@@ -18,12 +18,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
+from pydantic import BeforeValidator
 from torch import nn
 
-from rethink_prune.config import Positive, Ratio, Share, TargetOptions
+from rethink_prune.config import Positive, Share, TargetOptions, check_ratio
 from rethink_prune.cost import Cost, layer_macs, weight_macs
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target
@@ -50,7 +51,7 @@ class WeightOptions(TargetOptions):
 
     linear: bool = False
     min_share: Share = 0.0
-    ratio: Ratio = None
+    ratio: Annotated[float | None, BeforeValidator(check_ratio)] = None
     target_macs: Positive | None = None
     target_params: Positive | None = None
     skip: tuple[str, ...] = ()
@@ -118,7 +119,7 @@ class WeightTarget(Target):
                 + ("" if options.linear else "; pruner.linear=true prunes linear layers")
             )
         if distribution != "uniform" and isinstance(options.ratio, list | dict):
-            raise UserError("pruner.ratio: one for each layer needs pruner.distribution=uniform, of pruner=magnitude")
+            raise UserError("pruner.ratio: one for each layer needs pruner.distribution=uniform")
         self._limits = Limits(min_share=options.min_share)
         # Finds patterns that match nothing, or everything, before any training.
         ratio = options.ratio if options.ratio is not None else 0.5
@@ -173,13 +174,16 @@ class WeightTarget(Target):
         gone = {name: self.masks.get(f"{name}.weight") for name in self.layers}
         return {n: s if (mask := gone[n]) is None else s[mask.flatten().to(s.device)] for n, s in scores.items()}
 
-    def counts(self, scores: WeightScores) -> tuple[dict[str, int], list[str]]:
+    def counts(self, scores: WeightScores, *, progress: float = 1.0) -> tuple[dict[str, int], list[str]]:
         """Return how many weights each layer keeps, and what should be said about it.
 
         Parameters
         ----------
         scores : mapping of str to torch.Tensor
             Of the weights that remain, as `remaining` returns them.
+        progress : float
+            In (0, 1]: below 1, what they keep on the way there. What stays, or the cost that a target states, falls by
+            equal factors.
         """
         options, limits, sizes = self._options, self._limits, self.layers
 
@@ -193,9 +197,13 @@ class WeightTarget(Target):
 
         if self._wanted is None:
             assert options.ratio is not None
-            counts, emptied = distribute(options.ratio)
+            ratio = options.ratio
+            if progress < 1:
+                ratio = 1 - (1 - ratio) ** progress
+            counts, emptied = distribute(ratio)
         else:
-            counts = self._wanted.find_widths(lambda ratio: distribute(ratio)[0], self._cost_of)
+            wanted = self._wanted.on_the_way(progress)
+            counts = wanted.find_widths(lambda ratio: distribute(ratio)[0], self._cost_of, strict=progress == 1)
             emptied = [name for name, count in counts.items() if count == 1 < sizes[name]]
         short = describe_shortfall(options.ratio, counts, sizes, skip=options.skip, limits=limits)
         if self._distribution != "global":
@@ -338,6 +346,13 @@ class WeightPruner(Pruner[Options, WeightTarget]):
         masks = {**target.masks, **target.choose(scores, counts)}
         apply_masks(pruned, masks)
         return PruneResult(pruned, Architecture(masks=masks), target.report(counts, tuple(warnings)))
+
+
+class StartPruner(WeightPruner[Options]):
+    """Base of the pruners that rank the weights of a network as it was drawn."""
+
+    at_start: ClassVar[bool] = True
+    no_rounds: ClassVar[str] = "it prunes the network as it was drawn, once, before any training"
 
 
 def erk_densities(
