@@ -49,6 +49,9 @@ def commented(group: str) -> set[str]:
         text = path.read_text()
         if text.startswith("# "):
             found.add(path.stem)
+        if text.startswith("# @package _global_"):  # the group's keys are below its name
+            assert text.splitlines()[1].startswith("# ")
+            text = text.replace("\n  ", "\n")
         found |= {f"{group}.{key}" for key in re.findall(r"^(\w+):[^#\n]*  # ", text, flags=re.MULTILINE)}
     return found
 

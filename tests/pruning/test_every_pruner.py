@@ -23,6 +23,7 @@ from rethink_prune.models.resnext import ResNeXt
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import PRUNERS, ChannelPruner, find_pruner
 from rethink_prune.pruning.channel_pruner import ChannelTarget
+from rethink_prune.pruning.weight_pruner import WeightPruner
 from rethink_prune.seeds import derive_generator
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.cut import reshape
@@ -72,12 +73,16 @@ def options_for(pruner: str) -> dict[str, Any]:
         "sss": {},
         "thinet": {"ratio": 0.5, "entries_per_image": 20},
         "regression": {"ratio": 0.5, "positions_per_image": 20},
+        "synflow": {"ratio": 0.5, "iterations": 10},
+        **{name: {"ratio": 0.5, "images": 10} for name in ("snip", "grasp", "taylor")},
     }.get(pruner, {"ratio": 0.5})
 
 
 def test_no_pruner_inherits_what_it_cannot_use() -> None:
-    assert {name for name in PRUNERS if hasattr(PRUNERS[name], "scores")} == set(SCORING)
-    assert {"l1", "slimming", "soft_filter", "random"} <= set(SCORING)
+    of_weights = {name for name, found in PRUNERS.items() if issubclass(found, WeightPruner)}
+    assert {name for name in PRUNERS if hasattr(PRUNERS[name], "scores")} == {*SCORING, *of_weights}
+    assert {"l1", "slimming", "soft_filter", "taylor", "fpgm", "random"} == set(SCORING)
+    assert of_weights == {"magnitude", "lamp", "snip", "grasp", "synflow"}
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -87,7 +92,7 @@ def test_pruned_equals_masked(pruner: str, network: str) -> None:
     found = find_pruner(pruner)
     chosen = found(parse_pruner({"name": pruner, "ratio": 0.5}, found.options_type))
     target: Any = chosen.target(model, x, network)
-    scores = chosen.scores(model, target.groups, data=None, generator=derive_generator(0, "prune"))
+    scores = chosen.scores(model, target.groups, data=images(10), generator=derive_generator(0, "prune"))
     choice = target.choose(scores)
     result = target.cut(model, choice)
     with torch.no_grad():
@@ -136,7 +141,7 @@ def test_torchvision_networks_by_import_path(pruner: str) -> None:
     result = prune(model, pruner, example=data[0][0][:1], data=data, **options_for(pruner))
     assert result.model(data[0][0][:2]).shape == (2, 5)
     assert sum(layer.kept for layer in result.report.layers) < sum(layer.full for layer in result.report.layers)
-    if pruner != "magnitude":
+    if not issubclass(PRUNERS[pruner], WeightPruner):
         assert "fc" in result.report.frozen, "what stays whole is listed"
 
 
@@ -154,7 +159,8 @@ def test_targets_for_the_whole_network_are_met(pruner: str, target: dict[str, fl
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight)
     found = find_pruner(pruner)
-    chosen = found(parse_pruner({"name": pruner, **target}, found.options_type))
+    few = {"synflow": {"iterations": 10}, "grasp": {"images": 10}}.get(pruner, {})
+    chosen = found(parse_pruner({"name": pruner, **target, **few}, found.options_type))
     whole = chosen.target(model, torch.randn(1, 3, 16, 16), "resnet20")
     data = [(pixels.float(), labels) for pixels, labels in images()]
     result = chosen.prune(model, whole, data=data, generator=derive_generator(0, "prune"))

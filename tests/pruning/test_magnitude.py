@@ -15,7 +15,7 @@ from rethink_prune.config import parse_pruner
 from rethink_prune.errors import UserError
 from rethink_prune.models.vgg import VGG
 from rethink_prune.pruning import find_pruner
-from rethink_prune.pruning.magnitude import lamp_scores
+from rethink_prune.pruning.lamp import lamp_scores
 from rethink_prune.pruning.pruner import PruneResult
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.cut import reshape
@@ -255,14 +255,14 @@ def test_layer_that_the_threshold_would_empty_keeps_its_largest_weight_and_is_na
     result = thin(toy([0.1, -0.3, 0.2, 0.1], [1.0, 2.0, -3.0, 4.0]), TOY_EXAMPLE, ratio=0.5)
     assert result.model.get_parameter("0.weight").flatten().tolist() == pytest.approx([0, -0.3, 0, 0])
     assert result.model.get_parameter("2.weight").flatten().tolist() == [0, 2, -3, 4], "index 4 of 8 is the 1.0"
-    assert result.report.warnings == ("0: the threshold would have emptied it; its largest weight stays",)
+    assert result.report.warnings == ("0: the threshold would have emptied it; its best weight stays",)
 
 
 def test_equal_magnitudes_go_together_and_the_lower_index_stays_where_one_must() -> None:
     result = thin(toy([-1.0, 1.0, 1.0, 1.0], [1.0, 2.0, -1.0, 4.0]), TOY_EXAMPLE, ratio=0.2)
     assert result.model.get_parameter("0.weight").flatten().tolist() == [-1, 0, 0, 0]
     assert result.model.get_parameter("2.weight").flatten().tolist() == [0, 2, 0, 4]
-    assert result.report.warnings == ("0: the threshold would have emptied it; its largest weight stays",)
+    assert result.report.warnings == ("0: the threshold would have emptied it; its best weight stays",)
 
 
 def test_weights_that_are_zero_all_go_even_if_they_are_more_than_the_share() -> None:
@@ -466,3 +466,117 @@ def test_convolutions_of_other_dimensions_take_part() -> None:
 def test_a_ratio_that_a_minimum_share_keeps_from_is_said(distribution: str) -> None:
     result = thin(built("resnet20"), distribution=distribution, ratio=0.9, min_share=0.5)
     assert "pruner.ratio=0.9: only 50 % go, because of min_share, min_channels or round_to" in result.report.warnings
+
+
+# ---- a network that was pruned before --------------------------------------------------------------------
+
+
+def pruner_of(name: str, **options: Any) -> Any:
+    found = find_pruner(name)
+    return found(parse_pruner({"name": name, **options}, found.options_type))
+
+
+def once_more(model: nn.Module, masks: Mapping[str, torch.Tensor], name: str = "magnitude", **options: Any) -> Any:
+    """Prune a network of which only some weights remain."""
+    pruner = pruner_of(name, **options)
+    target = pruner.target(model, EXAMPLE, masks=masks)
+    return pruner.prune(model, target, data=None, generator=torch.Generator())
+
+
+def test_the_second_round_ranks_the_weights_that_remain_as_published() -> None:
+    model = built("resnet20")
+    first = thin(model, ratio=0.3)
+    # What training does in between: all weights move, also those that a mask holds at zero.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)), alpha=0.1)
+    second = once_more(model, first.architecture.masks, ratio=0.3)
+
+    weights = {n: w * first.architecture.masks[n] for n, w in weights_of(model).items()}
+    total = sum(weight.numel() for weight in weights.values())
+    nonzero = sum(int(weight.count_nonzero()) for weight in weights.values())
+    ordered = torch.cat([weight.abs().flatten() for weight in weights.values()]).sort().values
+    threshold = ordered[total - nonzero + int(nonzero * 0.3)]
+    assert_masks(second, model, {name: weight.abs().gt(threshold) for name, weight in weights.items()})
+    assert [layer.full for layer in second.report.layers] == [layer.kept for layer in first.report.layers]
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"ratio": 0.5, "distribution": "uniform"}])
+def test_two_rounds_of_the_same_weights_are_nested_best_weights(options: dict[str, Any]) -> None:
+    model = built("resnet20")
+    first = thin(model, **options)
+    second = once_more(first.model, first.architecture.masks, **options)
+    weights = weights_of(model)
+    if "distribution" in options:
+        expected = {}
+        for name, weight in weights.items():
+            kept = int(int(weight.numel() * 0.5) * 0.5)
+            best = weight.abs().flatten().sort(descending=True, stable=True).indices[:kept]
+            expected[name] = torch.zeros(weight.numel(), dtype=torch.bool)
+            expected[name][best] = True
+            expected[name] = expected[name].view(weight.shape)
+    else:
+        ordered = torch.cat([weight.abs().flatten() for weight in weights.values()]).sort().values
+        remaining = int((ordered > ordered[int(len(ordered) * 0.5)]).sum())
+        threshold = ordered[len(ordered) - remaining + int(remaining * 0.5)]
+        expected = {name: weight.abs() > threshold for name, weight in weights.items()}
+    assert_masks(second, model, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("magnitude", {"distribution": chosen}) for chosen in ("global", "uniform", "erk", "lamp")),
+        ("lamp", {}),
+    ],
+)
+@pytest.mark.parametrize("goal", [{"ratio": 0.5}, {"target_params": 0.3}, {"target_macs": 0.3}])
+def test_no_weight_comes_back(name: str, options: dict[str, Any], goal: dict[str, float]) -> None:
+    model = built("resnet20")
+    before = thin(model, ratio=0.5, linear=True).architecture.masks
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    result = once_more(model, before, name, **options, **goal)
+    masks = result.architecture.masks
+    assert masks.keys() == before.keys()
+    assert all((masks[n] <= before[n]).all() for n in masks)
+    assert torch.equal(masks["fc.weight"], before["fc.weight"]), "linear layers take no part now"
+    assert all((result.model.get_parameter(n)[~mask] == 0).all() for n, mask in masks.items())
+    cost, full = count_cost(result.model, (3, SIZE, SIZE), masks=masks), count_cost(model, (3, SIZE, SIZE))
+    if "ratio" in goal:
+        remaining = sum(int(mask.sum()) for n, mask in before.items() if n != "fc.weight")
+        kept = sum(int(mask.sum()) for n, mask in masks.items() if n != "fc.weight")
+        assert kept == pytest.approx(0.5 * remaining, abs=25), "the ratio is of what remains"
+    else:
+        ((option, share),) = goal.items()
+        quantity = option.removeprefix("target_")
+        assert getattr(cost, quantity) == pytest.approx(share * getattr(full, quantity), rel=0.01), "of the whole"
+
+
+def test_erk_takes_the_density_of_all_weights_and_no_more_than_remains() -> None:
+    # By hand: sums of dimensions 2 + 2 + 1 + 1 = 6 and 4 + 2 + 1 + 1 = 8, sizes 4 and 8; 3 and 8 of these remain.
+    model = toy([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    before = {"0.weight": torch.tensor([True, False, True, True]).view(2, 2, 1, 1)}
+    pruner = pruner_of("magnitude", distribution="erk", ratio=0.3)
+    target = pruner.target(model, TOY_EXAMPLE, masks=before)
+    result = pruner.prune(model, target, data=None, generator=torch.Generator())
+    # 0.7 * 11 / 12 of 12 weights are 7.7: 6 / 14 of these are 3.3, more than 3, so that 4.7 are left for the other.
+    assert [(layer.kept, layer.full) for layer in result.report.layers] == [(3, 3), (4, 8)]
+    assert result.model.get_parameter("0.weight").flatten().tolist() == [1, 0, 3, 4]
+    assert result.model.get_parameter("2.weight").flatten().tolist() == [0, 0, 0, 0, 5, 6, 7, 8]
+
+
+def test_a_mask_of_another_network_is_refused() -> None:
+    for masks in ({"9.weight": torch.ones(1)}, {"0.weight": torch.ones(3)}):
+        with pytest.raises(UserError, match=r"pruner\.name=magnitude: the mask of \d\.weight fits no parameter of"):
+            pruner_of("magnitude", ratio=0.5).target(toy([1.0] * 4, [1.0] * 4), TOY_EXAMPLE, masks=masks)
+
+
+def test_lamp_is_magnitude_with_that_distribution() -> None:
+    model = built("resnet20")
+    first, second = thin(model, distribution="lamp", ratio=0.8), prune(model, "lamp", example=EXAMPLE, ratio=0.8)
+    assert first.report == second.report
+    assert all(torch.equal(mask, second.architecture.masks[name]) for name, mask in first.architecture.masks.items())
+    with pytest.raises(UserError, match=r"pruner\.ratio=\{layer1\.\*: 0\.5\}: must be a valid number"):
+        prune(model, "lamp", example=EXAMPLE, ratio={"layer1.*": 0.5})

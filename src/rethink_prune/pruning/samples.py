@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ class FirstImages:
     data : iterable of (images, labels)
     count : int
         How many to read.
-    shape : tuple of int
-        Of one image.
+    shape : tuple of int, optional
+        Of one image; not checked by default.
 
     Attributes
     ----------
@@ -40,7 +41,7 @@ class FirstImages:
         If there are none, if they have another shape, or if they can be read only once.
     """
 
-    def __init__(self, data: Batches, count: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, data: Batches, count: int, shape: tuple[int, ...] | None = None) -> None:
         # The first layer would use an iterator up.
         if data is None or iter(data) is data:
             raise UserError(
@@ -50,22 +51,40 @@ class FirstImages:
         first = next(iter(self), None)
         if first is None:
             raise UserError("data: holds no images")
-        if tuple(first.shape[1:]) != shape:
+        if shape is not None and tuple(first.shape[1:]) != shape:
             sizes = [" x ".join(map(str, size)) for size in (first.shape[1:], shape)]
             raise UserError(f"data: its images are {sizes[0]}, but the network was analysed for {sizes[1]}")
         self.device = first.device
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        return (images for images, _ in self._batches())
+
+    def labelled(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the images batch by batch, each batch with its labels.
+
+        Raises
+        ------
+        UserError
+            If the labels are not one class number for each image.
+        """
+        for images, labels in self._batches():
+            whole = isinstance(labels, torch.Tensor) and labels.shape == (len(images),)
+            if not whole or labels.is_floating_point() or labels.is_complex():
+                raise UserError("data: labels must be one class number for each image, as whole numbers")
+            yield images, labels.long()
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, Any]]:
         seen = 0
         for batch in self._data:
             if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], torch.Tensor)):
                 raise UserError(f"data: a batch must be a pair of images and labels, not a {type(batch).__name__}")
-            images = batch[0]
-            images = images[: self._count - seen]
+            images, labels = batch
+            most = self._count - seen
+            images, labels = images[:most], labels[:most]
             seen += len(images)
             self.read = max(self.read, seen)
             if len(images):
-                yield images
+                yield images, labels
             if seen == self._count:
                 return
 

@@ -5,8 +5,9 @@ All functions know layers by name alone, so they serve channels and single weigh
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Self
 
 import torch
 
@@ -195,8 +196,9 @@ def global_threshold(values: Iterable[torch.Tensor], ratio: float) -> torch.Tens
     >>> global_threshold([torch.tensor([3.0, 1.0]), torch.tensor([[2.0, 4.0]])], 0.5)
     tensor(3.)
     """
-    ordered = torch.cat([value.flatten() for value in values]).sort().values
-    return ordered[min(int(len(ordered) * ratio), len(ordered) - 1)]
+    together = torch.cat([value.flatten() for value in values])
+    # Finds one value of millions several times faster than sorting them; it counts from one.
+    return together.kthvalue(min(int(len(together) * ratio), len(together) - 1) + 1).values
 
 
 def explicit_widths(widths: Sequence[int] | Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
@@ -254,6 +256,16 @@ class WantedCost:
     def amount(self) -> float:
         """What the pruned network shall have."""
         return self.value * self.total if self.value < 1 else self.value
+
+    def on_the_way(self, progress: float) -> Self:
+        """Return what is wanted after a part of the way from the unpruned network, in (0, 1], in equal factors.
+
+        Examples
+        --------
+        >>> WantedCost("macs", 0.25, full=Cost(params=10, macs=100)).on_the_way(0.5).amount
+        50.0
+        """
+        return self if progress == 1 else replace(self, value=self.total * (self.amount / self.total) ** progress)
 
     def of(self, cost: Cost) -> int:
         """Return what counts of a cost."""

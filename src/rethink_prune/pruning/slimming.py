@@ -66,6 +66,8 @@ class Slimming(ChannelPruner[SlimmingOptions]):
     options_type = SlimmingOptions
     selecting = "norm"
     trains_sparse = True
+    in_rounds = False
+    no_rounds = "its penalty on the scales is part of one training, that of the unpruned network"
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
         """Apply the options to a network; refuse one without scales to rank."""

@@ -56,6 +56,8 @@ class SoftFilter(ChannelPruner[ChannelOptions]):
     name = "soft_filter"
     position = 7
     trains_sparse = True
+    in_rounds = False
+    no_rounds = "it removes what its own training of the unpruned network has zeroed after every epoch"
 
     def find_groups(self, model: nn.Module, channels: Channels) -> tuple[tuple[ChannelGroup, ...], Collection[str]]:
         """Return the channels to remove; with ``scope=all`` also the convolutions whose filters are masked."""
