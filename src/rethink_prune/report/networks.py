@@ -34,7 +34,7 @@ _NOT_ARMS = {
     ),
 }
 # Names that the paper gives to a length.
-_OLD_NAMES = {"scratch_e": "scratch@e", "scratch_b": "scratch@b"}
+_OLD_NAMES = {"scratch_e": "scratch@e", "scratch_b": "scratch@b", "lottery": "lottery@e", "lottery_b": "lottery@b"}
 
 
 def split_name(network: str) -> tuple[str, str]:

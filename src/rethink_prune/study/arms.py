@@ -1,6 +1,9 @@
 """The arms: ways to get a trained network to compare. Everything about one is its entry here; a new arm is one more.
 
 Some arms take a length, which stands behind their name: ``retrain@12``, ``scratch@0.25x``. :func:`arm_of` reads names.
+
+The last of them are *tickets* (Frankle and Carbin 2019, *The Lottery Ticket Hypothesis*, arXiv:1803.03635): the pruned
+network with weights that the unpruned one had earlier, and their controls.
 """
 
 import difflib
@@ -28,8 +31,11 @@ class Share:
 
 
 # The epochs of the large network's recipe; those of fine-tuning; those in which the pruned network uses the large one's
-# computation.
-Rule = Literal["large", "finetune", "scratch_b"]
+# computation; those that the end of the large network's schedule is replayed for (``rewind.length``).
+Rule = Literal["large", "finetune", "scratch_b", "rewind"]
+# What an arm starts from: the weights that pruning left; newly drawn ones; those the unpruned network started from
+# (`initial`), or had after ``rewind.epoch`` epochs (`early`).
+Weights = Literal["inherited", "fresh", "initial", "early"]
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,12 @@ class Arm:
     ----------
     network : {"pruned", "large"}
         Which architecture it trains.
-    weights : {"inherited", "fresh"}
-        What it starts from: the weights that pruning left, or newly drawn ones.
+    weights : {"inherited", "fresh", "initial", "early"}
+        What it starts from.
     length : Length, optional
-        How long it trains. ``finetune`` also means the learning rate and schedule of ``recipe.finetune``; the others
-        train with the recipe's own. None: the length stands behind the arm's name, as in ``retrain@12``.
+        How long it trains. ``finetune`` also means the learning rate and schedule of ``recipe.finetune``, and
+        ``rewind`` the end of the recipe's schedule; the others train with the whole of it. None: the length has to
+        stand behind the arm's name, as in ``retrain@12``.
     title : str
         What a table's column is called.
     name : str
@@ -90,16 +97,27 @@ class Arm:
         arm are in ``report/networks.py``. One entry with several lengths has one style.
     taught : bool
         Whether it learns from the unpruned network as well as from the labels, see ``training/distillation.py``.
+    takes_length : bool
+        Whether another length may stand behind its name.
+    shuffled : bool
+        Whether what stays is drawn at random, as much in each layer as the pruner leaves.
     """
 
     network: Literal["pruned", "large"]
-    weights: Literal["inherited", "fresh"]
+    weights: Weights
     length: Length | None
     title: str
     name: str
     meaning: str
     style: Style
     taught: bool = False
+    takes_length: bool = False
+    shuffled: bool = False
+
+    @property
+    def follows_training(self) -> bool:
+        """Whether it needs a network that was trained and pruned, even where the architecture is known without."""
+        return self.network == "pruned" and self.weights != "fresh" and not self.shuffled
 
 
 ARMS: Mapping[str, Arm] = {
@@ -190,6 +208,56 @@ ARMS: Mapping[str, Arm] = {
         style=Style("#44AA99", (0, (3, 1, 1, 1, 1, 1, 1, 1)), "*"),
         taught=True,
     ),
+    # Tickets. All but `lr_rewind` train as Scratch-E does, unless a length says otherwise.
+    "lottery": Arm(
+        network="pruned",
+        weights="initial",
+        length="large",
+        title="ticket",
+        name="the lottery ticket",
+        meaning="the pruned network with the weights that the unpruned one started from, where they remain",
+        style=Style("#117733", (0, (1, 2)), "H"),
+        takes_length=True,
+    ),
+    "lottery_b": Arm(
+        network="pruned",
+        weights="initial",
+        length="scratch_b",
+        title="ticket, Scratch-B's length",
+        name="the lottery ticket for Scratch-B's epochs",
+        meaning="the ticket for as much computation as the unpruned network's training",
+        style=Style("#88CCEE", (0, (2, 2)), "8"),
+    ),
+    "weight_rewind": Arm(
+        network="pruned",
+        weights="early",
+        length="large",
+        title="rewound",
+        name="rewinding weights",
+        meaning="the pruned network with the weights that the unpruned one had after rewind.epoch epochs",
+        style=Style("#AA4499", (0, (6, 1, 1, 1)), "1"),
+        takes_length=True,
+    ),
+    "lr_rewind": Arm(
+        network="pruned",
+        weights="inherited",
+        length="rewind",
+        title="learning rate rewound",
+        name="rewinding the learning rate",
+        meaning="the pruned network, trained further through the last rewind.length of the unpruned one's schedule",
+        style=Style("#CC6677", (0, (9, 1)), "2"),
+    ),
+    "reshuffle": Arm(
+        network="pruned",
+        weights="initial",
+        length="large",
+        title="random ticket",
+        name="a random ticket",
+        meaning="the ticket of as many channels or weights in each layer, drawn at random",
+        style=Style("#999933", (0, (2, 1, 1, 1, 1, 2)), "3"),
+        takes_length=True,
+        shuffled=True,
+    ),
 }
 
 TOTAL = "total:"
@@ -219,14 +287,14 @@ def arm_of(name: str) -> Arm:
         near = " or ".join(map(arm_form, difflib.get_close_matches(base, ARMS, n=2)))
         hint = f"did you mean {near}?" if near else f"there are {', '.join(ARMS)}"
         raise UserError(f"no arm {name}; {hint}")
-    if entry.length is not None:
-        if at:
-            raise UserError(f"{name}: the length of {base} is given; leave out @{text}, or take {_with_length()}")
+    if entry.length is not None and not at:
         return entry
+    if entry.length is not None and not entry.takes_length:
+        raise UserError(f"{name}: the length of {base} is given; leave out @{text}, or take {_with_length()}")
     if not text:
         raise UserError(f"{name}: needs a length: {base}@N, where N is {_LENGTHS}")
     length = _parse_length(text, name)
-    if isinstance(length, Total) and entry.weights != "fresh":
+    if isinstance(length, Total) and entry.weights == "inherited":
         raise UserError(
             f"{name}: {TOTAL} is for scratch arms, which it gives what retraining costs in total; "
             f"take {base}@{text.removeprefix(TOTAL)}"
@@ -241,7 +309,7 @@ def known_arm(name: str) -> Arm | None:
 
     Examples
     --------
-    >>> known_arm("rewind") is None
+    >>> known_arm("arm_of_a_later_version") is None
     True
     """
     try:
@@ -255,10 +323,11 @@ def arm_form(base: str) -> str:
 
     Examples
     --------
-    >>> arm_form("finetune"), arm_form("retrain")
-    ('finetune', 'retrain@N')
+    >>> arm_form("finetune"), arm_form("retrain"), arm_form("lottery")
+    ('finetune', 'retrain@N', 'lottery[@N]')
     """
-    return f"{base}@N" if ARMS[base].length is None else base
+    entry = ARMS[base]
+    return f"{base}@N" if entry.length is None else f"{base}[@N]" if entry.takes_length else base
 
 
 def file_name(name: str) -> str:
@@ -307,7 +376,7 @@ def _parse_plain_length(text: str, name: str, known: set[str]) -> Epochs | Share
 
 
 def _with_length() -> str:
-    return " or ".join(arm_form(base) for base, entry in ARMS.items() if entry.length is None)
+    return " or ".join(f"{base}@N" for base, entry in ARMS.items() if entry.length is None or entry.takes_length)
 
 
 def _length_words(length: Length) -> str:
@@ -324,3 +393,5 @@ def _length_words(length: Length) -> str:
             return "fine-tuning's epochs"
         case "scratch_b":
             return "the unpruned network's computation"
+        case "rewind":
+            return "the end of the unpruned network's schedule"
