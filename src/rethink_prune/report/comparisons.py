@@ -81,7 +81,7 @@ def compare_arms(runs: Sequence[RunRecord], *, margin: float, apart: Collection[
 
 
 def _ticket_pairs(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
-    """Yield each ticket with each arm that it is compared with: one of the same length, as typed or in epochs."""
+    """Yield each ticket with each arm that it is compared with: of the same length by name, else in epochs if typed."""
     planned = planned_networks(runs)
     for family, rivals in _TICKET_PAIRS:
         for first in (network for network in planned if split_name(network)[0] == family):
@@ -93,7 +93,9 @@ def _ticket_pairs(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
 
 
 def _equally_long(first: str, second: str, runs: Sequence[RunRecord]) -> bool:
-    """Tell whether two arms were trained for the same epochs in every run that finished both, and in one or more."""
+    """Tell whether two arms, one of a typed length, had the same epochs in all runs that finished both, one or more."""
+    if has_own_name(first) and has_own_name(second):
+        return False
     epochs = [(a.epochs, b.epochs) for _, a, b in _both(first, second, runs)]
     return bool(epochs) and all(one is not None and one == other for one, other in epochs)
 

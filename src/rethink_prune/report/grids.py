@@ -89,8 +89,8 @@ _FLOPS_COLUMNS = ("training FLOPs", "with ancestors", "with search", "amortised"
 _COST_COLUMNS = ("arm", "notation", "epochs", "parameters", "MACs", *_FLOPS_COLUMNS)
 _GAP_COLUMNS = ("n", "gap", "95 % interval", "p", "p (Holm)", "TOST p (Holm)")
 _LENGTH_COLUMNS = ("equal", "N", "N from scratch", "retrained", "from scratch", *_GAP_COLUMNS)
-_ROUND_COLUMNS = ("round", "parameters", "parameters kept, %", "channels", "MACs")
-_ROUND_COLUMNS += ("before", "pruned", "statistics re-estimated", "trained", "epochs")
+_ROUND_SIZES = ("round", "parameters", "parameters kept, %", "channels", "MACs")
+_ROUND_COLUMNS = (*_ROUND_SIZES, "before", "pruned", "statistics re-estimated", "trained", "epochs")
 _CROSSOVER_COLUMNS = ("equal", "lengths", "n", "crossover N", "95 % from", "95 % to", "crossover N of each seed")
 
 

@@ -31,8 +31,8 @@ _CAPTIONS = {
     "its interval and the seeds",
     "differences": "Difference to the arm named second, paired by seed, with its 95 % interval",
     "targets": "Top-1 after the last epoch against how much is pruned, mean and standard deviation over seeds",
-    "remaining": "Top-1 after the last epoch over what remains of the unpruned network (logarithmic), mean and standard "
-    "deviation over seeds; the line across: the unpruned network",
+    "remaining": "Top-1 after the last epoch over what remains of the unpruned network (logarithmic): mean and "
+    "standard deviation over seeds; the line across: the unpruned network",
     "curves": "Top-1 during training: mean over seeds, band from the lowest to the highest seed",
     "ledger": "Where the training FLOPs of each arm went",
     "widths": "Mean width of each layer, kept and in full, in what is pruned: channels, single weights or blocks",
@@ -179,7 +179,9 @@ def remaining_figure(sweep: SizeSweep) -> Figure:
         axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], rotation=45)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.invert_xaxis()
-    drawn = {label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels())}
+    drawn = {
+        label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     return figure
 
@@ -193,8 +195,8 @@ def _draw_sizes(axes: Axes, sweep: SizeSweep, places: Sequence[tuple[float, Size
     for arm in sweep.arms:
         found = sorted((place, top1.mean, top1.sd or 0) for place, size in places if (top1 := size.top1.get(arm)))
         if found:
-            x, mean, sd = zip(*found, strict=True)
-            axes.errorbar(x, mean, yerr=sd, capsize=3, label=_short_title(arm), markersize=5, **_line_style(arm))
+            x, mean, spread = zip(*found, strict=True)
+            axes.errorbar(x, mean, yerr=spread, capsize=3, label=_short_title(arm), markersize=5, **_line_style(arm))
 
 
 def _spread_ticks(places: Sequence[float]) -> list[float]:

@@ -109,16 +109,22 @@ def rounds_over_seeds(runs: Sequence[RunRecord]) -> Iterator[RoundOverSeeds]:
     for number in sorted({each.round for run in runs for each in run.rounds}):
         found = [(run, each) for run in runs for each in run.rounds if each.round == number]
         rounds = [each for _, each in found]
-        top1 = {
-            name: describe_seeds([value for each in rounds if (value := getattr(each, name)) is not None])
-            for name in ("top1_before", "top1", "top1_recalibrated", "top1_trained")
-        }
-        means = {
-            name: mean_if_known([getattr(each, name) for each in rounds]) for name in ("params", "channels", "macs")
-        }
-        trained = [each.epochs for each in rounds if each.top1_trained is not None]
-        kept = kept_shares([(each.params, run.large.params) for run, each in found if run.large])
-        yield RoundOverSeeds(round=number, params_kept=kept, epochs=mean_if_known(trained), **means, **top1)
+
+        def seeds(top1: list[float | None]) -> SeedStatistics | None:
+            return describe_seeds([value for value in top1 if value is not None])
+
+        yield RoundOverSeeds(
+            round=number,
+            params=mean_if_known([each.params for each in rounds]),
+            params_kept=kept_shares([(each.params, run.large.params) for run, each in found if run.large]),
+            channels=mean_if_known([each.channels for each in rounds]),
+            macs=mean_if_known([each.macs for each in rounds]),
+            top1_before=seeds([each.top1_before for each in rounds]),
+            top1=seeds([each.top1 for each in rounds]),
+            top1_recalibrated=seeds([each.top1_recalibrated for each in rounds]),
+            top1_trained=seeds([each.top1_trained for each in rounds]),
+            epochs=mean_if_known([each.epochs for each in rounds if each.top1_trained is not None]),
+        )
 
 
 def size_sweeps(rows: Sequence[SizedRow]) -> Iterator[SizeSweep]:
