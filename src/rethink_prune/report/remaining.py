@@ -20,6 +20,8 @@ from rethink_prune.report.statistics import SeedStatistics, describe_seeds
 _TRAINED_BETWEEN = {"init": "lottery", "epoch": "weight_rewind", "none": "finetune"}
 _SHARE = "share_per_round"
 _HOW_MUCH = {*TARGET_OPTIONS, "rounds", _SHARE}
+# A target, and in how many rounds it is reached, where that matters.
+_Schedule = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class RoundOverSeeds:
 
     Attributes
     ----------
-    params, channels, macs, epochs
+    params, weights, channels, macs, epochs
         Means over seeds; `channels` is None where single weights go, `epochs` after the last round.
     params_kept
         Percent of the unpruned network's.
@@ -40,6 +42,7 @@ class RoundOverSeeds:
     round: int
     params: float | None
     params_kept: SeedStatistics | None
+    weights: float | None
     channels: float | None
     macs: float | None
     top1_before: SeedStatistics | None
@@ -117,6 +120,7 @@ def rounds_over_seeds(runs: Sequence[RunRecord]) -> Iterator[RoundOverSeeds]:
             round=number,
             params=mean_if_known([each.params for each in rounds]),
             params_kept=kept_shares([(each.params, run.large.params) for run, each in found if run.large]),
+            weights=mean_if_known([each.weights for each in rounds]),
             channels=mean_if_known([each.channels for each in rounds]),
             macs=mean_if_known([each.macs for each in rounds]),
             top1_before=seeds([each.top1_before for each in rounds]),
@@ -220,20 +224,20 @@ def _sizes_between_rounds(rows: Sequence[SizedRow]) -> Iterator[Size]:
     Where a study of the same share with so many rounds has that arm, it is there already. A training that several
     studies share counts once.
     """
-    rows_of_rounds: dict[tuple[str, int], list[SizedRow]] = defaultdict(list)
-    found: dict[tuple[str, str, int], dict[str, tuple[str, RunRecord, RoundRecord]]] = defaultdict(dict)
+    rows_of_rounds: dict[tuple[_Schedule, int | None], list[SizedRow]] = defaultdict(list)
+    found: dict[tuple[_Schedule, str, int], dict[str, tuple[str, RunRecord, RoundRecord]]] = defaultdict(dict)
     for row in rows:
-        for run in row.runs:
-            study, arm = run.study, _TRAINED_BETWEEN.get(run.study.between_rounds)
-            # The rounds of a schedule belong to its target and their number, those of a share to the share alone.
-            schedule = value_text(study.target) if _SHARE in study.target else study.target_text
-            rows_of_rounds[schedule, study.rounds or 1].append(row)
-            for each in run.rounds:
-                if arm is not None and each.top1_trained is not None and _as_long_as(run, arm, each):
-                    training = each.trained_stage or f"seed {study.seed}"
-                    found[schedule, arm, each.round][training] = (row.pruned_by, run, each)
+        study = row.runs[0].study
+        # With a share of what remains, each number of rounds goes the same way; a target is reached on ways of its own.
+        schedule = (value_text(study.target), None if _SHARE in study.target else study.rounds)
+        rows_of_rounds[schedule, study.rounds].append(row)
+        arm = _TRAINED_BETWEEN.get(study.between_rounds)
+        for run, each in [(run, each) for run in row.runs for each in run.rounds]:
+            if arm is not None and each.top1_trained is not None and _as_long_as(run, arm, each):
+                training = each.trained_stage or f"seed {run.study.seed}"
+                found[schedule, arm, each.round].setdefault(training, (row.pruned_by, run, each))
     for (schedule, arm, number), trainings in found.items():
-        there = rows_of_rounds[schedule, number] if schedule.startswith("{") else []
+        there = rows_of_rounds[schedule, number]
         if any(arm in run.arms and run.arms[arm].finished for row in there for run in row.runs):
             continue
         pruned_by = next(iter(trainings.values()))[0]
