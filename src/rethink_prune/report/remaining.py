@@ -232,10 +232,11 @@ def _sizes_between_rounds(rows: Sequence[SizedRow]) -> Iterator[Size]:
         schedule = (value_text(study.target), None if _SHARE in study.target else study.rounds)
         rows_of_rounds[schedule, study.rounds].append(row)
         arm = _TRAINED_BETWEEN.get(study.between_rounds)
-        for run, each in [(run, each) for run in row.runs for each in run.rounds]:
-            if arm is not None and each.top1_trained is not None and _as_long_as(run, arm, each):
-                training = each.trained_stage or f"seed {run.study.seed}"
-                found[schedule, arm, each.round].setdefault(training, (row.pruned_by, run, each))
+        for run in row.runs:
+            for each in run.rounds:
+                if arm is not None and each.top1_trained is not None and _as_long_as(run, arm, each):
+                    training = each.trained_stage or f"seed {run.study.seed}"
+                    found[schedule, arm, each.round].setdefault(training, (row.pruned_by, run, each))
     for (schedule, arm, number), trainings in found.items():
         there = rows_of_rounds[schedule, number]
         if any(arm in run.arms and run.arms[arm].finished for row in there for run in row.runs):
@@ -246,8 +247,7 @@ def _sizes_between_rounds(rows: Sequence[SizedRow]) -> Iterator[Size]:
         params = kept_shares([(each.params, run.large.params) for run, each in done if run.large])
         macs = kept_shares([(each.macs, run.study.ledger.macs_reference) for run, each in done])
         if top1 is not None:
-            model = done[0][0].study.model
-            yield Size(model, f"{pruned_by}, after round {number}", True, params, macs, {arm: top1})
+            yield Size(done[0][0].study.model, f"{pruned_by}, after round {number}", True, params, macs, {arm: top1})
 
 
 def _as_long_as(run: RunRecord, arm: str, each: RoundRecord) -> bool:
