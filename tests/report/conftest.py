@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ WriteRun = Callable[..., Path]
 def writer(root: Path) -> WriteRun:
     """Return a function that writes a run folder and its stages below `root`, from last-epoch accuracies by arm.
 
-    Of `epochs`, each arm that is not named has four; `same` names arms that are other names of a training.
+    Of `epochs`, each arm that is not named has four; `same` names arms that are other names of a training. `params` and
+    `macs` are those of the pruned network; the unpruned one has 200 and 1,000.
     """
 
     def write(
@@ -32,6 +33,9 @@ def writer(root: Path) -> WriteRun:
         processes: Mapping[str, list[int]] | None = None,
         epochs: Mapping[str, int] | None = None,
         same: Mapping[str, str] | None = None,
+        params: int = 50,
+        macs: int = 400,
+        rounds: Sequence[Mapping[str, Any]] = (),
         **study: Any,
     ) -> Path:
         place = root / "runs" / (folder or f"run{len(list((root / 'runs').glob('*')))}")
@@ -68,14 +72,16 @@ def writer(root: Path) -> WriteRun:
             rows = [{"epoch": e, "test_top1": value - 10 / e**2 + 10 / length**2} for e in range(1, length + 1)]
             write_metrics(stage, rows)
             own = length * (5e14 if arm == "large" else 2.5e14)
-            before = 5e14 * (epochs or {}).get("large", 4) if arm.startswith(("finetune", "retrain")) else 0
+            follows = arm.startswith(("finetune", "retrain", "lottery", "weight_rewind", "lr_rewind"))
+            before = 5e14 * (epochs or {}).get("large", 4) if follows else 0
+            before += sum(each["train_flops"] or 0 for each in rounds) if follows else 0
             return {
                 "status": "done",
                 "top1": value,
                 "top1_best": value + 0.1,
                 "epochs": length,
-                "params": 200 if arm == "large" else 50,
-                "macs": 1000 if arm == "large" else 400,
+                "params": 200 if arm == "large" else params,
+                "macs": 1000 if arm == "large" else macs,
                 "train_flops": own,
                 "train_flops_total": own + before,
                 "stage": str(stage),
@@ -88,7 +94,9 @@ def writer(root: Path) -> WriteRun:
         if "large" in arms:
             summary["large"] = arms.pop("large")
         layers = [{"layer": f"features.{i}", "kept": 16 + i, "full": 32} for i in range(3)]
-        summary |= {"pruned": {"params": 50, "macs": 400, "top1": 20.0, "layers": layers}, "arms": arms}
+        summary |= {"pruned": {"params": params, "macs": macs, "top1": 20.0, "layers": layers}, "arms": arms}
+        if rounds:
+            summary["rounds"] = list(rounds)
         (place / "summary.json").write_text(json.dumps(summary))
         return place
 

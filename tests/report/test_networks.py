@@ -26,26 +26,26 @@ def new_arm(monkeypatch: pytest.MonkeyPatch) -> Arm:
         "pruned",
         "inherited",
         "finetune",
-        title="re-wound",
-        name="training from rewound weights",
+        title="replayed",
+        name="training from replayed weights",
         meaning="",
         style=style,
     )
-    monkeypatch.setitem(cast("dict[str, Arm]", ARMS), "rewind", arm)
+    monkeypatch.setitem(cast("dict[str, Arm]", ARMS), "replay", arm)
     return arm
 
 
 def test_a_new_arm_brings_its_title_name_and_style(new_arm: Arm, write_run: WriteRun, tmp_path: Path) -> None:
     for seed in range(2):
-        write_run(seed, {"large": 94.0, "finetune": 93.0, "rewind": 93.5 + seed}, arms=["finetune", "rewind"])
+        write_run(seed, {"large": 94.0, "finetune": 93.0, "replay": 93.5 + seed}, arms=["finetune", "replay"])
     assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
     accuracies, differences = (
         next(csv.DictReader((tmp_path / f"report/{name}-1.csv").open())) for name in ("accuracy", "differences")
     )
-    assert accuracies["re-wound"] == "94.0"
-    assert (differences["arm"], differences["against"]) == ("re-wound", "fine-tuned")
+    assert accuracies["replayed"] == "94.0"
+    assert (differences["arm"], differences["against"]) == ("replayed", "fine-tuned")
     text = (tmp_path / "report/report.md").read_text()
-    pair = "Training from rewound weights and fine-tuning (paper recipe, paper budget, fp32)"
+    pair = "Training from replayed weights and fine-tuning (paper recipe, paper budget, fp32)"
     assert f"Undecided: {pair} are shown neither to differ" in text
     (curves,) = (tmp_path / "report").glob("curves-*.svg")
     # The band and the line of the curve; dashes are drawn in units of the line's width, 1.5 points.
@@ -57,17 +57,17 @@ def test_a_new_arm_of_the_unpruned_network_is_a_control(
     new_arm: Arm, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = Arm("large", "fresh", "scratch_b", title="control", name="the control", meaning="", style=new_arm.style)
-    monkeypatch.setitem(cast("dict[str, Arm]", ARMS), "rewind", control)
-    write_run(0, {"finetune": 93.0, "rewind": 99.0, "scratch_b": 94.0}, arms=["finetune", "rewind", "scratch_b"])
+    monkeypatch.setitem(cast("dict[str, Arm]", ARMS), "replay", control)
+    write_run(0, {"finetune": 93.0, "replay": 99.0, "scratch_b": 94.0}, arms=["finetune", "replay", "scratch_b"])
     assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
     rows = csv.DictReader((tmp_path / "report/differences-1.csv").open())
     assert [row["arm"] for row in rows] == ["Scratch-B"]
 
 
 def test_new_arms_have_columns_after_those_of_the_paper(new_arm: Arm) -> None:
-    names = {"pruned", "sparse", "rewind", "unknown", "large", "scratch_b", "finetune", "scratch_e"}
+    names = {"pruned", "sparse", "replay", "unknown", "large", "scratch_b", "finetune", "scratch_e"}
     assert in_column_order(names) == [
-        *("large", "finetune", "scratch_e", "scratch_b", "unknown", "rewind", "sparse", "pruned")
+        *("large", "finetune", "scratch_e", "scratch_b", "unknown", "replay", "sparse", "pruned")
     ]
 
 

@@ -3,9 +3,17 @@
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from rethink_prune.report.networks import in_column_order, network_label, trains_pruned
-from rethink_prune.report.records import RunRecord
+from rethink_prune.report.networks import has_own_name, in_column_order, network_label, split_name, trains_pruned
+from rethink_prune.report.records import RunRecord, TrainedRecord
 from rethink_prune.report.statistics import LEVEL, Difference, holm, paired_difference
+
+# What tickets are compared with at their own length, by the families of arms.
+_TICKET_PAIRS = (
+    ("lottery", "scratch"),
+    ("lottery", "reshuffle"),
+    ("weight_rewind", "scratch"),
+    ("weight_rewind", "lottery"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,10 @@ def planned_networks(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def compare_arms(runs: Sequence[RunRecord], *, margin: float, apart: Collection[str] = ()) -> Iterator[ArmComparison]:
-    """Yield every arm of the pruned network against fine-tuning; without that, against the first one.
+    """Yield every arm of the pruned network against fine-tuning; without that, against the first one. Then the tickets.
+
+    A ticket, and one with weights of an early epoch, is also compared with training from scratch for the same length,
+    and with its controls. Where their length was typed, these arms are compared with each other alone.
 
     Parameters
     ----------
@@ -55,19 +66,47 @@ def compare_arms(runs: Sequence[RunRecord], *, margin: float, apart: Collection[
     apart
         Arms that are compared elsewhere.
     """
+    tickets = list(_ticket_pairs(runs))
+    apart = {*apart, *(arm for pair in tickets for arm in pair if not has_own_name(arm))}
     # In the order of columns: the first one is fine-tuning, if any run has it.
     contenders = [network for network in planned_networks(runs) if trains_pruned(network) and network not in apart]
-    for first in contenders[1:]:
-        second = contenders[0]
+    pairs = [(first, contenders[0]) for first in contenders[1:]]
+    # Without fine-tuning, some of them are there already, in either order.
+    pairs += [(one, other) for one, other in tickets if not {(one, other), (other, one)} & {*pairs}]
+    for first, second in pairs:
         # All arms of a seed see the same images in the same order, so only differences within a seed count.
-        pairs = [
-            (run.study.seed, a.top1, b.top1)
-            for run in runs
-            if (a := run.arms.get(first)) is not None and (b := run.arms.get(second)) is not None
-            if a.finished and b.finished and a.top1 is not None and b.top1 is not None
-        ]
-        seeds, ours, theirs = zip(*pairs, strict=True) if pairs else ((), (), ())
+        found = [(seed, a.top1, b.top1) for seed, a, b in _both(first, second, runs)]
+        seeds, ours, theirs = zip(*found, strict=True) if found else ((), (), ())
         yield compare_pair(first, second, seeds, ours, theirs, margin=margin)
+
+
+def _ticket_pairs(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
+    """Yield each ticket with each arm that it is compared with: of the same length by name, else in epochs if typed."""
+    planned = planned_networks(runs)
+    for family, rivals in _TICKET_PAIRS:
+        for first in (network for network in planned if split_name(network)[0] == family):
+            of_family = [network for network in planned if split_name(network)[0] == rivals]
+            typed = [second for second in of_family if split_name(second)[1] == split_name(first)[1]]
+            equal = typed or [second for second in of_family if _equally_long(first, second, runs)]
+            if equal:
+                yield first, equal[0]
+
+
+def _equally_long(first: str, second: str, runs: Sequence[RunRecord]) -> bool:
+    """Tell whether two arms, one of a typed length, had the same epochs in all runs that finished both, one or more."""
+    if has_own_name(first) and has_own_name(second):
+        return False
+    epochs = [(a.epochs, b.epochs) for _, a, b in _both(first, second, runs)]
+    return bool(epochs) and all(one is not None and one == other for one, other in epochs)
+
+
+def _both(first: str, second: str, runs: Sequence[RunRecord]) -> list[tuple[int, TrainedRecord, TrainedRecord]]:
+    """Return the seed and both arms of each run that finished them."""
+    return [
+        (run.study.seed, run.arms[first], run.arms[second])
+        for run in runs
+        if all(arm in run.arms and run.arms[arm].finished for arm in (first, second))
+    ]
 
 
 def compare_pair(

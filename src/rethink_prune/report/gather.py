@@ -166,7 +166,12 @@ def _with_curves(content: dict[str, Any], stages: Path | None) -> dict[str, Any]
         part: {name: _with_curve(entry, stages) for name, entry in (content.get(part) or {}).items()}
         for part in ("arms", "unfinished")
     }
-    return {**content, **bases, **parts}
+    rounds = [_with_stage_names(each) for each in content.get("rounds") or ()]
+    return {**content, **bases, **parts, "rounds": rounds}
+
+
+def _with_stage_names(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: Path(value).name if name.endswith("stage") and value else value for name, value in entry.items()}
 
 
 def _with_curve(entry: Mapping[str, Any], stages: Path | None) -> dict[str, Any]:

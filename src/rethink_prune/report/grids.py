@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from rethink_prune.report.budget_axis import BudgetCurve, BudgetPoint, place_text
 from rethink_prune.report.comparisons import ArmComparison
 from rethink_prune.report.crossover import Place
-from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label
+from rethink_prune.report.networks import PRUNED, RECALIBRATED, in_column_order, network_label
+from rethink_prune.report.remaining import Size
 from rethink_prune.report.results import Report, ResultRow, ResultTable
 from rethink_prune.report.statistics import SeedStatistics
 from rethink_prune.study.arms import known_arm
@@ -34,7 +35,7 @@ class Cell:
 
 
 # Each row of a table with what stands in it after its names.
-_Rows = Iterator[tuple[ResultRow, Iterable[Cell]]]
+_Rows = Iterator[tuple[ResultRow | Size, Iterable[Cell]]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ _CAPTIONS = {
     "with those by which the pruned network's widths had to be found; empty where a run did not record it. Amortised: "
     "with ancestors, each divided by the rows of this report that build on it, as in a sweep over ratios. S_N: from "
     "scratch for N epochs; P_K-R_N: a parent trained for K epochs, pruned, retrained for N.",
+    "remaining": "Top-1 in percent after the last epoch: mean ± standard deviation (n seeds), by what remains of the "
+    "unpruned network. In rounds: pruned several times, each time of what remains. After round r: trained between "
+    "rounds, which is what a study of r rounds has for that arm; where there is such a study, its own result stands.",
+    "rounds": "Means over seeds. Before: top-1 of the network that the round prunes. Trained: after the training that "
+    "follows, between this round and the next; those after the last round are the arms.",
     "lengths": "Gap: top-1 of the retrained network less that of the same architecture from scratch, in points, paired "
     "by seed. Equal training: both train for N epochs. Equal total computation: from scratch for as many epochs as the "
     "large network's training and N epochs of retraining pay for. The intervals are pointwise: each holds at 95 % for "
@@ -75,6 +81,7 @@ _CAPTIONS = {
     "changes its sign more than once, the change counts that agrees with most of the gaps. Below or beyond: outside "
     "the lengths that were run.",
 }
+_KEPT_COLUMNS = ("MACs kept, %", "parameters kept, %")
 _P_COLUMNS = ("p", "p (Holm)", "least p (Holm)", "TOST p (Holm)")
 _DIFFERENCE_COLUMNS = ("arm", "against", "n", "difference", "95 % interval", *_P_COLUMNS)
 _PAPER_COLUMNS = ("arm", "best epoch on test", "paper", "difference")
@@ -82,6 +89,8 @@ _FLOPS_COLUMNS = ("training FLOPs", "with ancestors", "with search", "amortised"
 _COST_COLUMNS = ("arm", "notation", "epochs", "parameters", "MACs", *_FLOPS_COLUMNS)
 _GAP_COLUMNS = ("n", "gap", "95 % interval", "p", "p (Holm)", "TOST p (Holm)")
 _LENGTH_COLUMNS = ("equal", "N", "N from scratch", "retrained", "from scratch", *_GAP_COLUMNS)
+_ROUND_SIZES = ("round", "parameters", "parameters kept, %", "weights", "channels", "MACs")
+_ROUND_COLUMNS = (*_ROUND_SIZES, "before", "pruned", "statistics re-estimated", "trained", "epochs")
 _CROSSOVER_COLUMNS = ("equal", "lengths", "n", "crossover N", "95 % from", "95 % to", "crossover N of each seed")
 
 
@@ -89,12 +98,14 @@ def report_grids(report: Report) -> list[Grid]:
     """Return all tables of a report in their order; those without rows are left out."""
     grids = []
     for number, table in enumerate(report.tables, 1):
-        arms = tuple(network_label(arm).title for arm in table.arms)
+        arms, sized = (tuple(network_label(arm).title for arm in names) for names in (table.arms, _sized_arms(table)))
         for kind, prefix, columns, find_rows in (
-            ("accuracy", "", (*arms, "MACs kept, %", "parameters kept, %"), _accuracy_rows),
+            ("accuracy", "", (*arms, *_KEPT_COLUMNS), _accuracy_rows),
             ("crossover", "Crossover: ", _CROSSOVER_COLUMNS, _crossover_rows),
             ("lengths", "Retraining against from scratch: ", _LENGTH_COLUMNS, _length_rows),
             ("differences", "Differences: ", _DIFFERENCE_COLUMNS, _difference_rows),
+            ("remaining", "What remains: ", ("cut", *_KEPT_COLUMNS, *sized), _size_rows),
+            ("rounds", "Rounds: ", _ROUND_COLUMNS, _round_rows),
             ("paper", "Beside the paper: ", _PAPER_COLUMNS, _paper_rows),
             ("cost", "Cost: ", _COST_COLUMNS, _cost_rows),
         ):
@@ -105,6 +116,8 @@ def report_grids(report: Report) -> list[Grid]:
                 caption = _CAPTIONS[kind].format(margin=report.margin)
                 if kind == "accuracy":
                     caption = " ".join([caption, *_meanings(table)])
+                if kind == "cost":
+                    caption = " ".join([caption, *_notations(table)])
                 notes = tuple(_notes_about_rows(table)) if kind == "accuracy" else ()
                 grids.append(Grid(f"{kind}-{number}", f"{prefix}{table.title}", columns, rows, caption, notes))
     return grids
@@ -116,6 +129,14 @@ def _meanings(table: ResultTable) -> Iterator[str]:
             yield f"{arm.title}: {arm.meaning}."
     if any(row.on_axis for row in table.rows):
         yield "Arms that are compared over lengths have a table of their own."
+
+
+def _notations(table: ResultTable) -> Iterator[str]:
+    """Yield what notations mean that only some reports have."""
+    if any(result.notation.startswith("T_") for row in table.rows for result in row.arms):
+        yield "T_N: a ticket, rewound or random ones too, trained for N epochs."
+    if any(row.rounds for row in table.rows):
+        yield "In rounds, the trainings between them are ancestors, and K is the epochs of all trainings before."
 
 
 def _accuracy_rows(table: ResultTable) -> _Rows:
@@ -167,6 +188,28 @@ def _point_cells(point: BudgetPoint) -> Iterator[Cell]:
     # The lengths name the two arms already, and the verdict says what n allows.
     _, _, n, gap, interval, p, p_holm, _, equivalent = _comparison_cells(point.comparison)
     yield from (n, replace(gap, bold=point.survives), interval, p, p_holm, equivalent)
+
+
+def _sized_arms(table: ResultTable) -> list[str]:
+    return ["large", *in_column_order({arm for sweep in table.sweeps for arm in sweep.arms})]
+
+
+def _size_rows(table: ResultTable) -> _Rows:
+    for sweep in table.sweeps:
+        for size in sweep.sizes:
+            top1 = {**size.top1, "large": sweep.unpruned}
+            arms = (_cell(top1.get(arm), ".2f") for arm in _sized_arms(table))
+            kept = (_cell(share, ".3g") for share in (size.macs_kept, size.params_kept))
+            yield size, [Cell("in rounds" if size.in_rounds else "one"), *kept, *arms]
+
+
+def _round_rows(table: ResultTable) -> _Rows:
+    for row in table.rows:
+        for each in row.rounds:
+            costs = (_cell(each.weights, ",.0f"), _cell(each.channels, ",.0f"), _cell(each.macs, ",.0f"))
+            top1 = (each.top1_before, each.top1, each.top1_recalibrated, each.top1_trained)
+            cells = (_cell(each.params, ",.0f"), _cell(each.params_kept, ".3g"), *costs)
+            yield row, [_cell(each.round, "d"), *cells, *(_cell(t, ".2f") for t in top1), _cell(each.epochs, ",.4g")]
 
 
 def _cost_rows(table: ResultTable) -> _Rows:

@@ -138,7 +138,10 @@ def _merge_two(first: RunRecord, second: RunRecord) -> RunRecord:
     bases = {name: entries.pop(name, None) for name in ("large", "sparse")}
     # One that has no accuracy yet is of an unfinished run.
     pruned = second.pruned if first.pruned is None or first.pruned.top1 is None else first.pruned
-    return first.model_copy(update={**bases, "study": study, "pruned": pruned or first.pruned, "arms": entries})
+    # An unfinished run has fewer rounds, or the last one is not trained yet.
+    rounds = max(first.rounds, second.rounds, key=lambda done: (len(done), [r.top1_trained is not None for r in done]))
+    update = {**bases, "study": study, "pruned": pruned or first.pruned, "arms": entries, "rounds": rounds}
+    return first.model_copy(update=update)
 
 
 def _same_training(first: TrainedRecord, second: TrainedRecord) -> bool:

@@ -39,27 +39,58 @@ def amortised_flops(run: RunRecord, network: str, shared: Mapping[str, int]) -> 
 
 
 def arm_notation(network: str, runs: Sequence[RunRecord]) -> str:
-    """Return ``S_N`` or ``P_K-R_N`` for an arm of the pruned network, with mean epochs over its runs; else nothing."""
+    """Return ``S_N``, ``T_N`` or ``P_K-R_N`` for an arm of the pruned network, with mean epochs; else nothing.
+
+    In rounds, the parent's epochs are those of all trainings before the last pruning.
+    """
     arm = known_arm(network)
     done = [run for run in runs if (entry := run.arms.get(network)) is not None and entry.finished]
     if arm is None or arm.network != "pruned" or not done:
         return ""
-    own = _mean_epochs([run.arms[network] for run in done])
-    if arm.weights == "fresh":
-        return f"S_{own}" if own else ""
-    parent = _mean_epochs([run.sparse or run.large for run in done])
+    own = _mean_epochs([run.arms[network].epochs for run in done])
+    if arm.weights != "inherited":
+        return f"{'S' if arm.weights == 'fresh' else 'T'}_{own}" if own else ""
+    parent = _mean_epochs([_epochs_before(run) for run in done])
     return f"P_{parent}-R_{own}" if own and parent else ""
 
 
 def _ancestors(run: RunRecord, network: str) -> list[TrainedRecord]:
-    """Return the trained networks that an arm builds on: the one that was pruned, and its teacher."""
+    """Return the trained networks that an arm builds on: those that were pruned, and its teacher."""
     arm = known_arm(network)
-    bases = [run.sparse or run.large] if arm is not None and arm.weights == "inherited" else []
-    if arm is not None and arm.taught and run.large not in bases:
+    if arm is None:
+        return []
+    bases = _pruned_networks(run) if arm.weights != "fresh" else []
+    # A ticket has its mask from what was pruned, unless that is known, or found, without training.
+    if arm.weights in ("initial", "early") and not _includes(run.arms[network], bases):
+        bases = []
+    if arm.taught and run.large is not None and run.large not in bases:
         bases.append(run.large)
-    return [base for base in bases if base is not None]
+    return bases
 
 
-def _mean_epochs(entries: Sequence[TrainedRecord | None]) -> str:
-    epochs = [entry.epochs for entry in entries if entry is not None and entry.epochs]
-    return f"{np.mean(epochs):.4g}" if epochs and len(epochs) == len(entries) else ""
+def _pruned_networks(run: RunRecord) -> list[TrainedRecord]:
+    """Return the network that was pruned, and those that were trained between rounds."""
+    base = run.sparse or run.large
+    between = [
+        TrainedRecord(epochs=each.epochs, train_flops=each.train_flops, stage=each.trained_stage)
+        for each in run.rounds
+        if each.trained_stage
+    ]
+    return [base, *between] if base is not None else between
+
+
+def _includes(entry: TrainedRecord, bases: Sequence[TrainedRecord]) -> bool:
+    """Tell whether a training's cost has room for those of `bases`."""
+    before = entry.flops_before
+    return before is not None and sum(base.train_flops or 0 for base in bases) <= before * (1 + 1e-9)
+
+
+def _epochs_before(run: RunRecord) -> int | None:
+    bases = _pruned_networks(run)
+    epochs = [base.epochs for base in bases if base.epochs]
+    return sum(epochs) if epochs and len(epochs) == len(bases) else None
+
+
+def _mean_epochs(epochs: Sequence[int | None]) -> str:
+    known = [each for each in epochs if each]
+    return f"{np.mean(known):.4g}" if known and len(known) == len(epochs) else ""

@@ -33,8 +33,11 @@ _NOT_ARMS = {
         "pruned, statistics re-estimated", "pruned, statistics re-estimated", Style("#999999", (0, (1, 3)), "d")
     ),
 }
-# Names that the paper gives to a length.
-_OLD_NAMES = {"scratch_e": "scratch@e", "scratch_b": "scratch@b", "lottery": "lottery@e", "lottery_b": "lottery@b"}
+# Names without a length behind them that mean one.
+_OLD_NAMES = {
+    **{"scratch_e": "scratch@e", "scratch_b": "scratch@b", "lottery": "lottery@e", "lottery_b": "lottery@b"},
+    **{name: f"{name}@e" for name in ("weight_rewind", "reshuffle")},
+}
 
 
 def split_name(network: str) -> tuple[str, str]:
@@ -47,6 +50,18 @@ def split_name(network: str) -> tuple[str, str]:
     """
     family, _, length = _OLD_NAMES.get(network, network).partition("@")
     return family, length
+
+
+def rewinds(network: str) -> bool:
+    """Tell whether an arm is a ticket, or rewinds weights or the learning rate.
+
+    Examples
+    --------
+    >>> [rewinds(arm) for arm in ("finetune", "lottery@12", "reshuffle", "lr_rewind", "an_arm_of_a_later_version")]
+    [False, True, True, True, False]
+    """
+    arm = known_arm(network)
+    return arm is not None and (arm.weights in ("initial", "early") or arm.length == "rewind")
 
 
 def has_own_name(network: str) -> bool:

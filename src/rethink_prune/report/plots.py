@@ -12,10 +12,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from rethink_prune.report.gap_plot import gap_figure
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label, split_name
+from rethink_prune.report.remaining import Size, SizeSweep
 from rethink_prune.report.results import ArmOverSeeds, KeptWidth, Report, ResultRow, ResultTable, SeedCurve
 
 PLOT_STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
@@ -30,6 +31,8 @@ _CAPTIONS = {
     "its interval and the seeds",
     "differences": "Difference to the arm named second, paired by seed, with its 95 % interval",
     "targets": "Top-1 after the last epoch against how much is pruned, mean and standard deviation over seeds",
+    "remaining": "Top-1 after the last epoch over what remains of the unpruned network (logarithmic): mean and "
+    "standard deviation over seeds; the line across: the unpruned network",
     "curves": "Top-1 during training: mean over seeds, band from the lowest to the highest seed",
     "ledger": "Where the training FLOPs of each arm went",
     "widths": "Mean width of each layer, kept and in full, in what is pruned: channels, single weights or blocks",
@@ -71,8 +74,11 @@ def _figures(table: ResultTable, margin: float) -> Iterator[tuple[str, str, str,
     sweeps: dict[str, list[ResultRow]] = defaultdict(list)
     for row in table.rows:
         sweeps[row.sweep].append(row)
+    for found in table.sweeps:
+        rows = sweeps[found.sweep]
+        yield "remaining", rows[0].slug.split("-")[0], found.title, remaining_figure(found)
     for sweep, rows in sweeps.items():
-        if len(rows) > 1:
+        if len(rows) > 1 and sweep not in {found.sweep for found in table.sweeps}:
             yield "targets", rows[0].slug.split("-")[0], sweep, _targets_figure(rows)
     for row in table.rows:
         if row.curves:
@@ -147,6 +153,65 @@ def _targets_figure(rows: Sequence[ResultRow]) -> Figure:
     axes.set(xlabel=name or "MACs kept (%)", ylabel="test top-1 (%)")
     axes.legend(frameon=False)
     return figure
+
+
+def remaining_figure(sweep: SizeSweep) -> Figure:
+    """Draw accuracies over what remains: panels for one cut and for rounds, over parameters and over MACs."""
+    cuts = list(dict.fromkeys(size.in_rounds for size in sweep.sizes))
+    measures = {
+        name: shares
+        for name, shares in (
+            ("parameters", [size.params_kept for size in sweep.sizes]),
+            ("MACs", [size.macs_kept for size in sweep.sizes]),
+        )
+        if any(shares)
+    }
+    figure = Figure(figsize=(1.5 + 4.5 * len(measures), 0.8 + 3.2 * len(cuts)), layout="constrained")
+    panels = figure.subplots(len(cuts), len(measures), sharex="col", sharey=True, squeeze=False)
+    for row, in_rounds in zip(panels, cuts, strict=True):
+        for axes, shares in zip(row, measures.values(), strict=True):
+            found = zip(sweep.sizes, shares, strict=True)
+            _draw_sizes(axes, sweep, [(k.mean, size) for size, k in found if k and size.in_rounds == in_rounds])
+        row[0].set_ylabel(f"{'in rounds' if in_rounds else 'one cut'}\ntest top-1 (%)")
+    for axes, (name, shares) in zip(panels[-1], measures.items(), strict=True):
+        axes.set(xlabel=f"{name} that remain (%)", xscale="log")
+        ticks = _spread_ticks([share.mean for share in shares if share])
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], rotation=45)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.invert_xaxis()
+    drawn = {
+        label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_sizes(axes: Axes, sweep: SizeSweep, places: Sequence[tuple[float, Size]]) -> None:
+    if sweep.unpruned is not None:
+        level, sd = sweep.unpruned.mean, sweep.unpruned.sd or 0
+        axes.axhspan(level - sd, level + sd, color="#BBBBBB", alpha=0.35, linewidth=0)
+        style = network_label("large").style
+        axes.axhline(level, color=style.color, linestyle=style.dashes, label=_short_title("large"))
+    for arm in sweep.arms:
+        found = sorted((place, top1.mean, top1.sd or 0) for place, size in places if (top1 := size.top1.get(arm)))
+        if found:
+            x, mean, spread = zip(*found, strict=True)
+            axes.errorbar(x, mean, yerr=spread, capsize=3, label=_short_title(arm), markersize=5, **_line_style(arm))
+
+
+def _spread_ticks(places: Sequence[float]) -> list[float]:
+    """Return places from the largest on, without those whose labels would lie on each other.
+
+    Examples
+    --------
+    >>> _spread_ticks([50.0, 51.2, 80.0])
+    [80.0, 51.2]
+    """
+    ticks: list[float] = []
+    for place in sorted(places, reverse=True):
+        if not ticks or place < 0.92 * ticks[-1]:
+            ticks.append(place)
+    return ticks
 
 
 def _differences_figure(rows: Sequence[ResultRow]) -> Figure:

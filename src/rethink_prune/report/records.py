@@ -110,6 +110,38 @@ class PrunedRecord(SummaryPart):
     layers: tuple[LayerRecord, ...] = ()
 
 
+class RoundRecord(SummaryPart):
+    """One round of a study that prunes in several.
+
+    Attributes
+    ----------
+    params, weights, channels, macs
+        What remains after it: parameters without masked ones, weights, channels (None where single weights go), and
+        MACs per image.
+    top1_before, top1, top1_recalibrated, top1_trained
+        Percent on the test images: of the network that it pruned, after pruning, with re-estimated statistics, and
+        after the training between this round and the next. None for the last round's training: the arms are that.
+    epochs, train_flops
+        Of the training between this round and the next.
+    stage, trained_stage
+        Names of the stages of pruning and of that training.
+    """
+
+    round: int
+    params: int | None = None
+    weights: int | None = None
+    channels: int | None = None
+    macs: int | None = None
+    top1_before: float | None = None
+    top1: float | None = None
+    top1_recalibrated: float | None = None
+    top1_trained: float | None = None
+    epochs: int | None = None
+    train_flops: float | None = None
+    stage: Text | None = None
+    trained_stage: Text | None = None
+
+
 class LedgerRecord(SummaryPart):
     """What the budget was computed from."""
 
@@ -138,8 +170,24 @@ class StudyRecord(SummaryPart):
 
     @property
     def target_text(self) -> str:
-        """How much the pruner was told to remove, in words."""
-        return ", ".join(f"{printable(name)} {value_text(value)}" for name, value in self.target.items())
+        """How much the pruner was told to remove, in words, and in how many rounds where these are several."""
+        target = ", ".join(f"{printable(name)} {value_text(value)}" for name, value in self.target.items())
+        return f"{target} in {self.rounds} rounds" if self.rounds else target
+
+    @property
+    def rounds(self) -> int | None:
+        """In how many rounds it prunes; None for a single cut."""
+        rounds = self._pruner_option("rounds")
+        return rounds if isinstance(rounds, int) and rounds > 1 else None
+
+    @property
+    def between_rounds(self) -> str:
+        """What happens to the weights between rounds; nothing for a single cut."""
+        return str(self._pruner_option("between_rounds") or "") if self.rounds else ""
+
+    def _pruner_option(self, name: str) -> Any:
+        options = (self.settings or {}).get("pruner")
+        return options.get(name) if isinstance(options, dict) else None
 
 
 class RunRecord(SummaryPart):
@@ -151,6 +199,8 @@ class RunRecord(SummaryPart):
         The folder as it was found, without what leads to the place that was searched.
     unfinished
         What it trains now, or was training when it was stopped: `train_flops` and `epochs` are what is planned.
+    rounds
+        Those that are done, of a study that prunes in several.
     """
 
     name: Text
@@ -160,6 +210,7 @@ class RunRecord(SummaryPart):
     pruned: PrunedRecord | None = None
     arms: dict[Text, TrainedRecord] = Field(default_factory=dict)
     unfinished: dict[Text, TrainedRecord] = Field(default_factory=dict)
+    rounds: tuple[RoundRecord, ...] = ()
 
     @property
     def trained(self) -> dict[str, TrainedRecord]:

@@ -28,7 +28,16 @@ from rethink_prune.report.networks import (
     trains_pruned,
 )
 from rethink_prune.report.notes import PaperRow, paper_row, pretrained_networks, row_notes
-from rethink_prune.report.records import RunRecord, TrainedRecord, printable
+from rethink_prune.report.records import RunRecord, StudyRecord, TrainedRecord, printable
+from rethink_prune.report.remaining import (
+    RoundOverSeeds,
+    SizedRow,
+    SizeSweep,
+    kept_shares,
+    mean_if_known,
+    rounds_over_seeds,
+    size_sweeps,
+)
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
 
 ONE_PRETRAINED = "All seeds share one pretrained network: what training another would change is left out."
@@ -63,8 +72,8 @@ class ArmOverSeeds:
     train_flops_amortised
         With its ancestors', each divided by the rows of the report that build on it; mean over seeds.
     notation
-        ``S_N`` for the pruned architecture from scratch for N epochs, ``P_K-R_N`` for a parent of K epochs, pruned and
-        retrained for N; empty for others.
+        ``S_N`` for the pruned architecture from scratch for N epochs, ``T_N`` for a ticket, ``P_K-R_N`` for a parent of
+        K epochs, pruned and retrained for N; empty for others.
     curve
         Where every seed's is known.
     """
@@ -131,6 +140,8 @@ class ResultRow:
         Retraining against training from scratch over lengths, where there are such arms.
     on_axis
         The arms that `curves` compare, which `comparisons` leave out.
+    rounds
+        Of a study that prunes in several.
     one_pretrained
         Whether all seeds start from one and the same pretrained network.
     """
@@ -151,6 +162,7 @@ class ResultRow:
     comparisons: tuple[ArmComparison, ...]
     curves: tuple[BudgetCurve, ...]
     on_axis: tuple[str, ...]
+    rounds: tuple[RoundOverSeeds, ...]
     paper: PaperRow | None
     one_pretrained: bool
     notes: tuple[str, ...]
@@ -172,7 +184,10 @@ class ResultRow:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """The rows of one data set, recipe and budget: the family that p values are corrected for."""
+    """The rows of one data set, recipe and budget: the family that p values are corrected for.
+
+    `sweeps` has the accuracies over what remains, where rows have tickets or rounds.
+    """
 
     dataset: str
     recipe: str
@@ -180,6 +195,7 @@ class ResultTable:
     precision: str
     arms: tuple[str, ...]
     rows: tuple[ResultRow, ...]
+    sweeps: tuple[SizeSweep, ...]
 
     @property
     def title(self) -> str:
@@ -240,7 +256,11 @@ def _result_table(
         rows.append(_result_row(replace(part, comparisons=said), next(numbers), shared))
     arms = in_column_order({result.arm for row in rows for result in row.arms if result.arm not in row.on_axis})
     precision = " or ".join(sorted({group.precision for group in groups} - {""}))
-    return ResultTable(study.dataset, study.recipe, study.budget, precision, tuple(arms), tuple(rows))
+    sized = [
+        SizedRow(row.sweep, row.pruned_by, part.group.runs, row.on_axis) for row, part in zip(rows, parts, strict=True)
+    ]
+    sweeps = tuple(size_sweeps(sized))
+    return ResultTable(study.dataset, study.recipe, study.budget, precision, tuple(arms), tuple(rows), sweeps)
 
 
 @dataclass(frozen=True)
@@ -292,7 +312,8 @@ def _result_row(compared: _Compared, number: int, shared: Mapping[str, int]) -> 
     # A value can be the hash of a file, too long for a table.
     settings = [f"{name} {value[:20]}" for name, value in group.by]
     pruned_by = ", ".join([f"{study.pruner} {study.target_text}", *settings])
-    paper = paper_row(group.experiment, study.target)
+    # The paper prunes in one cut.
+    paper = None if study.rounds else paper_row(group.experiment, study.target)
     seeds = tuple(run.study.seed for run in runs)
     costs = {result.arm: result for result in arms}
     comparisons, curves = [_with_search(each, costs) for each in compared.comparisons], compared.curves
@@ -306,27 +327,35 @@ def _result_row(compared: _Compared, number: int, shared: Mapping[str, int]) -> 
         network=study.model,
         pruner=study.pruner,
         pruned_by=pruned_by,
-        target=next(((n, float(value)) for n, value in study.target.items() if isinstance(value, int | float)), None),
+        target=_one_number(study),
         sweep=", ".join([study.model, study.pruner, *settings]),
         experiment=group.experiment,
         seeds=seeds,
         arms=tuple(arms),
         best=tuple(arm for arm, mean in means.items() if len(means) > 1 and mean == max(means.values())),
-        macs_kept=_kept_shares([(run.pruned.macs, run.study.ledger.macs_reference) for run in runs if run.pruned]),
-        params_kept=_kept_shares([(run.pruned.params, run.large.params) for run in runs if run.pruned and run.large]),
+        macs_kept=kept_shares([(run.pruned.macs, run.study.ledger.macs_reference) for run in runs if run.pruned]),
+        params_kept=kept_shares([(run.pruned.params, run.large.params) for run in runs if run.pruned and run.large]),
         widths=tuple(_mean_widths(runs)),
         comparisons=tuple(comparisons),
         curves=curves,
         on_axis=compared.on_axis,
+        rounds=tuple(rounds_over_seeds(runs)),
         paper=paper,
         one_pretrained=one_pretrained,
         notes=(*group.notes, *row_notes(runs, paper)),
     )
 
 
+def _one_number(study: StudyRecord) -> tuple[str, float] | None:
+    """Return the target where it is one number; in rounds, their number is another one."""
+    if study.rounds:
+        return None
+    return next(((name, float(value)) for name, value in study.target.items() if isinstance(value, int | float)), None)
+
+
 def _with_ledger(result: ArmOverSeeds, runs: Sequence[RunRecord], shared: Mapping[str, int]) -> ArmOverSeeds:
     """Add the amortised cost and the notation of an arm."""
-    flops = _mean_if_known([amortised_flops(run, result.arm, shared) for run in _done(result.arm, runs)])
+    flops = mean_if_known([amortised_flops(run, result.arm, shared) for run in _done(result.arm, runs)])
     return replace(result, train_flops_amortised=flops, notation=arm_notation(result.arm, runs))
 
 
@@ -345,7 +374,7 @@ def arm_over_seeds(arm: str, runs: Sequence[RunRecord]) -> ArmOverSeeds:
     done = [run.trained[arm] for run in _done(arm, runs)]
     best = [entry.top1_best for entry in done if entry.top1_best is not None]
     costs = ("epochs", "params", "macs", "train_flops", "flops_before", "train_flops_with_search")
-    means: dict[str, Any] = {cost: _mean_if_known([getattr(entry, cost) for entry in done]) for cost in costs}
+    means: dict[str, Any] = {cost: mean_if_known([getattr(entry, cost) for entry in done]) for cost in costs}
     return ArmOverSeeds(
         arm=arm,
         top1=describe_seeds([entry.top1 for entry in done if entry.top1 is not None]),
@@ -372,23 +401,12 @@ def curve_over_seeds(entries: Sequence[TrainedRecord]) -> SeedCurve | None:
     top1 = np.array([np.interp(share * len(curve), np.arange(1, len(curve) + 1), curve) for curve in curves])
     epochs = share * np.mean([len(curve) for curve in curves])
     own, before = (
-        _mean_if_known([getattr(entry, cost) for entry in entries]) for cost in ("train_flops", "flops_before")
+        mean_if_known([getattr(entry, cost) for entry in entries]) for cost in ("train_flops", "flops_before")
     )
     # Ancestors are trained first: by FLOPs, a curve starts where theirs end.
     flops = tuple((before + own * share).tolist()) if own is not None and before is not None else None
     mean, low, high = (tuple(line.tolist()) for line in (top1.mean(axis=0), top1.min(axis=0), top1.max(axis=0)))
     return SeedCurve(tuple(epochs.tolist()), flops, mean, low, high)
-
-
-def _mean_if_known(values: Sequence[float | None]) -> float | None:
-    """Return the mean, or None if any value is not known."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known and len(known) == len(values) else None
-
-
-def _kept_shares(parts: Sequence[tuple[float | None, float | None]]) -> SeedStatistics | None:
-    """Return the share in percent of each part in its whole, over the seeds where both are known."""
-    return describe_seeds([100 * part / whole for part, whole in parts if part is not None and whole])
 
 
 def _mean_widths(runs: Sequence[RunRecord]) -> Iterable[KeptWidth]:
