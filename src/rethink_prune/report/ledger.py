@@ -60,33 +60,37 @@ def _ancestors(run: RunRecord, network: str) -> list[TrainedRecord]:
     if arm is None:
         return []
     bases = _pruned_networks(run) if arm.weights != "fresh" else []
-    # A ticket has its mask from what was pruned, unless that is known, or found, without training.
-    if arm.weights in ("initial", "early") and not _includes(run.arms[network], bases):
-        bases = []
+    if arm.weights in ("initial", "early"):
+        start = [run.early] if run.early is not None and arm.weights == "early" else []
+        # A ticket has its mask from what was pruned, unless that is known, or found, without training.
+        choices = ([*bases, *(base for base in start if base not in bases)], start, [])
+        bases = next(choice for choice in choices if _includes(run.arms[network], choice))
     if arm.taught and run.large is not None and run.large not in bases:
         bases.append(run.large)
     return bases
 
 
 def _pruned_networks(run: RunRecord) -> list[TrainedRecord]:
-    """Return the network that was pruned, and those that were trained between rounds."""
+    """Return the network that was pruned, and those that were trained between rounds, with what they start from."""
     base = run.sparse or run.large
+    early = [run.early] if run.early is not None and run.study.between_rounds == "epoch" else []
     between = [
         TrainedRecord(epochs=each.epochs, train_flops=each.train_flops, stage=each.trained_stage)
         for each in run.rounds
         if each.trained_stage
     ]
-    return [base, *between] if base is not None else between
+    return [*([base] if base is not None else []), *early, *between]
 
 
 def _includes(entry: TrainedRecord, bases: Sequence[TrainedRecord]) -> bool:
     """Tell whether a training's cost has room for those of `bases`."""
-    before = entry.flops_before
-    return before is not None and sum(base.train_flops or 0 for base in bases) <= before * (1 + 1e-9)
+    # Totals are exact, but those of other versions may be rounded.
+    before = (entry.flops_before or 0) * (1 + 1e-9)
+    return sum(base.train_flops or 0 for base in bases) <= before
 
 
 def _epochs_before(run: RunRecord) -> int | None:
-    bases = _pruned_networks(run)
+    bases = [base for base in _pruned_networks(run) if base is not run.early]
     epochs = [base.epochs for base in bases if base.epochs]
     return sum(epochs) if epochs and len(epochs) == len(bases) else None
 
