@@ -61,9 +61,10 @@ def _ancestors(run: RunRecord, network: str) -> list[TrainedRecord]:
         return []
     bases = _pruned_networks(run) if arm.weights != "fresh" else []
     if arm.weights in ("initial", "early"):
+        # What weights are rewound to is part of the unpruned network's training, where that is an ancestor.
         start = [run.early] if run.early is not None and arm.weights == "early" else []
         # A ticket has its mask from what was pruned, unless that is known, or found, without training.
-        choices = ([*bases, *(base for base in start if base not in bases)], start, [])
+        choices: list[list[TrainedRecord]] = [bases, start, []]
         bases = next(choice for choice in choices if _includes(run.arms[network], choice))
     if arm.taught and run.large is not None and run.large not in bases:
         bases.append(run.large)
@@ -71,15 +72,14 @@ def _ancestors(run: RunRecord, network: str) -> list[TrainedRecord]:
 
 
 def _pruned_networks(run: RunRecord) -> list[TrainedRecord]:
-    """Return the network that was pruned, and those that were trained between rounds, with what they start from."""
+    """Return the network that was pruned, and those that were trained between rounds."""
     base = run.sparse or run.large
-    early = [run.early] if run.early is not None and run.study.between_rounds == "epoch" else []
     between = [
         TrainedRecord(epochs=each.epochs, train_flops=each.train_flops, stage=each.trained_stage)
         for each in run.rounds
         if each.trained_stage
     ]
-    return [*([base] if base is not None else []), *early, *between]
+    return [base, *between] if base is not None else between
 
 
 def _includes(entry: TrainedRecord, bases: Sequence[TrainedRecord]) -> bool:
@@ -90,7 +90,7 @@ def _includes(entry: TrainedRecord, bases: Sequence[TrainedRecord]) -> bool:
 
 
 def _epochs_before(run: RunRecord) -> int | None:
-    bases = [base for base in _pruned_networks(run) if base is not run.early]
+    bases = _pruned_networks(run)
     epochs = [base.epochs for base in bases if base.epochs]
     return sum(epochs) if epochs and len(epochs) == len(bases) else None
 
