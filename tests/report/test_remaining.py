@@ -39,7 +39,7 @@ def write_rounds(write: WriteRun, seed: int, rounds: int, top1: dict[str, float]
     pruner = {"rounds": rounds, "share_per_round": 0.5, "between_rounds": between, **options.pop("pruner", {})}
     entries = [
         {
-            **{"round": r, "params": PARAMS[r - 1], "weights": PARAMS[r - 1] - 2, "macs": MACS[r - 1]},
+            **{"round": r, "params": PARAMS[r - 1], "channels": 30 - r, "macs": MACS[r - 1]},
             **{"top1_before": 95.0 - r, "top1": 50.0 - r, "top1_recalibrated": 60.0 - r, "stage": f"/store/prune-{r}"},
             "top1_trained": 94.0 - r + seed / 10 if r < rounds else None,
             "epochs": 4 if r < rounds else 0,
@@ -194,7 +194,7 @@ def test_tables_hold_sizes_and_rounds_and_no_paths_and_the_same_report_is_made_a
     assert (first["round"], first["parameters"], first["parameters kept, %"], first["MACs"]) == (
         *("1", "100.0", "50.0", "600.0"),
     )
-    assert (first["weights"], first["channels"]) == ("98.0", "")
+    assert [row["channels"] for row in rounds] == ["29.0", "28.0", "27.0"]
     assert (first["before"], first["pruned"], first["statistics re-estimated"]) == ("94.0", "49.0", "59.0")
     assert (float(first["trained"]), first["trained n"], first["epochs"]) == (pytest.approx(93.05), "2", "4.0")
     assert (last["round"], last["trained"], last["epochs"]) == ("3", "", "")

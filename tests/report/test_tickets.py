@@ -153,6 +153,30 @@ def test_a_ticket_of_a_pruner_that_needs_no_training_has_no_ancestors(write_run:
     assert large.train_flops_amortised == 2e15
 
 
+def test_what_weights_are_rewound_to_is_shared_where_the_large_network_is_no_ancestor(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    early = {"status": "done", "epochs": 1, "top1": 50.0, "train_flops": 4e14, "stage": "/store/early-0"}
+    for pruner in ("l1", "snip"):
+        for ratio in (0.3, 0.5):
+            top1 = {"large": 94.0, "weight_rewind": 92.5}
+            run = write_run(0, top1, target={"ratio": ratio}, large_stage="large-0", pruner=pruner)
+            summary = json.loads((run / "summary.json").read_text())
+            summary["early"] = early
+            if pruner == "snip":
+                summary["arms"]["weight_rewind"]["train_flops_total"] = 1e15 + 4e14
+            (run / "summary.json").write_text(json.dumps(summary))
+    (table,) = tables(tmp_path / "runs")
+    amortised = {row.pruner: {arm.arm: arm.train_flops_amortised for arm in row.arms} for row in table.rows}
+    assert amortised["l1"]["weight_rewind"] == pytest.approx(1e15 + 2e15 / 2)
+    assert amortised["snip"]["weight_rewind"] == pytest.approx(1e15 + 4e14 / 2)
+    # It is no network to compare.
+    assert "early" not in amortised["l1"]
+    (first,) = group_runs(gather([tmp_path / "runs"]).runs)[0].runs
+    assert first.early is not None
+    assert first.early.stage == "early-0"
+
+
 def write_rate(write: WriteRun, lr: float, seed: int, **options: Any) -> None:
     gain = 1.0 if lr < 0.1 else 0.0
     top1 = {"large": 94 - gain, "scratch_e": 92.0 - gain, "lottery": 92.0 + 0.01 * seed}

@@ -161,7 +161,8 @@ def _finite_float(digits: str) -> float | None:
 
 def _with_curves(content: dict[str, Any], stages: Path | None) -> dict[str, Any]:
     """Return a summary with each training's curve, and with names of stages instead of their folders."""
-    bases = {name: _with_curve(content[name], stages) for name in ("large", "sparse", "pruned") if content.get(name)}
+    names = ("large", "sparse", "early", "pruned")
+    bases = {name: _with_curve(content[name], stages) for name in names if content.get(name)}
     parts = {
         part: {name: _with_curve(entry, stages) for name, entry in (content.get(part) or {}).items()}
         for part in ("arms", "unfinished")

@@ -89,7 +89,7 @@ _FLOPS_COLUMNS = ("training FLOPs", "with ancestors", "with search", "amortised"
 _COST_COLUMNS = ("arm", "notation", "epochs", "parameters", "MACs", *_FLOPS_COLUMNS)
 _GAP_COLUMNS = ("n", "gap", "95 % interval", "p", "p (Holm)", "TOST p (Holm)")
 _LENGTH_COLUMNS = ("equal", "N", "N from scratch", "retrained", "from scratch", *_GAP_COLUMNS)
-_ROUND_SIZES = ("round", "parameters", "parameters kept, %", "weights", "channels", "MACs")
+_ROUND_SIZES = ("round", "parameters", "parameters kept, %", "channels", "MACs")
 _ROUND_COLUMNS = (*_ROUND_SIZES, "before", "pruned", "statistics re-estimated", "trained", "epochs")
 _CROSSOVER_COLUMNS = ("equal", "lengths", "n", "crossover N", "95 % from", "95 % to", "crossover N of each seed")
 
@@ -206,7 +206,7 @@ def _size_rows(table: ResultTable) -> _Rows:
 def _round_rows(table: ResultTable) -> _Rows:
     for row in table.rows:
         for each in row.rounds:
-            costs = (_cell(each.weights, ",.0f"), _cell(each.channels, ",.0f"), _cell(each.macs, ",.0f"))
+            costs = (_cell(each.channels, ",.0f"), _cell(each.macs, ",.0f"))
             top1 = (each.top1_before, each.top1, each.top1_recalibrated, each.top1_trained)
             cells = (_cell(each.params, ",.0f"), _cell(each.params_kept, ".3g"), *costs)
             yield row, [_cell(each.round, "d"), *cells, *(_cell(t, ".2f") for t in top1), _cell(each.epochs, ",.4g")]

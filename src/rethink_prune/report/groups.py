@@ -140,7 +140,14 @@ def _merge_two(first: RunRecord, second: RunRecord) -> RunRecord:
     pruned = second.pruned if first.pruned is None or first.pruned.top1 is None else first.pruned
     # An unfinished run has fewer rounds, or the last one is not trained yet.
     rounds = max(first.rounds, second.rounds, key=lambda done: (len(done), [r.top1_trained is not None for r in done]))
-    update = {**bases, "study": study, "pruned": pruned or first.pruned, "arms": entries, "rounds": rounds}
+    update = {
+        **bases,
+        "early": first.early or second.early,
+        "study": study,
+        "pruned": pruned or first.pruned,
+        "arms": entries,
+        "rounds": rounds,
+    }
     return first.model_copy(update=update)
 
 

@@ -60,9 +60,12 @@ def _ancestors(run: RunRecord, network: str) -> list[TrainedRecord]:
     if arm is None:
         return []
     bases = _pruned_networks(run) if arm.weights != "fresh" else []
-    # A ticket has its mask from what was pruned, unless that is known, or found, without training.
-    if arm.weights in ("initial", "early") and not _includes(run.arms[network], bases):
-        bases = []
+    if arm.weights in ("initial", "early"):
+        # What weights are rewound to is part of the unpruned network's training, where that is an ancestor.
+        start = [run.early] if run.early is not None and arm.weights == "early" else []
+        # A ticket has its mask from what was pruned, unless that is known, or found, without training.
+        choices: list[list[TrainedRecord]] = [bases, start, []]
+        bases = next(choice for choice in choices if _includes(run.arms[network], choice))
     if arm.taught and run.large is not None and run.large not in bases:
         bases.append(run.large)
     return bases
@@ -81,8 +84,9 @@ def _pruned_networks(run: RunRecord) -> list[TrainedRecord]:
 
 def _includes(entry: TrainedRecord, bases: Sequence[TrainedRecord]) -> bool:
     """Tell whether a training's cost has room for those of `bases`."""
-    before = entry.flops_before
-    return before is not None and sum(base.train_flops or 0 for base in bases) <= before * (1 + 1e-9)
+    # Totals are exact, but those of other versions may be rounded.
+    before = (entry.flops_before or 0) * (1 + 1e-9)
+    return sum(base.train_flops or 0 for base in bases) <= before
 
 
 def _epochs_before(run: RunRecord) -> int | None:

@@ -52,12 +52,12 @@ def split_name(network: str) -> tuple[str, str]:
     return family, length
 
 
-def rewinds(network: str) -> bool:
-    """Tell whether an arm is a ticket, or rewinds weights or the learning rate.
+def is_ticket(network: str) -> bool:
+    """Tell whether an arm is a ticket, random or not, or rewinds weights or the learning rate.
 
     Examples
     --------
-    >>> [rewinds(arm) for arm in ("finetune", "lottery@12", "reshuffle", "lr_rewind", "an_arm_of_a_later_version")]
+    >>> [is_ticket(arm) for arm in ("finetune", "lottery@12", "reshuffle", "lr_rewind", "an_arm_of_a_later_version")]
     [False, True, True, True, False]
     """
     arm = known_arm(network)

@@ -115,9 +115,9 @@ class RoundRecord(SummaryPart):
 
     Attributes
     ----------
-    params, weights, channels, macs
-        What remains after it: parameters without masked ones, weights, channels (None where single weights go), and
-        MACs per image.
+    params, channels, macs
+        What remains after it: parameters without masked ones, channels (None where single weights go), and MACs per
+        image.
     top1_before, top1, top1_recalibrated, top1_trained
         Percent on the test images: of the network that it pruned, after pruning, with re-estimated statistics, and
         after the training between this round and the next. None for the last round's training: the arms are that.
@@ -129,7 +129,6 @@ class RoundRecord(SummaryPart):
 
     round: int
     params: int | None = None
-    weights: int | None = None
     channels: int | None = None
     macs: int | None = None
     top1_before: float | None = None
@@ -199,6 +198,8 @@ class RunRecord(SummaryPart):
         The folder as it was found, without what leads to the place that was searched.
     unfinished
         What it trains now, or was training when it was stopped: `train_flops` and `epochs` are what is planned.
+    early
+        The unpruned network as far as weights are rewound to it.
     rounds
         Those that are done, of a study that prunes in several.
     """
@@ -207,6 +208,7 @@ class RunRecord(SummaryPart):
     study: StudyRecord
     large: TrainedRecord | None = None
     sparse: TrainedRecord | None = None
+    early: TrainedRecord | None = None
     pruned: PrunedRecord | None = None
     arms: dict[Text, TrainedRecord] = Field(default_factory=dict)
     unfinished: dict[Text, TrainedRecord] = Field(default_factory=dict)

@@ -12,7 +12,7 @@ import numpy as np
 
 from rethink_prune.config import TARGET_OPTIONS
 from rethink_prune.report.groups import recorded_settings
-from rethink_prune.report.networks import in_column_order, rewinds, trains_pruned
+from rethink_prune.report.networks import in_column_order, is_ticket, trains_pruned
 from rethink_prune.report.records import RoundRecord, RunRecord, value_text
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
 
@@ -30,7 +30,7 @@ class RoundOverSeeds:
 
     Attributes
     ----------
-    params, weights, channels, macs, epochs
+    params, channels, macs, epochs
         Means over seeds; `channels` is None where single weights go, `epochs` after the last round.
     params_kept
         Percent of the unpruned network's.
@@ -42,7 +42,6 @@ class RoundOverSeeds:
     round: int
     params: float | None
     params_kept: SeedStatistics | None
-    weights: float | None
     channels: float | None
     macs: float | None
     top1_before: SeedStatistics | None
@@ -120,7 +119,6 @@ def rounds_over_seeds(runs: Sequence[RunRecord]) -> Iterator[RoundOverSeeds]:
             round=number,
             params=mean_if_known([each.params for each in rounds]),
             params_kept=kept_shares([(each.params, run.large.params) for run, each in found if run.large]),
-            weights=mean_if_known([each.weights for each in rounds]),
             channels=mean_if_known([each.channels for each in rounds]),
             macs=mean_if_known([each.macs for each in rounds]),
             top1_before=seeds([each.top1_before for each in rounds]),
@@ -138,7 +136,7 @@ def size_sweeps(rows: Sequence[SizedRow]) -> Iterator[SizeSweep]:
         sweeps[row.sweep].append(row)
     for sweep, members in sweeps.items():
         arms = {arm for row in members for run in row.runs for arm in run.arms}
-        if any(map(rewinds, arms)) or any(run.rounds for row in members for run in row.runs):
+        if any(map(is_ticket, arms)) or any(run.rounds for row in members for run in row.runs):
             for title, alike in _equal_but_for_size(sweep, members):
                 found = _size_sweep(sweep, title, alike)
                 if len({(size.params_kept, size.macs_kept) for size in found.sizes}) > 1:
