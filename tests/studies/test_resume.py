@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from harness import SMALL
 
 ARGUMENTS = [*SMALL, "recipe.epochs=3", "arms=[finetune,scratch_e,retrain_kd@2]", "store.checkpoint_seconds=0"]
+IN_ROUNDS = [*ARGUMENTS, "arms=[lottery]", "rewind.epoch=1", "pruner.rounds=2", "pruner.between_rounds=epoch"]
 
 # Runs the command line with something that kills it inserted at a given point.
 KILLER = """
@@ -62,9 +64,11 @@ KILLER = """
 """
 
 
-def start(cwd: Path, point: str, count: int, run_dir: str = "run") -> subprocess.Popen[str]:
+def start(
+    cwd: Path, point: str, count: int, run_dir: str = "run", arguments: Sequence[str] = ARGUMENTS
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(KILLER), point, str(count), *ARGUMENTS, f"hydra.run.dir={run_dir}"],
+        [sys.executable, "-c", textwrap.dedent(KILLER), point, str(count), *arguments, f"hydra.run.dir={run_dir}"],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -116,6 +120,21 @@ def test_killed_and_run_again_ends_with_the_same_bits(
     assert again.returncode == 0, errors
     assert results(tmp_path) == uninterrupted
     assert not list((tmp_path / "store").rglob("*.tmp"))
+
+
+# 12 steps of large, 4 of its first epoch again, 12 between the rounds, 12 of the ticket.
+@pytest.mark.slow
+def test_rounds_that_are_killed_end_with_the_same_bits(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    assert start(whole, "never", 0, arguments=IN_ROUNDS).wait(120) == 0
+    # Each attempt goes on where the one before was killed: in `early`, between the rounds, and in the ticket.
+    for count in (14, 9, 12):
+        assert start(broken, "step", count, arguments=IN_ROUNDS).wait(120) == -signal.SIGKILL
+    assert start(broken, "never", 0, arguments=IN_ROUNDS).wait(120) == 0
+    assert results(broken) == results(whole)
+    assert sorted({name.partition("-")[0] for name in results(whole)}) == ["early", "large", "prune", "ticket"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
