@@ -85,7 +85,7 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
             ["pruner.ratio=null", "pruner.widths={layer1.*: 5}", "pruner.skip=[layer2.*]", "pruner.round_to=8"],
             "pruner: skip and round_to: of no use with widths, which gives every width itself",
         ),
-        (["~pruner"], "pruner: missing"),
+        (["~pruner"], "pruner.name: missing"),
         (["budget.cap=0.5"], "budget.cap=0.5: must be greater than or equal to 1"),
         (["seed=-1"], "seed=-1: must be greater than or equal to 0"),
         (["device=gpu"], "device=gpu: must"),

@@ -191,12 +191,12 @@ def test_random_weights_at_the_dense_fan_out(tmp_path: Path) -> None:
     narrow = study.networks.scratch(architecture).get_parameter(f"{name}.weight")
     dense = study.networks.scratch(architecture, dense=True).get_parameter(f"{name}.weight")
     # A fan-out four times as wide has half the standard deviation.
-    assert narrow.std() / dense.std() == pytest.approx(2, rel=0.05)
+    assert (narrow.std() / dense.std()).item() == pytest.approx(2, rel=0.05)
     masked = Architecture(masks={"features.0.weight": torch.arange(64 * 3 * 9).view(64, 3, 3, 3) % 4 == 0})
     sparse, full = (study.networks.scratch(masked, dense=dense) for dense in (False, True))
     left = masked.masks["features.0.weight"]
     ratio = sparse.get_parameter("features.0.weight")[left].std() / full.get_parameter("features.0.weight")[left].std()
-    assert ratio == pytest.approx(2, rel=0.02), "the same draws, scaled"
+    assert ratio.item() == pytest.approx(2, rel=0.02), "the same draws, scaled"
 
 
 def test_the_dense_fan_out_is_in_the_key_of_scratch_arms_alone() -> None:
