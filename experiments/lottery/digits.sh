@@ -9,4 +9,4 @@ study=(python -m rethink_prune -m experiment=lottery_digits recipe.lr=0.1,0.01 s
 weights=(pruner=magnitude pruner.ratio=0.9 'arms=[scratch_e,lottery,reshuffle]')
 "${study[@]}" "${weights[@]}" hydra.sweep.dir=digits/runs/weights "$@"
 "${study[@]}" "${weights[@]}" pruner.rounds=3 hydra.sweep.dir=digits/runs/rounds "$@"
-python -m rethink_prune.report digits/runs --out digits/report
+python -m rethink_prune.report digits/runs --by recipe.lr --out digits/report

@@ -236,10 +236,11 @@ def wait_until(condition: Any, seconds: float = 60) -> None:
 @pytest.mark.parametrize("pruner", ["sss", "magnitude"])
 def test_batch_norms_masks_and_sparse_training_are_shared(folder: Path, pruner: str) -> None:
     target = {"sss": "pruner.sparse.strength=10", "magnitude": "pruner.ratio=0.4"}[pruner]
-    done = torchrun(folder, *SMALL, f"pruner={pruner}", target, "arms=[finetune]", "hydra.run.dir=run")
+    rewound = ("rewind.epoch=1", "arms=[finetune,weight_rewind,lr_rewind]")
+    done = torchrun(folder, *SMALL, f"pruner={pruner}", target, *rewound, "hydra.run.dir=run")
     assert done.returncode == 0, done.stdout
     found = summary(folder, "run")
-    for entry in (found["sparse"] if pruner == "sss" else found["large"], found["arms"]["finetune"]):
+    for entry in (found["sparse"] if pruner == "sss" else found["large"], found["early"], *found["arms"].values()):
         assert entry["processes"] == [2]
         assert 0 <= entry["top1"] <= 100
 

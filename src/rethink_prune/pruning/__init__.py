@@ -80,6 +80,10 @@ def prune(
     """
     found = find_pruner(pruner)
     chosen = found(parse_pruner({"name": pruner, **options}, found.options_type))
+    if chosen.options.rounds is not None:
+        raise UserError(
+            f"pruner.rounds={chosen.options.rounds}: needs trainings in between; run a study, or prune again"
+        )
     if chosen.needs_data and data is None:
         raise UserError(f"pruner.name={pruner}: needs training images: prune(..., data=batches of (images, labels))")
     for name, parameter in model.named_parameters():

@@ -14,7 +14,7 @@ from rethink_prune.errors import Interrupted
 from rethink_prune.store.metrics import read_metrics, steady_pace, write_metrics
 from rethink_prune.store.stage import MODEL_FILE, SAMPLE_FILE, Done, Failed, Stage, start_of, total_flops
 from rethink_prune.store.weights import save_weights
-from rethink_prune.study.arms import file_name
+from rethink_prune.study.arms import file_name, known_arm
 from rethink_prune.study.keys import stage_name
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.prepare import PreparedStudy
@@ -54,7 +54,7 @@ class Runner:
         self._interrupts = interrupts
         self._flops_left: dict[str, int | None] = {}
         self._timed: set[str] = set()
-        # What failed last: the arms that miss it were to start from it.
+        # What failed of that which arms start from.
         self._failed: str | None = None
         self.replan(stages)
 
@@ -96,7 +96,8 @@ class Runner:
                     result = stage.result(started) or self._do(spec, stage, parents, events)
             self._flops_left[spec.title] = 0
             if isinstance(result, Failed):
-                self._failed = spec.title
+                if known_arm(spec.title) is None:
+                    self._failed = spec.title
                 return result
             if events is not None:
                 # A stage from the store has its curves in every run that uses it.

@@ -275,6 +275,8 @@ def _warnings(study: PreparedStudy) -> list[str]:
             "reset_parameters; name an initialiser with model.init if that is not how it is trained"
         )
     rewound = [name for name in study.config.arms if arm_of(name).weights == "early"]
+    if study.config.pruner.rounds is not None and study.config.pruner.between_rounds == "epoch":
+        rewound.append("pruner.between_rounds=epoch")
     if rewound and not study.budget.early_epochs:
         warnings.append(
             f"rewind.epoch={study.config.rewind.epoch:g} is less than one of {study.config.recipe.epochs} epochs: "
