@@ -25,7 +25,11 @@ NETWORKS = {
     "mobilenetv3_small_050": 0.5,
     "convnext_atto": 0.7,
 }
-NEW_SIZES = {"thinet": {"entries_per_image": 16}, "regression": {"positions_per_image": 16}}
+NEW_SIZES = {
+    "thinet": {"entries_per_image": 16},
+    "regression": {"positions_per_image": 16},
+    "synflow": {"iterations": 5},
+}
 
 
 def build(name: str) -> nn.Module:

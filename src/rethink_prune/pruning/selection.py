@@ -196,9 +196,8 @@ def global_threshold(values: Iterable[torch.Tensor], ratio: float) -> torch.Tens
     >>> global_threshold([torch.tensor([3.0, 1.0]), torch.tensor([[2.0, 4.0]])], 0.5)
     tensor(3.)
     """
-    together = torch.cat([value.flatten() for value in values])
-    # Finds one value of millions several times faster than sorting them; it counts from one.
-    return together.kthvalue(min(int(len(together) * ratio), len(together) - 1) + 1).values
+    ordered = torch.cat([value.flatten() for value in values]).sort().values
+    return ordered[min(int(len(ordered) * ratio), len(ordered) - 1)]
 
 
 def explicit_widths(widths: Sequence[int] | Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:

@@ -273,10 +273,10 @@ class WeightPruner(Pruner[Options, WeightTarget]):
     >>> class LastWeights(WeightPruner):
     ...     def scores(self, model, target, *, data, generator):
     ...         return {name: -torch.arange(size) for name, size in target.layers.items()}
-    >>> pruner, model = LastWeights(WeightOptions(name="last", ratio=0.5)), build_model("vgg11")
+    >>> pruner, model = LastWeights(WeightOptions(name="last", ratio=0.5)), build_model("resnet20")
     >>> target = pruner.target(model, torch.zeros(1, 3, 32, 32))
     >>> pruner.prune(model, target, data=None, generator=torch.Generator()).report.layers[0]
-    LayerWidth(layer='features.0', kept=1728, full=1728)
+    LayerWidth(layer='conv1', kept=432, full=432)
     """
 
     options_type: ClassVar[type[WeightOptions]] = WeightOptions
