@@ -80,8 +80,9 @@ def plan_rounds(pruner: AnyPruner, model: nn.Module, example: torch.Tensor, netw
         target = pruner.target(model, example, network)
         return Rounds(target, (pruner,), (target,) if target.known else ())
     where = f"pruner.rounds={count}"
-    if not pruner.in_rounds:
-        raise UserError(f"{where}: {options.name} cannot prune in rounds: {pruner.no_rounds}")
+    if not pruner.in_rounds or pruner.trains_sparse:
+        why = pruner.no_rounds if not pruner.in_rounds else "it trains the unpruned network its own way"
+        raise UserError(f"{where}: {options.name} cannot prune in rounds: {why}")
     share = options.share_per_round
     if getattr(options, "min_share", 0) and (share is not None or not _decides_widths(options)):
         raise UserError(f"{where}: pruner.min_share is a share of the unpruned layer, which a round does not know")
