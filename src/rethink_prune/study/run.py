@@ -107,7 +107,8 @@ def run_study(
         if spec.kind != "prune" or (spec.parent is not None and spec.parent not in done):
             continue
         (spec,) = add_keys([spec], study.parts, _stage_names(done))
-        assert isinstance(run(spec), Done), "only trainings can fail"
+        outcome = run(spec)
+        assert isinstance(outcome, Done), "only trainings can fail"
         if spec.title != "prune":
             # The round is known by now, and so is the training that follows it.
             left = pruned_network(study, done[spec.title])
