@@ -71,7 +71,14 @@ def same(first: Architecture, second: Architecture) -> bool:
 
 
 @pytest.mark.parametrize("network", ["resnet", "preresnet"])
-@pytest.mark.parametrize("pruner", [n for n in PRUNERS if n not in ("sss", "regression")])
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        pytest.param(name, marks=() if name in ("l1", "magnitude", "soft_filter") else pytest.mark.slow)
+        for name in PRUNERS
+        if name not in ("sss", "regression")
+    ],
+)
 def test_it_costs_the_same(pruner: str, network: str) -> None:
     more: dict[str, Any] = {"entries_per_image": 20} if pruner == "thinet" else {}
     target, result = pruned(pruner, network, ratio=0.5, **more)
@@ -116,12 +123,17 @@ def test_every_position_of_a_weight_is_drawn_equally_often() -> None:
 @pytest.mark.parametrize(
     ("network", "options"),
     [
-        ("resnet", {}),
         ("resnet", {"structures": ["blocks", "channels"]}),
-        ("preresnet", {"structures": ["blocks", "channels"]}),
-        ("resnext", {}),
-        ("resnext", {"structures": ["blocks", "groups", "channels"]}),
         ("vgg", {}),
+        *(
+            pytest.param(network, options, marks=pytest.mark.slow)
+            for network, options in [
+                ("resnet", {}),
+                ("preresnet", {"structures": ["blocks", "channels"]}),
+                ("resnext", {}),
+                ("resnext", {"structures": ["blocks", "groups", "channels"]}),
+            ]
+        ),
     ],
 )
 def test_sss_costs_the_same(network: str, options: dict[str, Any]) -> None:

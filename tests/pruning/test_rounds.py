@@ -55,7 +55,12 @@ def test_who_prunes_in_rounds() -> None:
 # One of them everywhere, the others where much can go wrong: padded shortcuts, selections, concatenations.
 CASES = [
     *(("l1", network, scope) for network in NETWORKS for scope in ("inner", "all")),
-    *((name, network, "all") for name in IN_ROUNDS if name != "l1" for network in ("resnet", "preresnet", "densenet")),
+    *(
+        pytest.param(name, network, "all", marks=() if network == "resnet" else pytest.mark.slow)
+        for name in IN_ROUNDS
+        if name != "l1"
+        for network in ("resnet", "preresnet", "densenet")
+    ),
 ]
 
 
