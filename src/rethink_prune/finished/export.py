@@ -41,7 +41,9 @@ def export_stage(stage: Stage, folder: Path, factory: Factory | None = None) -> 
         If the stage cannot be loaded, or something else is in `folder`.
     """
     result = stage.finished()
-    model, architecture = load_model(stage.folder, factory), Architecture.load(stage.folder)
+    model = load_model(stage.folder, factory)
+    # The channels it had in the unpruned network matter to that one alone.
+    architecture = Architecture.load(stage.folder).without_positions()
     # Whoever uses the weights without the masks must get the pruned network as well.
     apply_masks(model, architecture.masks)
     _make_export_folder(folder, stage.name)
