@@ -57,7 +57,7 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
         (["+model.args.num_classes=3"], "num_classes comes from the data set"),
         (["dataset.image_size=100000000"], "dataset.image_size=100000000: must be less than or equal to 4096"),
         (["arms=[foo]"], f"arms=[foo]: no arm foo; there are {', '.join(ARMS)}"),
-        (["arms=[finetune,finetune]"], "an arm is named twice"),
+        (["arms=[finetune,finetune]"], "finetune is named twice"),
         (["recipe.epochs=0"], "recipe.epochs=0: must be greater than or equal to 1"),
         (["recipe.batch_size=0"], "recipe.batch_size=0: must be greater than or equal to 1"),
         (["recipe.lr=-1"], "recipe.lr=-1: must be greater than 0"),

@@ -296,8 +296,10 @@ class PrunerOptions(Frozen):
 
     @model_validator(mode="after")
     def _shares_need_rounds(self) -> Self:
-        if self.share_per_round is not None and self.rounds is None:
+        if self.rounds is None and self.share_per_round is not None:
             raise ValueError(f"share_per_round={self.share_per_round:g}: needs rounds, e.g. pruner.rounds=5")
+        if self.rounds is None and self.between_rounds != "init":
+            raise ValueError(f"between_rounds={self.between_rounds}: needs rounds, e.g. pruner.rounds=5")
         return self
 
     def key(self) -> dict[str, Any]:
@@ -460,6 +462,13 @@ class StudyConfig(Frozen):
     large: LargeConfig = LargeConfig()
     rewind: RewindConfig = RewindConfig()
 
+    @field_validator("together", mode="before")
+    @classmethod
+    def _trainings_are_counted(cls, together: object) -> object:
+        if together != "auto" and (not isinstance(together, int) or isinstance(together, bool) or together < 1):
+            raise ValueError("must be auto or a number from 1")
+        return together
+
     @model_validator(mode="after")
     def _rewinds_within_the_training(self) -> StudyConfig:
         epochs = self.recipe.epochs
@@ -475,7 +484,7 @@ class StudyConfig(Frozen):
         if not arms:
             raise ValueError("no arm to run; e.g. arms=[finetune,scratch_e,scratch_b]")
         if len(set(arms)) < len(arms):
-            raise ValueError("an arm is named twice")
+            raise ValueError(f"{next(arm for arm in arms if arms.count(arm) > 1)} is named twice")
         return arms
 
 
@@ -577,7 +586,7 @@ def _line(detail: ErrorDetails, prefix: tuple[str, ...], root: type[Frozen]) -> 
     for python, yaml in (("valid tuple", "list"), ("valid list", "list"), ("valid dictionary", "mapping")):
         message = message.replace(python, yaml)
     if isinstance(detail["input"], Mapping) and detail["type"] == "value_error":
-        return f"{path}: {message}"
+        return f"{path}: {message}" if location else message
     return f"{path}={_show(detail['input'])}: {message}"
 
 

@@ -148,6 +148,8 @@ def test_only_scratch_arms_of_known_widths_need_no_rounds() -> None:
             ["pruner.rounds=2", "pruner.ratio=null", "pruner.share_per_round=1"],
             "pruner.share_per_round=1: must be",
         ),
+        (["pruner.between_rounds=none"], "between_rounds=none: needs rounds, e.g. pruner.rounds=5"),
+        (["together=0"], "together=0: must be auto or a number from 1"),
         (["pruner.between_rounds=start"], "pruner.between_rounds=start: must be init, epoch or none"),
         (["pruner.redraw=sparse"], "pruner.redraw=sparse: must be nonzeros or dense"),
     ],

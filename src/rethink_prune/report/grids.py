@@ -68,7 +68,7 @@ _CAPTIONS = {
     "scratch for N epochs; P_K-R_N: a parent trained for K epochs, pruned, retrained for N.",
     "remaining": "Top-1 in percent after the last epoch: mean ± standard deviation (n seeds), by what remains of the "
     "unpruned network. In rounds: pruned several times, each time of what remains. After round r: trained between "
-    "rounds, which is what a study of r rounds has for that arm; where there is such a study, its own result stands.",
+    "rounds. With share_per_round, a study of r rounds has the same; where there is one, its own result stands.",
     "rounds": "Means over seeds. Before: top-1 of the network that the round prunes. Trained: after the training that "
     "follows, between this round and the next; those after the last round are the arms.",
     "lengths": "Gap: top-1 of the retrained network less that of the same architecture from scratch, in points, paired "
@@ -77,9 +77,9 @@ _CAPTIONS = {
     "its own N, not for all N at once. Holm: p corrected for all N of a curve; bold: a gap that is shown after it. "
     "TOST: equivalence within {margin:g} points.",
     "crossover": "The N at which the mean gap reaches zero, interpolated in log N, where retraining has lost its head "
-    "start. Its interval holds every N at which the paired-t interval of the interpolated gap holds zero. If the gap "
-    "changes its sign more than once, the change counts that agrees with most of the gaps. Below or beyond: outside "
-    "the lengths that were run.",
+    "start. Its interval holds that N, and all at which the paired-t interval of the interpolated gap holds zero. If "
+    "the gap changes its sign more than once, the change counts that agrees with most of the gaps. Below or beyond: "
+    "outside the lengths that were run.",
 }
 _KEPT_COLUMNS = ("MACs kept, %", "parameters kept, %")
 _P_COLUMNS = ("p", "p (Holm)", "least p (Holm)", "TOST p (Holm)")

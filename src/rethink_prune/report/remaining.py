@@ -167,6 +167,9 @@ def _settings_beside_size(row: SizedRow) -> dict[str, str]:
     if not study.rounds:
         # One cut has nothing between rounds.
         how_much.add("between_rounds")
+    elif _SHARE not in study.target:
+        # Two numbers of rounds reach a target on ways of their own, of which each has a curve.
+        how_much.discard("rounds")
     found: dict[str, set[str]] = defaultdict(set)
     for run in row.runs:
         for name, value in recorded_settings(run).items():
@@ -235,7 +238,11 @@ def _sizes_between_rounds(rows: Sequence[SizedRow]) -> Iterator[Size]:
                 if arm is not None and each.top1_trained is not None and _as_long_as(run, arm, each):
                     training = each.trained_stage or f"seed {run.study.seed}"
                     found[schedule, arm, each.round].setdefault(training, (row.pruned_by, run, each))
+    # On its own way, a round toward a target is no size that another target has.
+    ways = {schedule for schedule, _ in rows_of_rounds if schedule[1] is not None}
     for (schedule, arm, number), trainings in found.items():
+        if schedule in ways and len(ways) > 1:
+            continue
         there = rows_of_rounds[schedule, number]
         if any(arm in run.arms and run.arms[arm].finished for row in there for run in row.runs):
             continue

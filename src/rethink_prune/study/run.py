@@ -95,6 +95,7 @@ def run_study(
         outcome = runner.run(spec, parents)
         if isinstance(outcome, Done):
             done[spec.title] = outcome
+            summary.record_stage(spec.title, outcome)
         return outcome
 
     # The unpruned network, trained plainly, and by some pruners also their own way; for tickets, its first epochs.

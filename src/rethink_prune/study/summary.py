@@ -71,6 +71,11 @@ class Summary:
         }
         self._write()
 
+    def record_stage(self, title: str, outcome: Done) -> None:
+        """Record that this run uses a stage, at once: a run that is killed wants it again."""
+        self._stages[title] = outcome.stage.name
+        self._write()
+
     def add_base(self, name: str, outcome: Done | Failed) -> None:
         """Add the unpruned network as trained plainly (``large``), by the pruner (``sparse``), or ``early``."""
         self.content[name] = self._entry(name, outcome)
@@ -93,7 +98,6 @@ class Summary:
         """
         title = "prune" if trained is None else f"prune_{number}"
         prune = done[title]
-        self._stages[title] = prune.stage.name
         between = {} if trained is None else self._entry(f"round_{number}", trained)
         if between.get("status") == "failed":
             self.content["study"]["warnings"].append(f"the training after round {number} failed: {between['reason']}")
