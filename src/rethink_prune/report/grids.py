@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from rethink_prune.report.budget_axis import BudgetCurve, BudgetPoint, place_text
 from rethink_prune.report.comparisons import ArmComparison
 from rethink_prune.report.crossover import Place
+from rethink_prune.report.efficiency import MEASURES, EfficiencySize, MatchedComparison
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, in_column_order, network_label
 from rethink_prune.report.remaining import Size
 from rethink_prune.report.results import Report, ResultRow, ResultTable
@@ -35,7 +36,7 @@ class Cell:
 
 
 # Each row of a table with what stands in it after its names.
-_Rows = Iterator[tuple[ResultRow | Size, Iterable[Cell]]]
+_Rows = Iterator[tuple[ResultRow | Size | EfficiencySize | MatchedComparison, Iterable[Cell]]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ _CAPTIONS = {
     "remaining": "Top-1 in percent after the last epoch: mean ± standard deviation (n seeds), by what remains of the "
     "unpruned network. In rounds: pruned several times, each time of what remains. After round r: trained between "
     "rounds, which is what a study of r rounds has for that arm; where there is such a study, its own result stands.",
+    "matched": "Methods against uniform pruning at equal size, by the arm named. Between a seed's sizes, top-1 is "
+    "interpolated linearly in the logarithm of the size; the difference is that of its means from the smallest to the "
+    "largest size that all these seeds have of both, in points, paired by seed. Holm: corrected for all comparisons of "
+    "this table, which are a family of their own; otherwise as for differences between arms. TOST: equivalence within "
+    "{margin:g} points. At smallest, at largest: the mean difference there.",
+    "efficiency": "Error: 100 less top-1 after the last epoch, in percent: mean ± standard deviation (n seeds). "
+    "Parameters and MACs are means over seeds, without masked weights. Front: no size of any method of this network "
+    "and arm is as small and has as low a mean error.",
     "rounds": "Means over seeds. Before: top-1 of the network that the round prunes. Trained: after the training that "
     "follows, between this round and the next; those after the last round are the arms.",
     "lengths": "Gap: top-1 of the retrained network less that of the same architecture from scratch, in points, paired "
@@ -89,6 +98,8 @@ _FLOPS_COLUMNS = ("training FLOPs", "with ancestors", "with search", "amortised"
 _COST_COLUMNS = ("arm", "notation", "epochs", "parameters", "MACs", *_FLOPS_COLUMNS)
 _GAP_COLUMNS = ("n", "gap", "95 % interval", "p", "p (Holm)", "TOST p (Holm)")
 _LENGTH_COLUMNS = ("equal", "N", "N from scratch", "retrained", "from scratch", *_GAP_COLUMNS)
+_SIZE_COLUMNS = ("method", "arm", "parameters", "MACs", "error, %", "front")
+_MATCHED_COLUMNS = ("equal", "smallest", "largest", "arm", *_DIFFERENCE_COLUMNS[1:], "at smallest", "at largest")
 _ROUND_SIZES = ("round", "parameters", "parameters kept, %", "channels", "MACs")
 _ROUND_COLUMNS = (*_ROUND_SIZES, "before", "pruned", "statistics re-estimated", "trained", "epochs")
 _CROSSOVER_COLUMNS = ("equal", "lengths", "n", "crossover N", "95 % from", "95 % to", "crossover N of each seed")
@@ -104,6 +115,8 @@ def report_grids(report: Report) -> list[Grid]:
             ("crossover", "Crossover: ", _CROSSOVER_COLUMNS, _crossover_rows),
             ("lengths", "Retraining against from scratch: ", _LENGTH_COLUMNS, _length_rows),
             ("differences", "Differences: ", _DIFFERENCE_COLUMNS, _difference_rows),
+            ("matched", "At equal size: ", _MATCHED_COLUMNS, _matched_rows),
+            ("efficiency", "Error by size: ", _SIZE_COLUMNS, _efficiency_rows),
             ("remaining", "What remains: ", ("cut", *_KEPT_COLUMNS, *sized), _size_rows),
             ("rounds", "Rounds: ", _ROUND_COLUMNS, _round_rows),
             ("paper", "Beside the paper: ", _PAPER_COLUMNS, _paper_rows),
@@ -201,6 +214,28 @@ def _size_rows(table: ResultTable) -> _Rows:
             arms = (_cell(top1.get(arm), ".2f") for arm in _sized_arms(table))
             kept = (_cell(share, ".3g") for share in (size.macs_kept, size.params_kept))
             yield size, [Cell("in rounds" if size.in_rounds else "one"), *kept, *arms]
+
+
+def _matched_rows(table: ResultTable) -> _Rows:
+    for curves in table.efficiency:
+        for each in curves.matched:
+            spans = (_cell(size, ",.0f") for size in (each.smallest, each.largest))
+            _, *compared = _comparison_cells(each.comparison)
+            gaps = (_cell(gap, "+.2f") for gap in (each.gap_smallest, each.gap_largest))
+            yield each, [Cell(MEASURES[each.measure]), *spans, _arm_cell(curves.arm), *compared, *gaps]
+
+
+def _efficiency_rows(table: ResultTable) -> _Rows:
+    for curves in table.efficiency:
+        for curve in curves.methods:
+            for size in curve.sizes:
+                costs = (_cell(cost, ",.0f") for cost in (size.params, size.macs))
+                front = Cell(", ".join(MEASURES[measure] for measure in size.front))
+                yield size, [Cell(curve.method), _arm_cell(curves.arm), *costs, _cell(size.error, ".2f"), front]
+
+
+def _arm_cell(arm: str) -> Cell:
+    return Cell(network_label(arm).title)
 
 
 def _round_rows(table: ResultTable) -> _Rows:

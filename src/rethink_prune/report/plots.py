@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
+from rethink_prune.report.efficiency_plot import efficiency_figure
 from rethink_prune.report.gap_plot import gap_figure
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label, split_name
 from rethink_prune.report.remaining import Size, SizeSweep
@@ -33,6 +34,8 @@ _CAPTIONS = {
     "targets": "Top-1 after the last epoch against how much is pruned, mean and standard deviation over seeds",
     "remaining": "Top-1 after the last epoch over what remains of the unpruned network (logarithmic): mean and "
     "standard deviation over seeds; the line across: the unpruned network",
+    "efficiency": "Error over size (logarithmic): mean over seeds, band from the best to the worst seed; filled: on "
+    "the Pareto front of means; dotted: Liu et al. 2019, read from the figure, for orientation alone",
     "curves": "Top-1 during training: mean over seeds, band from the lowest to the highest seed",
     "ledger": "Where the training FLOPs of each arm went",
     "widths": "Mean width of each layer, kept and in full, in what is pruned: channels, single weights or blocks",
@@ -77,6 +80,9 @@ def _figures(table: ResultTable, margin: float) -> Iterator[tuple[str, str, str,
     for found in table.sweeps:
         rows = sweeps[found.sweep]
         yield "remaining", rows[0].slug.split("-")[0], found.title, remaining_figure(found)
+    for number, curves in enumerate(table.efficiency, 1):
+        slug = f"{table.rows[0].slug.split('-')[0]}-{number}"
+        yield "efficiency", slug, curves.title, efficiency_figure(curves)
     for sweep, rows in sweeps.items():
         if len(rows) > 1 and sweep not in {found.sweep for found in table.sweeps}:
             yield "targets", rows[0].slug.split("-")[0], sweep, _targets_figure(rows)

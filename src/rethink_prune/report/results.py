@@ -17,6 +17,7 @@ import numpy as np
 from rethink_prune.report.aliases import other_names, under_one_name
 from rethink_prune.report.budget_axis import BudgetCurve, arms_on_axis, budget_curves
 from rethink_prune.report.comparisons import ArmComparison, compare_arms, correct_for_table, planned_networks, verdict
+from rethink_prune.report.efficiency import EfficiencyCurves, efficiency_curves
 from rethink_prune.report.groups import RunGroup
 from rethink_prune.report.ledger import amortised_flops, arm_notation, shared_networks
 from rethink_prune.report.networks import (
@@ -27,7 +28,7 @@ from rethink_prune.report.networks import (
     network_label,
     trains_pruned,
 )
-from rethink_prune.report.notes import PaperRow, paper_row, pretrained_networks, row_notes
+from rethink_prune.report.notes import ONE_PRETRAINED, PaperRow, paper_row, pretrained_networks, row_notes
 from rethink_prune.report.records import RunRecord, StudyRecord, TrainedRecord, printable
 from rethink_prune.report.remaining import (
     RoundOverSeeds,
@@ -39,8 +40,6 @@ from rethink_prune.report.remaining import (
     size_sweeps,
 )
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
-
-ONE_PRETRAINED = "All seeds share one pretrained network: what training another would change is left out."
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,8 @@ class ResultRow:
 class ResultTable:
     """The rows of one data set, recipe and budget: the family that p values are corrected for.
 
-    `sweeps` has the accuracies over what remains, where rows have tickets or rounds.
+    `sweeps` has the accuracies over what remains, where rows have tickets or rounds; `efficiency` the errors of methods
+    over size, where there are two methods or more.
     """
 
     dataset: str
@@ -196,6 +196,7 @@ class ResultTable:
     arms: tuple[str, ...]
     rows: tuple[ResultRow, ...]
     sweeps: tuple[SizeSweep, ...]
+    efficiency: tuple[EfficiencyCurves, ...]
 
     @property
     def title(self) -> str:
@@ -260,7 +261,11 @@ def _result_table(
         SizedRow(row.sweep, row.pruned_by, part.group.runs, row.on_axis) for row, part in zip(rows, parts, strict=True)
     ]
     sweeps = tuple(size_sweeps(sized))
-    return ResultTable(study.dataset, study.recipe, study.budget, precision, tuple(arms), tuple(rows), sweeps)
+    conditions = _conditions(study.recipe, study.budget, precision)
+    efficiency = efficiency_curves(sized, margin=margin, conditions=conditions)
+    return ResultTable(
+        study.dataset, study.recipe, study.budget, precision, tuple(arms), tuple(rows), sweeps, efficiency
+    )
 
 
 @dataclass(frozen=True)
