@@ -199,7 +199,7 @@ def _comparable(rows: Sequence[SizedRow]) -> Iterator[tuple[str, list[tuple[str,
     for row in rows:
         networks[row.runs[0].study.model].append(row)
     for network, members in networks.items():
-        settings = [_settings(row, of_pruner=False) for row in members]
+        settings = [_settings_of_method(row, of_pruner=False) for row in members]
         for apart, numbers in alike(settings):
             yield ", ".join([network, *apart]), list(_methods([members[number] for number in numbers]))
 
@@ -212,11 +212,11 @@ def _methods(rows: Sequence[SizedRow]) -> Iterator[tuple[str, list[SizedRow]]]:
         name = row.sweep.removeprefix(f"{study.model}, ")
         sweeps[f"{name}, in rounds" if study.rounds else name].append(row)
     for name, members in sweeps.items():
-        for apart, numbers in alike([_settings(row, of_pruner=True) for row in members]):
+        for apart, numbers in alike([_settings_of_method(row, of_pruner=True) for row in members]):
             yield ", ".join([name, *apart]), [members[number] for number in numbers]
 
 
-def _settings(row: SizedRow, *, of_pruner: bool) -> dict[str, str]:
+def _settings_of_method(row: SizedRow, *, of_pruner: bool) -> dict[str, str]:
     """Return the settings of a row without what says how much goes: the pruner's, or all others."""
     found = {name: value for name, value in settings_beside_size(row).items() if name not in _ALSO_HOW_MUCH}
     chosen = {name: value for name, value in found.items() if name.startswith("pruner.") == of_pruner}
@@ -240,7 +240,7 @@ def _by_arm(title: str, methods: Sequence[tuple[str, list[SizedRow]]], margin: f
 
 def _method(name: str, rows: Sequence[SizedRow], arm: str) -> _Method | None:
     """Return a method by one arm; None with less than two sizes."""
-    sizes = sorted((size for row in rows if (size := _size(row, arm))), key=lambda size: size.params)
+    sizes = sorted((size for row in rows if (size := _size_over_seeds(row, arm))), key=lambda size: size.params)
     if len({size.params for size in sizes}) < 2:
         return None
     lines: dict[Measure, dict[int, _Line]] = {}
@@ -250,17 +250,17 @@ def _method(name: str, rows: Sequence[SizedRow], arm: str) -> _Method | None:
             entry = run.arms.get(arm)
             if entry is not None and entry.finished and (place := getattr(entry, measure)):
                 points[run.study.seed][place].append(entry.top1 or 0.0)
-        lines[measure] = {seed: _line(its) for seed, its in points.items() if len(its) > 1}
+        lines[measure] = {seed: _line_of_seed(its) for seed, its in points.items() if len(its) > 1}
     return _Method(name, rows, MethodCurve(name, tuple(sizes)), lines)
 
 
-def _line(points: Mapping[int, Sequence[float]]) -> _Line:
+def _line_of_seed(points: Mapping[int, Sequence[float]]) -> _Line:
     """Return the sizes of a seed as logarithms, growing, with the mean top-1 of those that are equal."""
     places = sorted(points)
     return np.log(np.array(places, dtype=float)), np.array([np.mean(points[place]) for place in places])
 
 
-def _size(row: SizedRow, arm: str) -> EfficiencySize | None:
+def _size_over_seeds(row: SizedRow, arm: str) -> EfficiencySize | None:
     entries = [run.arms[arm] for run in row.runs if arm in run.arms and run.arms[arm].finished]
     params, macs = (mean_if_known([getattr(entry, measure) for entry in entries]) for measure in MEASURES)
     errors = [100 - entry.top1 for entry in entries if entry.top1 is not None]
