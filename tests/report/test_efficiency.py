@@ -177,20 +177,27 @@ def test_each_arm_has_its_curves_and_settings_that_differ_set_methods_apart(
     found = found_curves(tmp_path, by=("pruner.scope",))
     # The two of VGG-19 were trained in other ways.
     assert {(curves.title, tuple(curve.method for curve in curves.methods)) for curves in found} == {
-        (
-            "vgg16, Scratch-E",
-            tuple(
-                f"{p}, pruner.scope {v}"
-                for p, v in (
-                    ("fpgm", "inner"),
-                    ("fpgm", "all"),
-                    ("slimming", "not recorded"),
-                    ("uniform", "not recorded"),
-                )
-            ),
-        ),
-        ("vgg16, Scratch-B", ("slimming, pruner.scope not recorded", "uniform, pruner.scope not recorded")),
+        ("vgg16, Scratch-E", ("fpgm, pruner.scope inner", "fpgm, pruner.scope all", "slimming", "uniform")),
+        ("vgg16, Scratch-B", ("slimming", "uniform")),
     }
+
+
+def test_sources_of_guided_pruning_change_with_the_size_and_experiments_tell_its_methods_apart(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    write_method(write_run, "uniform", [{100: 90.0, 400: 92.0}])
+    for name, params in (("search_guided", 100), ("search_guided", 400), ("search_transferred", 110)):
+        sources = {"settings": {"pruner": {"sources": [f"{name} {params}"], "size": 1.0}}, "target": {"size": 1.0}}
+        for seed in (0, 1):
+            top1 = {"scratch_e": 91.0 + params / 1000}
+            options = {"pruner": "guided", "experiment": name, "arms": ["scratch_e"]}
+            write_run(seed, top1, params=params, macs=10 * params, **options, **sources)
+    (curves,) = found_curves(tmp_path, by=("pruner.sources",))
+    # The transferred one has a single size.
+    assert [(curve.method, len(curve.sizes)) for curve in curves.methods] == [
+        ("guided, experiment search_guided", 2),
+        ("uniform", 2),
+    ]
 
 
 def test_the_front_is_where_nothing_is_both_as_small_and_as_good(write_run: WriteRun, tmp_path: Path) -> None:

@@ -206,12 +206,11 @@ def _comparable(rows: Sequence[SizedRow]) -> Iterator[tuple[str, list[tuple[str,
 
 def _methods(rows: Sequence[SizedRow]) -> Iterator[tuple[str, list[SizedRow]]]:
     """Yield the rows of each method, with its name."""
-    sweeps: dict[str, list[SizedRow]] = defaultdict(list)
+    pruners: dict[str, list[SizedRow]] = defaultdict(list)
     for row in rows:
         study = row.runs[0].study
-        name = row.sweep.removeprefix(f"{study.model}, ")
-        sweeps[f"{name}, in rounds" if study.rounds else name].append(row)
-    for name, members in sweeps.items():
+        pruners[f"{study.pruner} in rounds" if study.rounds else study.pruner].append(row)
+    for name, members in pruners.items():
         for apart, numbers in alike([_settings_of_method(row, of_pruner=True) for row in members]):
             yield ", ".join([name, *apart]), [members[number] for number in numbers]
 
