@@ -6,7 +6,7 @@ Nothing here executes code that a stage names: its files are safetensors, JSON a
 import inspect
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -92,26 +92,61 @@ def _check_sample(model: nn.Module, stage: Stage) -> None:
 
 def build_unpruned(stage: Stage, factory: Factory | None = None) -> nn.Module:
     """Build the network that a stage's was pruned from, with arbitrary weights; arguments as for `load_model`."""
-    network = read_config(stage)["network"]
+    with _same_draws(stage):
+        return build_described(read_config(stage)["network"], str(stage.folder), factory)
+
+
+def build_described(network: Mapping[str, Any], where: str, factory: Factory | None = None) -> nn.Module:
+    """Build an unpruned network from what a stage or a summary says about it.
+
+    Parameters
+    ----------
+    network : mapping
+        As in `read_config`; `describes_network` accepts it.
+    where : str
+        What says so, for messages.
+    factory : callable, optional
+        As for `load_model`.
+
+    Raises
+    ------
+    UserError
+        If a factory is needed and missing, or fails.
+
+    Examples
+    --------
+    >>> network = {"name": "resnet20", "options": {}, "num_classes": 7, "in_channels": 3, "image_size": 32}
+    >>> build_described(network, "a summary").fc.out_features
+    7
+    """
     name, options = network["name"], network["options"]
     sizes = {"num_classes": network["num_classes"], "in_channels": network["in_channels"]}
     if factory is None:
         if ":" in name:
             how = "load_model(folder, factory=...), or --factory path.to.module:factory on the command line"
-            raise UserError(f"{stage.folder}: holds {name}, a network of your own; say what builds it: {how}")
-        with _same_draws(stage):
-            return build_model(name, **sizes, **options)
+            raise UserError(f"{where}: holds {name}, a network of your own; say what builds it: {how}")
+        return build_model(name, **sizes, **options)
     try:
         if "in_channels" not in inspect.signature(factory).parameters:
             del sizes["in_channels"]
-        with _same_draws(stage):
-            model = factory(**sizes, **options)
+        model = factory(**sizes, **options)
     except Exception as error:
         reason = f"{type(error).__name__}: {_one_line(error)}"
-        raise UserError(f"{stage.folder}: the factory failed with {reason}") from error
+        raise UserError(f"{where}: the factory failed with {reason}") from error
     if not isinstance(model, nn.Module):
-        raise UserError(f"{stage.folder}: the factory gave a {type(model).__name__}, not a torch.nn.Module")
+        raise UserError(f"{where}: the factory gave a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def describes_network(network: object) -> bool:
+    """Tell whether a value has what `build_described` needs.
+
+    Examples
+    --------
+    >>> describes_network({"name": "resnet20"})
+    False
+    """
+    return isinstance(network, dict) and all(isinstance(network.get(k), kind) for k, kind in _NETWORK_KEYS.items())
 
 
 def _same_draws(stage: Stage) -> AbstractContextManager[None]:
@@ -137,7 +172,7 @@ def read_config(stage: Stage) -> dict[str, Any]:
     config = stage.config()
     network = config.get("network")
     # Anybody may have written the file, and build_model gets what stands in it.
-    if not (isinstance(network, dict) and all(isinstance(network.get(k), kind) for k, kind in _NETWORK_KEYS.items())):
+    if not describes_network(network):
         raise UserError(f"{stage.folder / 'config.yaml'}: is damaged or of another version: it describes no network")
     return config
 

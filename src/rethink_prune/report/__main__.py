@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     from rethink_prune.report import documents, gather, groups, results
 
     try:
-        gathered = gather.gather(options.places)
+        gathered = gather.gather(options.places, masks=True)
         found = groups.group_runs(gathered.runs, by=options.by, mix=options.mix)
         report = results.compute_report(found, margin=options.margin, problems=gathered.problems)
         documents.publish(report, found, options.out)

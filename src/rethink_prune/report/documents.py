@@ -8,7 +8,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +19,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from rethink_prune.errors import UserError
 from rethink_prune.files import SUMMARY_FILE, write_atomically, write_json
 from rethink_prune.report.gather import FORMAT, FORMAT_VERSION
-from rethink_prune.report.grids import Cell, Grid, report_grids
+from rethink_prune.report.grids import Cell, Grid, pattern_grids, report_grids
 from rethink_prune.report.groups import RunGroup
-from rethink_prune.report.plots import Picture, draw_pictures
+from rethink_prune.report.patterns import RowPattern
+from rethink_prune.report.plots import Picture, draw_patterns, draw_pictures
 from rethink_prune.report.results import Report
 from rethink_prune.report.statistics import EXACT_UP_TO, RESAMPLES
 from rethink_prune.text import markdown
@@ -56,20 +57,11 @@ def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
     UserError
         If the folder cannot be made or written, or is a run's own.
     """
-    if (folder / SUMMARY_FILE).exists():
-        raise UserError(f"--out {folder}: is a run's folder; name another one")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be made ({error.strerror}); name a folder you can write") from None
+    _make_folder(folder)
     pictures = draw_pictures(report)
-    files = {f"{picture.name}.png": picture.png for picture in pictures}
-    files |= {f"{picture.name}.svg": picture.svg for picture in pictures}
+    files, listing = _picture_files(pictures), folder / "results.json"
     documents = {name: text.encode() for name, text in write_documents(report, pictures).items()}
-    for name in _files_of_earlier_report(folder) - {*files, *documents}:
-        (folder / name).unlink(missing_ok=True)
-    for name, data in files.items():
-        write_atomically(folder / name, data)
+    _write_files(files, listing, others=[*documents])
     runs = [run.model_dump(mode="json", exclude_none=True) for group in groups for run in group.runs]
     header: dict[str, Any] = {
         "format": FORMAT,
@@ -79,16 +71,28 @@ def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
     # What told groups apart, for whoever reads the runs again; in one line, which takes half the room.
     by = list(dict.fromkeys(name for group in groups for name, _ in group.by))
     header |= {"by": by, "files": sorted({*files, *documents})}
-    write_json(folder / "results.json", {**header, **asdict(report), "runs": runs}, indent=None)
+    write_json(listing, {**header, **asdict(report), "runs": runs}, indent=None)
     # The page is the last file: where it stands, the report is whole.
     for name, data in documents.items():
         write_atomically(folder / name, data)
 
 
-def _files_of_earlier_report(folder: Path) -> set[str]:
-    """Return the names of what a report left in a folder, as far as it said: its pictures would pass for new ones."""
+def _picture_files(pictures: Sequence[Picture]) -> dict[str, bytes]:
+    return {f"{picture.name}.{kind}": getattr(picture, kind) for picture in pictures for kind in ("png", "svg")}
+
+
+def _write_files(files: Mapping[str, bytes], listing: Path, others: Sequence[str] = ()) -> None:
+    """Write files beside the JSON file that lists those from before, which go unless they are among `others`."""
+    for name in _listed_files(listing) - {*files, *others}:
+        (listing.parent / name).unlink(missing_ok=True)
+    for name, data in files.items():
+        write_atomically(listing.parent / name, data)
+
+
+def _listed_files(listing: Path) -> set[str]:
+    """Return the names of what was left in a folder, as far as it was said: old pictures would pass for new ones."""
     try:
-        files = json.loads((folder / "results.json").read_text())["files"]
+        files = json.loads(listing.read_text())["files"]
         return {name for name in files if Path(name).name == name}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
@@ -113,6 +117,38 @@ def write_documents(report: Report, pictures: Sequence[Picture]) -> dict[str, st
     templates = {"tables.tex": "tables.tex.jinja", "report.md": "report.md.jinja", PAGE_FILE: "page.html"}
     documents = {name: _ENVIRONMENT.get_template(template).render(values) for name, template in templates.items()}
     return {f"{grid.name}.csv": to_csv(grid) for grid in grids} | documents
+
+
+def publish_patterns(patterns: Sequence[RowPattern], folder: Path) -> str:
+    """Write what pruning leaves into `folder`, and return it as Markdown.
+
+    Writes ``patterns.json``, a CSV file for each table, and each picture as PNG and SVG, over what is there.
+
+    Raises
+    ------
+    UserError
+        If no row has layers, or the folder cannot be made or written, or is a run's own.
+    """
+    if not any(pattern.widths or pattern.kernels for pattern in patterns):
+        raise UserError("these runs recorded no layers; run a study until it has pruned")
+    _make_folder(folder)
+    grids = pattern_grids(patterns)
+    files = {f"{grid.name}.csv": to_csv(grid).encode() for grid in grids} | _picture_files(draw_patterns(patterns))
+    listing = folder / "patterns.json"
+    _write_files(files, listing)
+    write_json(listing, {"files": sorted(files), "patterns": [asdict(pattern) for pattern in patterns]}, indent=None)
+    told = [escape_markdown(f"{pattern.title}: {pattern.unknown}.") for pattern in patterns if pattern.unknown]
+    tables = [f"## {grid.title}\n\n{_markdown_table(grid)}\n\n{grid.caption}" for grid in grids]
+    return "\n\n".join([*tables, *told])
+
+
+def _make_folder(folder: Path) -> None:
+    if (folder / SUMMARY_FILE).exists():
+        raise UserError(f"--out {folder}: is a run's folder; name another one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made ({error.strerror}); name a folder you can write") from None
 
 
 def to_csv(grid: Grid) -> str:

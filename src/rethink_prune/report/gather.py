@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import SUMMARY_FILE
+from rethink_prune.report.networks import has_pruned_positions
 from rethink_prune.report.records import RunRecord
 from rethink_prune.store.metrics import read_metrics
 
@@ -23,10 +25,11 @@ _UNREADABLE = (OSError, ValueError, RecursionError)
 
 @dataclass
 class GatheredRuns:
-    """The runs that were found, and in words what could not be used."""
+    """The runs that were found, and in words what could not be used; `masks` says whether to read masks."""
 
     runs: list[RunRecord] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    masks: bool = False
     _files: set[Path] = field(default_factory=set)
 
     def add(self, file: Path, name: str, *, stages: Path | None = None, summary: Any = None) -> None:
@@ -46,7 +49,10 @@ class GatheredRuns:
             self._files.add(file.resolve())
         try:
             content = _read_json(file) if summary is None else summary
-            self.runs.append(RunRecord.model_validate(_with_curves({**content, "name": name}, stages)))
+            whole = _with_curves({**content, "name": name}, stages)
+            if self.masks and content.get("pruned"):
+                whole["pruned"] = {**whole["pruned"], "kernels": _kept_kernels(content, stages)}
+            self.runs.append(RunRecord.model_validate(whole))
         except ValidationError as error:
             # The first error is enough to find the file's fault; the others often follow from it.
             advice = "if an older version made it, run its command again: finished stages are reused"
@@ -61,20 +67,22 @@ class GatheredRuns:
         self.problems.append(f"{file}: left out: {why}")
 
 
-def gather(places: Iterable[Path]) -> GatheredRuns:
+def gather(places: Iterable[Path], *, masks: bool = False) -> GatheredRuns:
     """Return the runs in the given places, each once; unfinished ones too.
 
     Parameters
     ----------
     places
         Run folders, folders that hold some at any depth, stores, or the ``results.json`` of earlier reports.
+    masks
+        Also read which kernel positions remain, where the stages are still there: files as large as the networks.
 
     Raises
     ------
     UserError
         If a place is missing or holds no run, or no run at all can be read.
     """
-    gathered = GatheredRuns()
+    gathered = GatheredRuns(masks=masks)
     for place in places:
         if not place.exists():
             raise UserError(f"{place}: no such folder; run a study first, or name runs or a store")
@@ -171,6 +179,42 @@ def _with_curves(content: dict[str, Any], stages: Path | None) -> dict[str, Any]
     return {**content, **bases, **parts, "rounds": rounds}
 
 
+def _stage_folder(stage: str, stages: Path | None) -> Path:
+    folder = Path(stage)
+    # The store may have moved since the summary was written.
+    return stages / folder.name if not folder.is_dir() and stages is not None else folder
+
+
+def _kept_kernels(content: Mapping[str, Any], stages: Path | None) -> list[dict[str, Any]]:
+    """Return what the masks of a run keep, from the first stage of the pruned network that has its architecture."""
+    arms = {name: entry for name, entry in (content.get("arms") or {}).items() if has_pruned_positions(name)}
+    for entry in (content["pruned"], *arms.values()):
+        if entry.get("stage"):
+            file = _stage_folder(entry["stage"], stages) / "architecture.safetensors"
+            if file.is_file():
+                return read_kernels(file)
+    return []
+
+
+def read_kernels(file: Path) -> list[dict[str, Any]]:
+    """Return, for each convolution with masks, the share of its kernels that keep each position.
+
+    Kernels of 1 x 1 have no positions to tell apart. A damaged file has none: no number of the tables rests on it.
+    """
+    found = []
+    try:
+        # NumPy's arrays: nothing else here needs torch.
+        with safe_open(file, framework="numpy") as tensors:
+            for name in sorted(name for name in tensors.keys() if name.startswith("masks/")):  # noqa: SIM118 (no dict)
+                mask = tensors.get_tensor(name)
+                if mask.ndim == 4 and mask[0, 0].size > 1:
+                    layer = name.removeprefix("masks/").removesuffix(".weight")
+                    found.append({"layer": layer, "kept": mask.mean(axis=(0, 1)).tolist()})
+    except (OSError, ValueError, SafetensorError):
+        return []
+    return found
+
+
 def _with_stage_names(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: Path(value).name if name.endswith("stage") and value else value for name, value in entry.items()}
 
@@ -178,10 +222,7 @@ def _with_stage_names(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _with_curve(entry: Mapping[str, Any], stages: Path | None) -> dict[str, Any]:
     if not entry.get("stage"):
         return dict(entry)
-    folder = Path(entry["stage"])
-    if not folder.is_dir() and stages is not None:
-        # The store may have moved since the summary was written.
-        folder = stages / folder.name
+    folder = _stage_folder(entry["stage"], stages)
     try:
         curve = [row["test_top1"] for row in read_metrics(folder)]
     except (OSError, ValueError, KeyError, TypeError):

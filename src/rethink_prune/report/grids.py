@@ -1,12 +1,14 @@
 """A report's tables as cells: what stands in each, as text and as numbers. :mod:`documents` writes them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rethink_prune.report.budget_axis import BudgetCurve, BudgetPoint, place_text
 from rethink_prune.report.comparisons import ArmComparison
 from rethink_prune.report.crossover import Place
+from rethink_prune.report.efficiency import MEASURES, EfficiencySize, MatchedComparison
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, in_column_order, network_label
+from rethink_prune.report.patterns import RowPattern
 from rethink_prune.report.remaining import Size
 from rethink_prune.report.results import Report, ResultRow, ResultTable
 from rethink_prune.report.statistics import SeedStatistics
@@ -35,7 +37,8 @@ class Cell:
 
 
 # Each row of a table with what stands in it after its names.
-_Rows = Iterator[tuple[ResultRow | Size, Iterable[Cell]]]
+_Rows = Iterator[tuple[ResultRow | RowPattern | Size | EfficiencySize | MatchedComparison, Iterable[Cell]]]
+_Patterns = Iterable[ResultRow | RowPattern]
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,20 @@ _CAPTIONS = {
     "remaining": "Top-1 in percent after the last epoch: mean ± standard deviation (n seeds), by what remains of the "
     "unpruned network. In rounds: pruned several times, each time of what remains. After round r: trained between "
     "rounds. With share_per_round, a study of r rounds has the same; where there is one, its own result stands.",
+    "matched": "Methods against uniform pruning at equal size, by the arm named. Between a seed's sizes, top-1 is "
+    "interpolated linearly in the logarithm of the size; the difference is that of its means from the smallest to the "
+    "largest size that all these seeds have of both, in points, paired by seed. Holm: corrected for all comparisons of "
+    "this table, which are a family of their own; otherwise as for differences between arms. TOST: equivalence within "
+    "{margin:g} points. At smallest, at largest: the mean difference there.",
+    "efficiency": "Error: 100 less top-1 after the last epoch, in percent: mean ± standard deviation (n seeds). "
+    "Parameters and MACs are means over seeds, without masked weights. Front: no size of any method of this network "
+    "and arm is as small and has as low a mean error.",
+    "widths": "Kept: mean ± standard deviation (n seeds), of channels, single weights or blocks. Size: of the layer's "
+    "output.",
+    "stages": "A layer stage is the layers whose outputs have one size. Each seed's average over a stage's layers, "
+    "then mean ± standard deviation (n seeds): what is kept, of channels, single weights or blocks, and its share.",
+    "kernels": "Percent of the kernels that keep each position, row by row, averaged over the layers of a stage and "
+    "over seeds. Without a stage: over all layers with such kernels.",
     "rounds": "Means over seeds. Before: top-1 of the network that the round prunes. Trained: after the training that "
     "follows, between this round and the next; those after the last round are the arms.",
     "lengths": "Gap: top-1 of the retrained network less that of the same architecture from scratch, in points, paired "
@@ -89,6 +106,11 @@ _FLOPS_COLUMNS = ("training FLOPs", "with ancestors", "with search", "amortised"
 _COST_COLUMNS = ("arm", "notation", "epochs", "parameters", "MACs", *_FLOPS_COLUMNS)
 _GAP_COLUMNS = ("n", "gap", "95 % interval", "p", "p (Holm)", "TOST p (Holm)")
 _LENGTH_COLUMNS = ("equal", "N", "N from scratch", "retrained", "from scratch", *_GAP_COLUMNS)
+_SIZE_COLUMNS = ("method", "arm", "parameters", "MACs", "error, %", "front")
+_MATCHED_COLUMNS = ("equal", "smallest", "largest", "arm", *_DIFFERENCE_COLUMNS[1:], "at smallest", "at largest")
+_WIDTH_COLUMNS = ("layer", "size", "kept", "in full", "kept, %")
+_STAGE_COLUMNS = ("layer stage", "layers", "kept", "in full", "kept, %")
+_KERNEL_COLUMNS = ("layer stage", "kernel", "layers", "n", "kept, %")
 _ROUND_SIZES = ("round", "parameters", "parameters kept, %", "channels", "MACs")
 _ROUND_COLUMNS = (*_ROUND_SIZES, "before", "pruned", "statistics re-estimated", "trained", "epochs")
 _CROSSOVER_COLUMNS = ("equal", "lengths", "n", "crossover N", "95 % from", "95 % to", "crossover N of each seed")
@@ -104,7 +126,11 @@ def report_grids(report: Report) -> list[Grid]:
             ("crossover", "Crossover: ", _CROSSOVER_COLUMNS, _crossover_rows),
             ("lengths", "Retraining against from scratch: ", _LENGTH_COLUMNS, _length_rows),
             ("differences", "Differences: ", _DIFFERENCE_COLUMNS, _difference_rows),
+            ("matched", "At equal size: ", _MATCHED_COLUMNS, _matched_rows),
+            ("efficiency", "Error by size: ", _SIZE_COLUMNS, _efficiency_rows),
             ("remaining", "What remains: ", ("cut", *_KEPT_COLUMNS, *sized), _size_rows),
+            ("stages", "Layer stages: ", _STAGE_COLUMNS, _table_stage_rows),
+            ("kernels", "Kernel positions: ", _KERNEL_COLUMNS, _table_kernel_rows),
             ("rounds", "Rounds: ", _ROUND_COLUMNS, _round_rows),
             ("paper", "Beside the paper: ", _PAPER_COLUMNS, _paper_rows),
             ("cost", "Cost: ", _COST_COLUMNS, _cost_rows),
@@ -121,6 +147,51 @@ def report_grids(report: Report) -> list[Grid]:
                 notes = tuple(_notes_about_rows(table)) if kind == "accuracy" else ()
                 grids.append(Grid(f"{kind}-{number}", f"{prefix}{table.title}", columns, rows, caption, notes))
     return grids
+
+
+def pattern_grids(patterns: Sequence[RowPattern]) -> list[Grid]:
+    """Return what pruning leaves as tables, over all rows; those without rows are left out."""
+    return [
+        Grid(kind, title, ("network", "pruned by", *columns), rows, _CAPTIONS[kind])
+        for kind, title, columns, found in (
+            ("widths", "Kept widths", _WIDTH_COLUMNS, _width_rows(patterns)),
+            ("stages", "Layer stages", _STAGE_COLUMNS, _stage_rows(patterns)),
+            ("kernels", "Kernel positions", _KERNEL_COLUMNS, _kernel_rows(patterns)),
+        )
+        if (rows := tuple((Cell(row.network), Cell(row.pruned_by), *cells) for row, cells in found))
+    ]
+
+
+def _table_stage_rows(table: ResultTable) -> _Rows:
+    return _stage_rows(table.rows)
+
+
+def _table_kernel_rows(table: ResultTable) -> _Rows:
+    return _kernel_rows(table.rows)
+
+
+def _width_rows(patterns: _Patterns) -> _Rows:
+    for row in patterns:
+        for width in row.widths:
+            kept = _cell(SeedStatistics(width.n, width.kept, width.sd), ".1f")
+            share = _cell(100 * width.kept / width.full, ".1f")
+            yield row, [Cell(width.layer), Cell(width.size), kept, _cell(width.full, ",d"), share]
+
+
+def _stage_rows(patterns: _Patterns) -> _Rows:
+    for row in patterns:
+        for stage in row.stages:
+            kept, share = _cell(stage.width, ",.1f"), _cell(stage.share, ".1f")
+            yield row, [Cell(stage.size), _cell(stage.layers, "d"), kept, _cell(stage.full, ",.1f"), share]
+
+
+def _kernel_rows(patterns: _Patterns) -> _Rows:
+    for row in patterns:
+        for pattern in row.kernels:
+            shares = {f" {r + 1},{c + 1}": 100 * v for r, line in enumerate(pattern.kept) for c, v in enumerate(line)}
+            text = "; ".join(" ".join(f"{100 * value:.1f}" for value in line) for line in pattern.kept)
+            counts = (_cell(count, "d") for count in (pattern.layers, pattern.n))
+            yield row, [Cell(pattern.size), Cell(pattern.kernel), *counts, Cell(text, shares)]
 
 
 def _meanings(table: ResultTable) -> Iterator[str]:
@@ -201,6 +272,28 @@ def _size_rows(table: ResultTable) -> _Rows:
             arms = (_cell(top1.get(arm), ".2f") for arm in _sized_arms(table))
             kept = (_cell(share, ".3g") for share in (size.macs_kept, size.params_kept))
             yield size, [Cell("in rounds" if size.in_rounds else "one"), *kept, *arms]
+
+
+def _matched_rows(table: ResultTable) -> _Rows:
+    for curves in table.efficiency:
+        for each in curves.matched:
+            spans = (_cell(size, ",.0f") for size in (each.smallest, each.largest))
+            _, *compared = _comparison_cells(each.comparison)
+            gaps = (_cell(gap, "+.2f") for gap in (each.gap_smallest, each.gap_largest))
+            yield each, [Cell(MEASURES[each.measure]), *spans, _arm_cell(curves.arm), *compared, *gaps]
+
+
+def _efficiency_rows(table: ResultTable) -> _Rows:
+    for curves in table.efficiency:
+        for curve in curves.methods:
+            for size in curve.sizes:
+                costs = (_cell(cost, ",.0f") for cost in (size.params, size.macs))
+                front = Cell(", ".join(MEASURES[measure] for measure in size.front))
+                yield size, [Cell(curve.method), _arm_cell(curves.arm), *costs, _cell(size.error, ".2f"), front]
+
+
+def _arm_cell(arm: str) -> Cell:
+    return Cell(network_label(arm).title)
 
 
 def _round_rows(table: ResultTable) -> _Rows:

@@ -1,5 +1,6 @@
 """Which runs belong together: one group is one row of a table, its runs differ in nothing but the seed."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,22 @@ class RunGroup:
     def precision(self) -> str:
         """The precision of its runs; all of them where they are mixed, nothing where it was not recorded."""
         return " and ".join(sorted({run.study.precision for run in self.runs} - {""}))
+
+    @property
+    def settings(self) -> list[str]:
+        """What was asked to tell it apart, in words."""
+        # A value can be the hash of a file, too long for a table.
+        return [f"{name} {value[:20]}" for name, value in self.by]
+
+    @property
+    def pruned_by(self) -> str:
+        """The pruner with its target, and what sets this group apart beside it."""
+        return ", ".join([f"{self.study.pruner} {self.study.target_text}", *self.settings])
+
+    def slug(self, number: int) -> str:
+        """Return its name in file names: the number keeps groups apart whose names differ in nothing else."""
+        words = re.sub(r"[^a-z0-9]+", "-", f"{self.study.model} {self.pruned_by}".lower()).strip("-")
+        return f"{number:02d}-{words[:60]}"
 
     @property
     def experiment(self) -> str | None:

@@ -103,6 +103,18 @@ def trains_pruned(network: str) -> bool:
     return arm.network == "pruned" if arm else network not in _NOT_ARMS
 
 
+def has_pruned_positions(network: str) -> bool:
+    """Tell whether an arm keeps those weights that pruning left, not as many at random.
+
+    Examples
+    --------
+    >>> [has_pruned_positions(arm) for arm in ("scratch_e", "reshuffle", "large_longer", "an_arm_of_a_later_version")]
+    [True, False, False, False]
+    """
+    arm = known_arm(network)
+    return arm is not None and arm.network == "pruned" and not arm.shuffled
+
+
 def in_column_order(networks: Iterable[str]) -> list[str]:
     """Return networks in the order of a table's columns; unknown ones come after the arms of the paper.
 

@@ -14,6 +14,7 @@ from rethink_prune.report.records import RunRecord
 from rethink_prune.report.statistics import SeedStatistics
 from rethink_prune.study.arms import known_arm
 
+ONE_PRETRAINED = "All seeds share one pretrained network: what training another would change is left out."
 # By experiment.
 _TABLES: Mapping[str | None, Any] = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())
 

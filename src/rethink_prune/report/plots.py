@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
+from rethink_prune.report.efficiency_plot import efficiency_figure
 from rethink_prune.report.gap_plot import gap_figure
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label, split_name
+from rethink_prune.report.patterns import KeptWidth, KernelPattern, LayerStage, RowPattern
 from rethink_prune.report.remaining import Size, SizeSweep
-from rethink_prune.report.results import ArmOverSeeds, KeptWidth, Report, ResultRow, ResultTable, SeedCurve
+from rethink_prune.report.results import ArmOverSeeds, Report, ResultRow, ResultTable, SeedCurve
 
 PLOT_STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
 
@@ -33,9 +35,13 @@ _CAPTIONS = {
     "targets": "Top-1 after the last epoch against how much is pruned, mean and standard deviation over seeds",
     "remaining": "Top-1 after the last epoch over what remains of the unpruned network (logarithmic): mean and "
     "standard deviation over seeds; the line across: the unpruned network",
+    "efficiency": "Error over size (logarithmic): mean over seeds, band from the best to the worst seed; filled: on "
+    "the Pareto front of means; dotted: Liu et al. 2019, read from the figure, for orientation alone",
     "curves": "Top-1 during training: mean over seeds, band from the lowest to the highest seed",
     "ledger": "Where the training FLOPs of each arm went",
-    "widths": "Mean width of each layer, kept and in full, in what is pruned: channels, single weights or blocks",
+    "widths": "Width of each layer, kept and in full, in what is pruned: channels, single weights or blocks; mean and "
+    "standard deviation over seeds. Dashed: the mean of a layer stage, the layers at one spatial size",
+    "kernels": "Percent of the kernels that keep each position, averaged over the layers of a stage and over seeds",
 }
 
 
@@ -58,6 +64,16 @@ def draw_pictures(report: Report) -> list[Picture]:
     return pictures
 
 
+def draw_patterns(patterns: Sequence[RowPattern]) -> list[Picture]:
+    """Draw what pruning leaves in each row."""
+    with mpl.rc_context(fname=PLOT_STYLE):
+        return [
+            save_figure(figure, f"{kind}-{slug}", f"{_CAPTIONS[kind]}: {title}")
+            for pattern in patterns
+            for kind, slug, title, figure in _pattern_figures(pattern)
+        ]
+
+
 def save_figure(figure: Figure, name: str, caption: str) -> Picture:
     """Return a figure as a picture; call it under the style that the figure was drawn in."""
     png, svg = io.BytesIO(), io.BytesIO()
@@ -77,6 +93,9 @@ def _figures(table: ResultTable, margin: float) -> Iterator[tuple[str, str, str,
     for found in table.sweeps:
         rows = sweeps[found.sweep]
         yield "remaining", rows[0].slug.split("-")[0], found.title, remaining_figure(found)
+    for number, curves in enumerate(table.efficiency, 1):
+        slug = f"{table.rows[0].slug.split('-')[0]}-{number}"
+        yield "efficiency", slug, curves.title, efficiency_figure(curves)
     for sweep, rows in sweeps.items():
         if len(rows) > 1 and sweep not in {found.sweep for found in table.sweeps}:
             yield "targets", rows[0].slug.split("-")[0], sweep, _targets_figure(rows)
@@ -87,8 +106,14 @@ def _figures(table: ResultTable, margin: float) -> Iterator[tuple[str, str, str,
             yield "curves", row.slug, row.title, _curves_figure(drawn, row.on_axis)
         if trained := [result for result in row.arms if result.flops_total is not None]:
             yield "ledger", row.slug, row.title, _ledger_figure(trained)
-        if row.widths:
-            yield "widths", row.slug, row.title, _widths_figure(row.widths)
+        yield from _pattern_figures(row)
+
+
+def _pattern_figures(row: ResultRow | RowPattern) -> Iterator[tuple[str, str, str, Figure]]:
+    if row.widths:
+        yield "widths", row.slug, row.title, _widths_figure(row.widths, row.stages)
+    if row.kernels:
+        yield "kernels", row.slug, row.title, _kernels_figure(row.kernels)
 
 
 def _curves_figure(results: Sequence[ArmOverSeeds], on_axis: Collection[str] = ()) -> Figure:
@@ -254,19 +279,46 @@ def _ledger_figure(results: Sequence[ArmOverSeeds]) -> Figure:
     return figure
 
 
-def _widths_figure(widths: Sequence[KeptWidth]) -> Figure:
+def _widths_figure(widths: Sequence[KeptWidth], stages: Sequence[LayerStage] = ()) -> Figure:
     count = len(widths)
     figure = Figure(figsize=(min(16.0, max(5.0, 1.5 + 0.28 * count)), 3.6), layout="constrained")
     axes = figure.subplots()
     places = range(count)
     axes.bar(places, [w.full for w in widths], color="white", edgecolor="black", hatch="..", label="in full")
-    axes.bar(places, [w.kept for w in widths], color="#0072B2", edgecolor="black", label="kept")
+    spread = [w.sd or 0 for w in widths]
+    axes.bar(places, [w.kept for w in widths], yerr=spread, capsize=2, color="#0072B2", edgecolor="black", label="kept")
+    for stage in stages:
+        inside = [place for place, width in zip(places, widths, strict=True) if width.size == stage.size]
+        first, last, mean = inside[0], inside[-1], stage.width.mean
+        axes.plot((first - 0.5, last + 0.5), (mean, mean), color="#D55E00", linestyle="--", linewidth=2)
+        axes.annotate(stage.size, ((first + last) / 2, 1), xycoords=("data", "axes fraction"), ha="center", fontsize=7)
     # Names of layers can be as long as the picture is high.
     names = [clip(w.layer, 30) for w in widths]
     axes.set_xticks(places, names, rotation=90, fontsize=7 if count <= 60 else 4)
     axes.set(ylabel="width")
     axes.margins(x=0.01)
     axes.legend(frameon=False)
+    return figure
+
+
+def _kernels_figure(patterns: Sequence[KernelPattern]) -> Figure:
+    """Draw a map for each layer stage and size of kernels, all on one scale; small ones have their numbers."""
+    figure = Figure(figsize=(1.5 + 2.2 * len(patterns), 3.0), layout="constrained")
+    panels = figure.subplots(1, len(patterns), squeeze=False)[0]
+    # From nothing up: a scale of their own would make much of a small difference.
+    most = max(value for pattern in patterns for line in pattern.kept for value in line)
+    image = None
+    for axes, pattern in zip(panels, patterns, strict=True):
+        kept = 100 * np.array(pattern.kept)
+        image = axes.imshow(kept, cmap="cividis", vmin=0, vmax=100 * most or 1)
+        axes.set_title(f"{pattern.size or 'all layers'}\n{pattern.layers} layers, {pattern.kernel}", fontsize=9)
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+        for (row, column), value in np.ndenumerate(kept) if kept.size <= 25 else ():
+            color = "black" if value > 60 * most else "white"
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize=8)
+    assert image is not None
+    figure.colorbar(image, ax=list(panels), label="kernels that keep it (%)")
     return figure
 
 

@@ -99,8 +99,15 @@ class LayerRecord(SummaryPart):
     full: int
 
 
+class KernelRecord(SummaryPart):
+    """A convolution of which single weights are gone: `kept` is the share of its kernels that keep each position."""
+
+    layer: Text
+    kept: tuple[tuple[float, ...], ...]
+
+
 class PrunedRecord(SummaryPart):
-    """The pruned network before any retraining."""
+    """The pruned network before any retraining; `kernels` where its masks were read."""
 
     params: int | None = None
     macs: int | None = None
@@ -108,6 +115,7 @@ class PrunedRecord(SummaryPart):
     top1_recalibrated: float | None = None
     stage: Text | None = None
     layers: tuple[LayerRecord, ...] = ()
+    kernels: tuple[KernelRecord, ...] = ()
 
 
 class RoundRecord(SummaryPart):

@@ -145,7 +145,20 @@ def size_sweeps(rows: Sequence[SizedRow]) -> Iterator[SizeSweep]:
 
 def _equal_but_for_size(sweep: str, rows: Sequence[SizedRow]) -> Iterator[tuple[str, list[SizedRow]]]:
     """Yield the rows that differ in how much goes alone, each time with what sets them apart from the others."""
-    settings = [_settings_beside_size(row) for row in rows]
+    for apart, numbers in alike([settings_beside_size(row) for row in rows]):
+        yield ", ".join([sweep, *apart]), [rows[number] for number in numbers]
+
+
+def alike(settings: Sequence[Mapping[str, str]]) -> Iterator[tuple[list[str], list[int]]]:
+    """Yield the numbers of entries that agree in all settings, with the settings that set them apart from the others.
+
+    A setting that one of two entries lacks agrees with any value.
+
+    Examples
+    --------
+    >>> list(alike([{"lr": "0.1"}, {"lr": "0.2"}, {"lr": "0.1", "seed": "0"}]))
+    [(['lr 0.1'], [0, 2]), (['lr 0.2'], [1])]
+    """
     families: list[list[int]] = []
     for number, its in enumerate(settings):
         fitting = (family for family in families if not any(_differing(its, settings[other]) for other in family))
@@ -153,14 +166,14 @@ def _equal_but_for_size(sweep: str, rows: Sequence[SizedRow]) -> Iterator[tuple[
         if family is None:
             families.append(family := [])
         family.append(number)
-    # Between families alone: rows of one family have nothing to tell apart.
+    # Between families alone: entries of one family have nothing to tell apart.
     apart = sorted({name for one in settings for other in settings for name in _differing(one, other)})
     for family in families:
         values = {name: settings[number][name] for number in family for name in apart if name in settings[number]}
-        yield ", ".join([sweep, *(f"{name} {value}" for name, value in values.items())]), [rows[n] for n in family]
+        yield [f"{name} {value}" for name, value in values.items()], family
 
 
-def _settings_beside_size(row: SizedRow) -> dict[str, str]:
+def settings_beside_size(row: SizedRow) -> dict[str, str]:
     """Return what a row's runs have in common, without what says how much goes."""
     study = row.runs[0].study
     how_much = {*_HOW_MUCH, *study.target}

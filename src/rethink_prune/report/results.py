@@ -4,7 +4,6 @@ A report has a table for each data set, recipe and budget; a table has a row for
 (:mod:`rethink_prune.report.groups`); a row has its arms, their comparisons, and what the paper has for it.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 from rethink_prune.report.aliases import other_names, under_one_name
 from rethink_prune.report.budget_axis import BudgetCurve, arms_on_axis, budget_curves
 from rethink_prune.report.comparisons import ArmComparison, compare_arms, correct_for_table, planned_networks, verdict
+from rethink_prune.report.efficiency import EfficiencyCurves, efficiency_curves
 from rethink_prune.report.groups import RunGroup
 from rethink_prune.report.ledger import amortised_flops, arm_notation, shared_networks
 from rethink_prune.report.networks import (
@@ -27,7 +27,8 @@ from rethink_prune.report.networks import (
     network_label,
     trains_pruned,
 )
-from rethink_prune.report.notes import PaperRow, paper_row, pretrained_networks, row_notes
+from rethink_prune.report.notes import ONE_PRETRAINED, PaperRow, paper_row, pretrained_networks, row_notes
+from rethink_prune.report.patterns import KeptWidth, KernelPattern, LayerStage, row_pattern
 from rethink_prune.report.records import RunRecord, StudyRecord, TrainedRecord, printable
 from rethink_prune.report.remaining import (
     RoundOverSeeds,
@@ -39,8 +40,6 @@ from rethink_prune.report.remaining import (
     size_sweeps,
 )
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
-
-ONE_PRETRAINED = "All seeds share one pretrained network: what training another would change is left out."
 
 
 @dataclass(frozen=True)
@@ -109,15 +108,6 @@ class ArmOverSeeds:
 
 
 @dataclass(frozen=True)
-class KeptWidth:
-    """A layer's width: in full, and the mean of what is kept."""
-
-    layer: str
-    kept: float
-    full: int
-
-
-@dataclass(frozen=True)
 class ResultRow:
     """One study over its seeds.
 
@@ -136,6 +126,8 @@ class ResultRow:
         not compared over lengths.
     macs_kept, params_kept
         Percent.
+    widths, stages, kernels
+        What pruning leaves, by layer and by layer stage, see :mod:`rethink_prune.report.patterns`.
     curves
         Retraining against training from scratch over lengths, where there are such arms.
     on_axis
@@ -159,6 +151,8 @@ class ResultRow:
     macs_kept: SeedStatistics | None
     params_kept: SeedStatistics | None
     widths: tuple[KeptWidth, ...]
+    stages: tuple[LayerStage, ...]
+    kernels: tuple[KernelPattern, ...]
     comparisons: tuple[ArmComparison, ...]
     curves: tuple[BudgetCurve, ...]
     on_axis: tuple[str, ...]
@@ -186,7 +180,8 @@ class ResultRow:
 class ResultTable:
     """The rows of one data set, recipe and budget: the family that p values are corrected for.
 
-    `sweeps` has the accuracies over what remains, where rows have tickets or rounds.
+    `sweeps` has the accuracies over what remains, where rows have tickets or rounds; `efficiency` the errors of methods
+    over size, where there are two methods or more.
     """
 
     dataset: str
@@ -196,6 +191,7 @@ class ResultTable:
     arms: tuple[str, ...]
     rows: tuple[ResultRow, ...]
     sweeps: tuple[SizeSweep, ...]
+    efficiency: tuple[EfficiencyCurves, ...]
 
     @property
     def title(self) -> str:
@@ -260,7 +256,11 @@ def _result_table(
         SizedRow(row.sweep, row.pruned_by, part.group.runs, row.on_axis) for row, part in zip(rows, parts, strict=True)
     ]
     sweeps = tuple(size_sweeps(sized))
-    return ResultTable(study.dataset, study.recipe, study.budget, precision, tuple(arms), tuple(rows), sweeps)
+    conditions = _conditions(study.recipe, study.budget, precision)
+    efficiency = efficiency_curves(sized, margin=margin, conditions=conditions)
+    return ResultTable(
+        study.dataset, study.recipe, study.budget, precision, tuple(arms), tuple(rows), sweeps, efficiency
+    )
 
 
 @dataclass(frozen=True)
@@ -309,11 +309,9 @@ def _result_row(compared: _Compared, number: int, shared: Mapping[str, int]) -> 
     # As the table shows them: arms that look equal there are all the best.
     means = {r.arm: round(r.top1.mean, 2) for r in arms if r.top1 is not None and trains_pruned(r.arm)}
     means = {arm: mean for arm, mean in means.items() if arm not in compared.on_axis}
-    # A value can be the hash of a file, too long for a table.
-    settings = [f"{name} {value[:20]}" for name, value in group.by]
-    pruned_by = ", ".join([f"{study.pruner} {study.target_text}", *settings])
     # The paper prunes in one cut.
     paper = None if study.rounds else paper_row(group.experiment, study.target)
+    pattern = row_pattern(group, number)
     seeds = tuple(run.study.seed for run in runs)
     costs = {result.arm: result for result in arms}
     comparisons, curves = [_with_search(each, costs) for each in compared.comparisons], compared.curves
@@ -322,27 +320,28 @@ def _result_row(compared: _Compared, number: int, shared: Mapping[str, int]) -> 
         comparisons = [replace(each, verdict=f"{each.verdict} {ONE_PRETRAINED}") for each in comparisons]
         curves = tuple(replace(each, verdict=f"{each.verdict} {ONE_PRETRAINED}") for each in curves)
     return ResultRow(
-        # The number keeps rows apart whose names differ only in what file names leave out.
-        slug=f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', f'{study.model} {pruned_by}'.lower()).strip('-')[:60]}",
+        slug=group.slug(number),
         network=study.model,
         pruner=study.pruner,
-        pruned_by=pruned_by,
+        pruned_by=group.pruned_by,
         target=_one_number(study),
-        sweep=", ".join([study.model, study.pruner, *settings]),
+        sweep=", ".join([study.model, study.pruner, *group.settings]),
         experiment=group.experiment,
         seeds=seeds,
         arms=tuple(arms),
         best=tuple(arm for arm, mean in means.items() if len(means) > 1 and mean == max(means.values())),
         macs_kept=kept_shares([(run.pruned.macs, run.study.ledger.macs_reference) for run in runs if run.pruned]),
         params_kept=kept_shares([(run.pruned.params, run.large.params) for run in runs if run.pruned and run.large]),
-        widths=tuple(_mean_widths(runs)),
+        widths=pattern.widths,
+        stages=pattern.stages,
+        kernels=pattern.kernels,
         comparisons=tuple(comparisons),
         curves=curves,
         on_axis=compared.on_axis,
         rounds=tuple(rounds_over_seeds(runs)),
         paper=paper,
         one_pretrained=one_pretrained,
-        notes=(*group.notes, *row_notes(runs, paper)),
+        notes=(*group.notes, *row_notes(runs, paper), *([pattern.unknown] if pattern.unknown else [])),
     )
 
 
@@ -407,13 +406,3 @@ def curve_over_seeds(entries: Sequence[TrainedRecord]) -> SeedCurve | None:
     flops = tuple((before + own * share).tolist()) if own is not None and before is not None else None
     mean, low, high = (tuple(line.tolist()) for line in (top1.mean(axis=0), top1.min(axis=0), top1.max(axis=0)))
     return SeedCurve(tuple(epochs.tolist()), flops, mean, low, high)
-
-
-def _mean_widths(runs: Sequence[RunRecord]) -> Iterable[KeptWidth]:
-    # By the full width as well: mixed runs can have a layer of one name in two sizes.
-    kept: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for run in runs:
-        for layer in run.pruned.layers if run.pruned else ():
-            kept[layer.layer, layer.full].append(layer.kept)
-    for (name, full), widths in kept.items():
-        yield KeptWidth(name, float(np.mean(widths)), full)
