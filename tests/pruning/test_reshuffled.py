@@ -71,7 +71,7 @@ def same(first: Architecture, second: Architecture) -> bool:
 
 
 @pytest.mark.parametrize("network", ["resnet", "preresnet"])
-@pytest.mark.parametrize("pruner", [n for n in PRUNERS if n not in ("sss", "regression")])
+@pytest.mark.parametrize("pruner", [n for n in PRUNERS if n not in ("sss", "regression", "guided")])
 def test_it_costs_the_same(pruner: str, network: str) -> None:
     more: dict[str, Any] = {"entries_per_image": 20} if pruner == "thinet" else {}
     target, result = pruned(pruner, network, ratio=0.5, **more)

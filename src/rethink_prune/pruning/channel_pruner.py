@@ -284,7 +284,7 @@ class Channelwise(Pruner[Options, ChannelTarget]):
     """
 
     options_type: ClassVar[type[PrunerOptions]] = ChannelOptions
-    selecting: ClassVar[Literal["norm", "conv"] | None] = None
+    selecting: Literal["norm", "conv"] | None = None
     in_rounds: ClassVar[bool] = True
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:

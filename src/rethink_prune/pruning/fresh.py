@@ -4,7 +4,7 @@ What remains of a network has no weights worth inheriting: arms that need some a
 not matter then, so those of highest index go. Which single weights remain does: their positions follow from the seed.
 """
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ class FreshChannels(Channelwise[Options]):
     ones to compare with.
     """
 
-    selecting = "norm"
+    selecting: Literal["norm", "conv"] | None = "norm"
 
     def prune(
         self, model: nn.Module, target: ChannelTarget, *, data: Batches, generator: torch.Generator

@@ -38,6 +38,7 @@ from torch import nn
 
 from rethink_prune.config import ChannelOptions, Positive
 from rethink_prune.cost import Cost
+from rethink_prune.errors import UserError
 from rethink_prune.pruning.channel_pruner import ChannelTarget
 from rethink_prune.pruning.fresh import FreshChannels, FreshPruner, FreshWeightOptions, FreshWeights, weight_options
 from rethink_prune.pruning.pruner import Target
@@ -105,6 +106,12 @@ class Guided(FreshPruner[GuidedOptions]):
         """
         name, options = network or type(model).__name__, self.options
         sources = SourceReader(name, model).read(options.sources)
+        other = next((source for source in sources if source.network != name), None)
+        if options.match == "layer" and other is not None:
+            raise UserError(
+                f"pruner.match=layer: {other.where} is of {other.network}, and this study of {name}; take sources of "
+                f"{name}, or pruner.match=stage"
+            )
         averages = average(sources, by_stage=options.match == "stage")
         if not sources[0].masked:
             return ChannelTarget(_AverageWidths(options, sources, averages), model, example, name)
@@ -118,9 +125,10 @@ class _AverageWidths(FreshChannels[GuidedOptions]):
     def __init__(self, options: GuidedOptions, sources: Sequence[Source], averages: Averages) -> None:
         super().__init__(options)
         self._averages = averages
-        self._kinds = {"conv"}
+        self._kinds = {"conv", "selection"}
         self._kinds |= {"linear"} if any(source.linear for source in sources) else set()
-        self._kinds |= {"selection"} if any(source.selects for source in sources) else set()
+        # Where streams are pruned by what reads them, other channels are free than elsewhere.
+        self.selecting = next((source.selecting for source in sources if source.selecting), None)
 
     def may_touch(self, group: ChannelGroup) -> bool:
         """Tell whether the sources say anything about groups of this kind."""

@@ -8,10 +8,11 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
@@ -63,8 +64,8 @@ class Source:
         Whether single weights are gone.
     linear : bool
         Whether linear layers took part.
-    selects : bool
-        Whether inputs of pre-activation or dense blocks did.
+    selecting : {"norm", "conv"}, optional
+        Which modules select from inputs of blocks that stay whole, if some do.
     """
 
     where: str
@@ -72,7 +73,7 @@ class Source:
     shares: Mapping[Layer, torch.Tensor]
     masked: bool
     linear: bool = False
-    selects: bool = False
+    selecting: Literal["norm", "conv"] | None = None
 
 
 def layer_size(sizes: Mapping[str, int], name: str) -> int:
@@ -150,9 +151,7 @@ class Averages:
 
     def plain(self) -> list[Any]:
         """Return the averages as plain values."""
-        return [
-            [str(key), share.tolist()] for key, share in sorted(self.shares.items(), key=lambda entry: str(entry[0]))
-        ]
+        return [[_words(key), share.tolist()] for key, share in sorted(self.shares.items(), key=str)]
 
 
 def average(sources: Sequence[Source], *, by_stage: bool) -> Averages:
@@ -199,6 +198,14 @@ def average(sources: Sequence[Source], *, by_stage: bool) -> Averages:
             found[key].append(torch.stack(shares).mean(0))
     averaged = {key: torch.stack(shares).mean(0) for key, shares in found.items()}
     return Averages(by_stage, len(_stage_order(first.shares)) if by_stage else 0, averaged)
+
+
+def _words(key: Hashable) -> str:
+    """Return the name of an average: a layer's, or that of a layer stage with the size of its kernels."""
+    if isinstance(key, str):
+        return key
+    stage, kernel = cast(tuple[int, tuple[int, ...]], key)
+    return ", ".join((f"stage {stage + 1}", *([" x ".join(map(str, kernel))] if kernel else [])))
 
 
 def _stage_order(layers: Iterable[Layer]) -> dict[int, int]:
@@ -329,7 +336,7 @@ class SourceReader:
             shares,
             masked=by_weight,
             linear=any(weight.ndim == 2 for weight in weights.values()),
-            selects=any(selecting_module(n) for n, _, _ in kept),
+            selecting=_selecting(model, [n for n, _, _ in kept]),
         )
 
     def _mask_shares(
@@ -380,6 +387,12 @@ def _content(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{_OPTION}: {path}: is damaged, or of another kind; {_GIVE}")
     return content
+
+
+def _selecting(model: nn.Module, names: Iterable[str]) -> Literal["norm", "conv"] | None:
+    """Return which modules select what they read, if some do."""
+    found = [model.get_submodule(module) for name in names if (module := selecting_module(name))]
+    return None if not found else "norm" if isinstance(found[0], _BatchNorm) else "conv"
 
 
 def ordered_positions(shares: torch.Tensor) -> Iterator[int]:
