@@ -151,7 +151,8 @@ class Averages:
 
     def plain(self) -> list[Any]:
         """Return the averages as plain values."""
-        return [[_words(key), share.tolist()] for key, share in sorted(self.shares.items(), key=str)]
+        # Rounded: the order of the sources decides the last digit.
+        return [[_words(key), share.round(decimals=12).tolist()] for key, share in sorted(self.shares.items(), key=str)]
 
 
 def average(sources: Sequence[Source], *, by_stage: bool) -> Averages:
