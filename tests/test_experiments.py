@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,17 @@ TICKETS = {
     *(f"lottery_{network}_cifar10" for network in ("vgg16", "resnet56_a", "resnet110_a")),
     *(f"lottery_magnitude_{network}_cifar10" for network in ("vgg16", "resnet50")),
 }
+# Of section 5, which has figures and no table: the parameters of the unpruned networks. `GUIDED` need sources.
+SEARCHES = {
+    "search_slimming_vgg16_cifar10": 14_724_042,
+    "search_magnitude_vgg16_cifar10": 14_728_266,
+    "search_guided_vgg19_cifar100": 20_035_018 + 90 * 513,
+    "search_transferred_vgg19_cifar100": 20_035_018 + 90 * 513,
+    "search_slimming_preresnet164_cifar10": 1_703_258,
+    "search_slimming_densenet40_cifar10": 1_059_298,
+    "search_magnitude_preresnet110_cifar10": 1_146_842,
+}
+GUIDED = {name for name in SEARCHES if "guided" in name or "transferred" in name}
 # Of the paper's appendices, which have no table here.
 APPENDICES = {"appendix_d_l1_vgg16_cifar10", "appendix_e_l1_vgg16_cifar10"}
 
@@ -135,24 +148,33 @@ def header(name: str) -> str:
     return " ".join(" ".join(line.lstrip("#") for line in lines).split())
 
 
-Planned = Callable[[str], tuple[StudyConfig, dict[str, Any]]]
+Planned = Callable[..., tuple[StudyConfig, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
     """Return what an experiment means and what it plans; each is made once."""
-    store = tmp_path_factory.mktemp("plans") / "store"
+    folder = tmp_path_factory.mktemp("plans")
+    always = ("dry_run=true", "device=cpu", f"store.root={folder / 'store'}")
+    # A run of VGG-16 that kept half of every layer, as far as it is read.
+    (folder / "source").mkdir()
+    source = prepare_study(configure("experiment=search_slimming_vgg16_cifar10", "pruner=uniform", *always))
+    network = {"name": "vgg16", "options": source.networks.build_options, "num_classes": 10, "in_channels": 3}
+    settings = {"model": {**network, "image_size": 32}}
+    summary = {"study": {"settings": settings}, "pruned": asdict(source.target.report())}
+    (folder / "source/summary.json").write_text(json.dumps(summary))
 
     @cache
-    def plan(name: str) -> tuple[StudyConfig, dict[str, Any]]:
-        config = configure(f"experiment={name}", "dry_run=true", "device=cpu", f"store.root={store}")
+    def plan(name: str, *overrides: str) -> tuple[StudyConfig, dict[str, Any]]:
+        sources = [f"pruner.sources=[{folder / 'source'}]"] if name in GUIDED else []
+        config = configure(f"experiment={name}", *always, *sources, *overrides)
         return config, plan_of(config)
 
     return plan
 
 
 def test_every_row_of_the_tables_has_its_file() -> None:
-    assert set(EXPERIMENTS) - NOT_OF_THE_PAPER - APPENDICES - TICKETS == {*KNOWN, *FOUND}
+    assert set(EXPERIMENTS) - NOT_OF_THE_PAPER - APPENDICES - TICKETS - SEARCHES.keys() == {*KNOWN, *FOUND}
 
 
 @pytest.mark.parametrize("name", [*KNOWN, *FOUND])
@@ -247,6 +269,46 @@ def test_a_budget_axis_has_both_questions_at_every_length(
         assert retrained["milestones"] == scratch["milestones"]
         assert total["epochs"] == length + saved
     assert f"experiment={name} " in header(name)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_trains_what_it_finds_from_scratch(name: str, planned: Planned) -> None:
+    config, plan = planned(name)
+    assert plan["large"]["params"] == SEARCHES[name]
+    assert f"{SEARCHES[name]:,} parameters" in header(name)
+    assert set(plan["arms"]) == ({"scratch_e", "reshuffle"} if "magnitude" in name else {"scratch_e"})
+    assert plan["arms"]["scratch_e"]["epochs"] == config.recipe.epochs == 160
+    assert plan["pruned"]["known"] == (name in GUIDED)
+    assert f"run.sh {name} " in header(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "largest", "overrides"),
+    [
+        ("search_slimming_vgg16_cifar10", "uniform pruning", 0.6, ()),
+        ("search_magnitude_vgg16_cifar10", "uniform sparsifying", 0.9, ("pruner.what=weights",)),
+    ],
+)
+def test_uniform_networks_have_the_sizes_of_the_figure(
+    name: str, method: str, largest: float, overrides: tuple[str, ...], planned: Planned
+) -> None:
+    points = re.search(rf"{method}: ([\d.:, ]+)", header(name))
+    assert points is not None
+    reported = [float(pair.split(":")[0]) for pair in points[1].split(", ") if pair]
+    # Of the ends; the figure's other points are tenths in between.
+    for ratio, params in ((largest, reported[0]), (0.1, reported[-1])):
+        _, plan = planned(name, "pruner=uniform", "arms=[scratch_e]", f"pruner.ratio={ratio}", *overrides)
+        assert plan["pruned"]["params"] / 1e6 == pytest.approx(params, abs=0.05)
+
+
+def test_a_transferred_pattern_has_the_size_that_is_asked_for(planned: Planned) -> None:
+    asked = ("pruner.size=null", "pruner.target_params=0.3")
+    _, plan = planned("search_transferred_vgg19_cifar100", *asked)
+    assert plan["pruned"]["params"] == pytest.approx(0.3 * plan["large"]["params"], rel=0.01)
+    # Half of every layer of VGG-16 is half of every layer of VGG-19.
+    layers = planned("search_transferred_vgg19_cifar100")[1]["pruned"]["layers"]
+    assert [(layer["kept"], layer["full"]) for layer in layers[2:4]] == [(64, 128)] * 2
+    assert len(layers) == 16
 
 
 def test_appendices_are_rows_with_other_lengths(planned: Planned) -> None:

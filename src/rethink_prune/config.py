@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -32,7 +32,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-TARGET_OPTIONS = ("ratio", "variant", "widths", "target_macs", "target_params", "share_per_round")
+TARGET_OPTIONS = ("ratio", "variant", "widths", "size", "target_macs", "target_params", "share_per_round")
 
 
 class Frozen(BaseModel):
@@ -325,15 +325,24 @@ class PrunerOptions(Frozen):
 
 
 class TargetOptions(PrunerOptions):
-    """Options of a pruner whose target is stated by exactly one of the :data:`TARGET_OPTIONS`."""
+    """Options of a pruner whose target is stated by exactly one of the :data:`TARGET_OPTIONS`.
+
+    Attributes
+    ----------
+    example_target : str
+        One of them with a value, for messages.
+    """
+
+    example_target: ClassVar[str] = "ratio=0.5"
 
     @model_validator(mode="after")
     def _one_target(self) -> TargetOptions:
-        given = self._given()
+        given, targets = self._given(), self.targets()
         if not given:
-            targets = TARGET_OPTIONS if self.rounds else TARGET_OPTIONS[:-1]
-            options = ", ".join(name for name in targets if name in type(self).model_fields)
-            raise ValueError(f"no target: give exactly one of {options}, e.g. pruner.ratio=0.5")
+            options = ", ".join(name for name in targets if self.rounds or name != "share_per_round")
+            raise ValueError(f"no target: give exactly one of {options}, e.g. pruner.{self.example_target}")
+        if unknown := [name for name in given if name not in targets]:
+            raise ValueError(f"{unknown[0]}: is no target of {self.name}; give one of {', '.join(targets)}")
         if len(given) > 1:
             # The last one is most likely meant: a pruner's defaults state a ratio, the first of them.
             keep = given[-1]
@@ -341,6 +350,11 @@ class TargetOptions(PrunerOptions):
             both = " and ".join(given)
             raise ValueError(f"{both} are both targets: give exactly one; for {keep}, add {clear} to the command")
         return self
+
+    @classmethod
+    def targets(cls) -> tuple[str, ...]:
+        """Return the options that may state the target."""
+        return tuple(name for name in TARGET_OPTIONS if name in cls.model_fields)
 
     @property
     def target_option(self) -> str:

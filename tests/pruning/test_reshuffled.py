@@ -76,7 +76,7 @@ def same(first: Architecture, second: Architecture) -> bool:
     [
         pytest.param(name, marks=() if name in ("l1", "magnitude", "soft_filter") else pytest.mark.slow)
         for name in PRUNERS
-        if name not in ("sss", "regression")
+        if name not in ("sss", "regression", "guided")
     ],
 )
 def test_it_costs_the_same(pruner: str, network: str) -> None:

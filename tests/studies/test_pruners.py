@@ -27,7 +27,8 @@ OPTIONS = {
     "thinet": ["pruner.images=100"],
     "regression": ["pruner.images=100"],
 }
-CASES = [*((name, OPTIONS.get(name, [])) for name in PRUNERS), ("soft_filter", ["pruner.scope=all"])]
+INHERITED = [name for name, found in PRUNERS.items() if not found.fresh_only]
+CASES = [*((name, OPTIONS.get(name, [])) for name in INHERITED), ("soft_filter", ["pruner.scope=all"])]
 
 
 @pytest.mark.parametrize(("pruner", "options"), CASES, ids=[f"{name}{'+'.join(options)}" for name, options in CASES])

@@ -49,7 +49,7 @@ def test_pruned_equals_masked(name: str) -> None:
     assert count_cost(pruned, IMAGE).params < NETWORKS[name] * count_cost(model, IMAGE).params
 
 
-@pytest.mark.parametrize("pruner", sorted(set(PRUNERS) - {"sss"}))
+@pytest.mark.parametrize("pruner", sorted(set(PRUNERS) - {"sss", "guided"}))
 def test_pruners_cut_what_is_free_and_list_what_is_not(pruner: str) -> None:
     model = build("resnet10t").float()
     data = [(torch.randn(16, *IMAGE), torch.zeros(16, dtype=torch.int64)) for _ in range(4)]

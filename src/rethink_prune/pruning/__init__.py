@@ -80,6 +80,7 @@ def prune(
     """
     found = find_pruner(pruner)
     chosen = found(parse_pruner({"name": pruner, **options}, found.options_type))
+    chosen.seed = seed
     if chosen.options.rounds is not None:
         raise UserError(
             f"pruner.rounds={chosen.options.rounds}: needs trainings in between; run a study, or prune again"

@@ -54,10 +54,16 @@ class ChannelTarget(Target):
         The analysis of the network.
     groups : tuple of ChannelGroup
         What the pruner may touch, in network order.
+    network : str
+        Its name.
     masked : set of str
         Names of the groups whose units are masked instead of removed; their units have one position in one layer.
     widths : mapping of str to int, or None
         Units to keep per group; None where they follow from scores.
+    limits : Limits
+        Bounds on the widths.
+    wanted : WantedCost or None
+        The cost that the options ask for.
 
     Raises
     ------
@@ -67,7 +73,7 @@ class ChannelTarget(Target):
 
     def __init__(self, pruner: Channelwise[Any], model: nn.Module, example: torch.Tensor, network: str) -> None:
         super().__init__(model, example)
-        self._pruner, self._network = pruner, network
+        self._pruner, self.network = pruner, network
         self._options: ChannelOptions = pruner.options
         options = self._options
         self.channels = channels = analyse(model, example, selecting=pruner.selecting)
@@ -75,24 +81,24 @@ class ChannelTarget(Target):
         if not self.groups:
             frozen = "; ".join(f"{layer}: {reason}" for layer, reason in channels.frozen.items())
             raise UserError(
-                f"pruner.name={options.name}: finds no channels it can prune in {self._network} "
+                f"pruner.name={options.name}: finds no channels it can prune in {self.network} "
                 f"with scope={options.scope} ({frozen or 'no convolutions'})"
             )
         self._sizes = {group.name: group.size for group in self.groups}
-        self._limits = selection.Limits(options.min_channels, options.round_to, options.min_share)
-        self._wanted = selection.wanted_cost(options, self)
+        self.limits = selection.Limits(options.min_channels, options.round_to, options.min_share)
+        self.wanted = selection.wanted_cost(options, self)
         self._warnings = channels.warnings
         if options.decides_widths and options.ratio is not None:
             self._warnings += tuple(
                 f"{name}: pruner.ratio would leave none of its {self._sizes[name]} channels; one stays"
                 for name in selection.layers_out_of_reach(options.ratio, self._sizes, skip=options.skip)
             )
-        self.widths = self._widths_from_options() if options.decides_widths else None
+        self.widths = pruner.find_widths(self) if options.decides_widths else None
         # Where scores decide, the largest ratio shows what skip and the limits leave to remove.
         self._narrowest = self.widths or self.widths_for_ratio(1 - 1e-6)
         self._check_removal(self._narrowest)
-        if self._wanted is not None:
-            self._wanted.check_reach(self._cost_at(self._narrowest))
+        if self.wanted is not None:
+            self.wanted.check_reach(self.cost_at(self._narrowest))
 
     @property
     def known(self) -> bool:
@@ -107,7 +113,7 @@ class ChannelTarget(Target):
     def widths_for_ratio(self, ratio: PerLayer, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
         """Return the widths that a ratio leaves of the unpruned network, or of groups of these sizes."""
         kept, skip = self._pruner.kept_count, self._options.skip
-        return selection.widths_for_ratio(ratio, sizes or self._sizes, skip=skip, limits=self._limits, kept=kept)
+        return selection.widths_for_ratio(ratio, sizes or self._sizes, skip=skip, limits=self.limits, kept=kept)
 
     def architecture(self) -> Architecture:
         """Return an architecture with these widths, the channels of highest index gone."""
@@ -146,8 +152,8 @@ class ChannelTarget(Target):
         self._check_removal(widths)
         warnings = [f"{name}: the threshold would have emptied it; its best {widths[name]} stay" for name in emptied]
         warnings += [*selection.describe_thin(widths, self._sizes), *self._shortfall(widths)]
-        if self._wanted is not None:
-            warnings += self._wanted.describe_miss(self._cost_at(widths))
+        if self.wanted is not None:
+            warnings += self.wanted.describe_miss(self.cost_at(widths))
         return Choice(selection.drop_lowest(scores, widths), tuple(warnings))
 
     def cut(self, model: nn.Module, choice: Choice) -> PruneResult:
@@ -163,6 +169,10 @@ class ChannelTarget(Target):
             order = torch.randperm(self._sizes[layer.layer], generator=generator)
             drop[layer.layer] = sorted(order[layer.kept :].tolist())
         return self._drop(self.shapes, drop)[1]
+
+    def resolved(self) -> Mapping[str, Any]:
+        """Return what the pruner says its options stand for."""
+        return self._pruner.resolved
 
     def rehearsal(self) -> Architecture:
         """Return an architecture as any scores would leave it: where they decide the widths, the narrowest."""
@@ -180,20 +190,21 @@ class ChannelTarget(Target):
 
     def _shortfall(self, widths: Mapping[str, int]) -> list[str]:
         options = self._options
-        return selection.describe_shortfall(options.ratio, widths, self._sizes, skip=options.skip, limits=self._limits)
+        return selection.describe_shortfall(options.ratio, widths, self._sizes, skip=options.skip, limits=self.limits)
 
     def _check_removal(self, widths: Mapping[str, int]) -> None:
         if all(widths[name] == size for name, size in self._sizes.items()):
             option = self._options.target_option
             raise UserError(
                 f"pruner.{option}={getattr(self._options, option)}: removes nothing from "
-                f"{self._network} (with pruner.skip, min_channels and round_to as they are)"
+                f"{self.network} (with pruner.skip, min_channels and round_to as they are)"
             )
 
-    def _widths_from_options(self) -> dict[str, int]:
+    def widths_from_options(self) -> dict[str, int]:
+        """Return the widths that a usual target states."""
         options = self._options
         if options.variant is not None:
-            variant = self._pruner.find_variant(options.variant, self._network)
+            variant = self._pruner.find_variant(options.variant, self.network)
             if "widths" in variant:
                 return selection.explicit_widths(variant["widths"], self._sizes)
             # Published ratios are rounded by the pruner's rule alone.
@@ -201,8 +212,8 @@ class ChannelTarget(Target):
             return selection.widths_for_ratio(variant["ratio"], self._sizes, skip=skip, kept=kept)
         if options.widths is not None:
             return selection.explicit_widths(options.widths, self._sizes)
-        if self._wanted is not None:
-            return self._wanted.find_widths(self.widths_for_ratio, self._cost_at)
+        if self.wanted is not None:
+            return self.wanted.find_widths(self.widths_for_ratio, self.cost_at)
         assert options.ratio is not None
         return self.widths_for_ratio(options.ratio)
 
@@ -218,20 +229,21 @@ class ChannelTarget(Target):
             )
 
         def rank(ratio: float) -> tuple[dict[str, int], list[str]]:
-            return selection.widths_for_global_ratio(ratio, scores, skip=options.skip, limits=self._limits)
+            return selection.widths_for_global_ratio(ratio, scores, skip=options.skip, limits=self.limits)
 
-        if self._wanted is None:
+        if self.wanted is None:
             assert isinstance(options.ratio, float)
             return rank(options.ratio)
         # The network is trained by now: what comes nearest is better than nothing.
-        widths = self._wanted.find_widths(lambda ratio: rank(ratio)[0], self._cost_at, strict=False)
+        widths = self.wanted.find_widths(lambda ratio: rank(ratio)[0], self.cost_at, strict=False)
         self._check_removal(widths)
         # The highest score that goes. A group with nothing above it would have gone as a whole.
         dropped = selection.drop_lowest(scores, widths)
         threshold = max(scores[name][units].max() for name, units in dropped.items() if units)
         return widths, [name for name in widths if widths[name] < self._sizes[name] and scores[name].max() <= threshold]
 
-    def _cost_at(self, widths: Mapping[str, int]) -> Cost:
+    def cost_at(self, widths: Mapping[str, int]) -> Cost:
+        """Return the cost of the network with these widths."""
         pruned, architecture = self._cut_last(widths)
         return count_cost(pruned, self.input_shape, masks=architecture.masks)
 
@@ -272,7 +284,7 @@ class Channelwise(Pruner[Options, ChannelTarget]):
     """
 
     options_type: ClassVar[type[PrunerOptions]] = ChannelOptions
-    selecting: ClassVar[Literal["norm", "conv"] | None] = None
+    selecting: Literal["norm", "conv"] | None = None
     in_rounds: ClassVar[bool] = True
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
@@ -286,6 +298,15 @@ class Channelwise(Pruner[Options, ChannelTarget]):
     def may_touch(self, group: ChannelGroup) -> bool:
         """Tell whether this pruner prunes the group; by default, channels of convolutions and selections of them."""
         return group.kind != "linear"
+
+    def find_widths(self, target: ChannelTarget) -> dict[str, int]:
+        """Return the units to keep of each group, where the options decide it; called while `target` is made."""
+        return target.widths_from_options()
+
+    @property
+    def resolved(self) -> Mapping[str, Any]:
+        """What options that name files stand for; see :meth:`Target.resolved`."""
+        return {}
 
     def kept_count(self, size: int, ratio: float) -> int:
         """Return how many of `size` channels remain when a share of `ratio` goes."""

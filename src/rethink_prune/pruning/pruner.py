@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Generic, TypedDict, TypeVar
+from typing import Any, ClassVar, Generic, TypedDict, TypeVar
 
 import torch
 from torch import nn
@@ -133,6 +133,10 @@ class Target(ABC):
         """
         raise UserError(f"{type(self).__name__}: does not define reshuffled(), which draws positions at random")
 
+    def resolved(self) -> Mapping[str, Any]:
+        """Return what options that name files stand for: it takes their place in keys and in what reports compare."""
+        return {}
+
     def rehearsal(self) -> Architecture:
         """Return an architecture as this target leaves it, to try; by default the empty one unless `known`."""
         return self.architecture() if self.known else Architecture()
@@ -181,6 +185,10 @@ class Pruner(ABC, Generic[Options, TargetType]):
         Whether it can prune a network that it has pruned before.
     no_rounds : str
         Why it cannot, if it cannot.
+    fresh_only : bool
+        Whether it decides an architecture alone, so that there are no weights to inherit.
+    seed : int
+        Of the study: decides what a target draws that is known before any training.
     """
 
     name: ClassVar[str]
@@ -192,6 +200,8 @@ class Pruner(ABC, Generic[Options, TargetType]):
     at_start: ClassVar[bool] = False
     in_rounds: ClassVar[bool] = False
     no_rounds: ClassVar[str] = "its class does not say that it can (in_rounds = True)"
+    fresh_only: ClassVar[bool] = False
+    seed: int = 0
 
     def __init__(self, options: Options) -> None:
         self.options = options

@@ -8,7 +8,7 @@ earlier versions stay valid.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rethink_prune.config import StudyConfig
@@ -47,6 +47,8 @@ class KeyParts:
         How arms with a teacher learn from it.
     redraw : {"nonzeros", "dense"}
         How scratch arms draw weights.
+    resolved : mapping
+        What options of the pruner that name files stand for.
     """
 
     training: Mapping[str, Any]
@@ -55,6 +57,7 @@ class KeyParts:
     given: Mapping[str, Any] | None
     distillation: Mapping[str, Any]
     redraw: str = "nonzeros"
+    resolved: Mapping[str, Any] = field(default_factory=dict)
 
 
 def key_parts(
@@ -101,12 +104,14 @@ def key_parts(
         network["init_source"] = source_digest(initialiser(str(init)), str(init))
     source = None if config.pruner.name in PRUNERS else source_digest(type(pruner), config.pruner.name)
     evaluation = {"network": network, "fingerprint": fingerprint, "precision": precision}
+    resolved = rounds.target.resolved()
     hooks = pruner.sparse(rounds.target) if pruner.trains_sparse else None
 
     def pruning(step: Pruner) -> dict[str, Any]:
         options = step.options.key()
         return {
             **options,
+            **resolved,
             **({"revision": step.revision} if step.revision > 1 else {}),
             "source": source,
             "seed": config.seed,
@@ -129,6 +134,7 @@ def key_parts(
         given={"checkpoint": given.digest, "known": given.training_cost, **evaluation} if given else None,
         distillation=config.recipe.distillation.model_dump(),
         redraw=config.pruner.redraw,
+        resolved=resolved,
     )
 
 
@@ -242,7 +248,7 @@ def settings(config: StudyConfig, parts: KeyParts) -> dict[str, Any]:
         "dataset": {**dataset, "fingerprint": parts.training["data"]["fingerprint"]},
         "model": parts.training["network"],
         # In full: what is not recorded would agree with any value.
-        "pruner": {**config.pruner.model_dump(mode="json"), "source": parts.rounds[0]["source"]},
+        "pruner": {**config.pruner.model_dump(mode="json"), **parts.resolved, "source": parts.rounds[0]["source"]},
         # The strength that was chosen is among the pruner's options.
         "recipe": config.recipe.model_dump(mode="json", exclude={"eval_batch_size", "strengths"}),
         "budget": config.budget.model_dump(mode="json"),

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -116,6 +116,8 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
     )
     inputs = Inputs(config.dataset, config.recipe, config.seed, runtime, processes, store.cache)
     pruner = find_pruner(config.pruner.name)(config.pruner)
+    pruner.seed = config.seed
+    _check_arms_fit(config.arms, pruner)
     networks = Networks(config.model, inputs.info, config.seed)
     model = networks.large()
     runtime = networks.check(model, runtime, draws_anew=draws_anew(config.arms))
@@ -143,6 +145,17 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
     store.check()
     init = networks.init_of(model)
     return PreparedStudy(config, processes, runtime, store, inputs, networks, init, pruner, rounds, given, budget)
+
+
+def _check_arms_fit(arms: Sequence[str], pruner: Pruner) -> None:
+    """Raise `UserError` if an arm needs weights of a pruner that leaves none."""
+    refused = [name for name in arms if pruner.fresh_only and arm_of(name).follows_training]
+    if refused:
+        fit = [name for name in arms if name not in refused] or ["scratch_e", "scratch_b"]
+        raise UserError(
+            f"pruner={pruner.options.name}: has fresh weights only, and {refused[0]} needs inherited ones; "
+            f"take arms=[{','.join(fit)}]"
+        )
 
 
 def _check_start_is_known(config: StudyConfig) -> None:
