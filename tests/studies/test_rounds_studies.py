@@ -50,6 +50,7 @@ def test_rounds_reach_the_widths_of_one_cut(small_study: Run) -> None:
     assert list(plan["before_arms"]) == ["round_1", "round_2"]
 
 
+@pytest.mark.slow
 def test_each_round_prunes_what_the_training_before_it_left(small_study: Run) -> None:
     summary = small_study("pruner.ratio=0.6", "pruner.rounds=2", "pruner.between_rounds=none", *TICKETS)
     first, last = summary["rounds"]
@@ -77,7 +78,7 @@ def test_a_study_with_more_rounds_takes_the_first_ones_from_the_store(small_stud
     assert sorted(names) == ["large", "prune", "prune", "prune", "ticket", "ticket", "ticket"]
 
 
-@pytest.mark.parametrize("between", ["init", "epoch"])
+@pytest.mark.parametrize("between", ["init", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_masks_shrink_and_never_regrow(small_study: Run, between: str) -> None:
     options = ("pruner=magnitude", "pruner.ratio=0.75", "pruner.rounds=2", f"pruner.between_rounds={between}")
     summary = small_study(*options, *TICKETS, "rewind.epoch=1")

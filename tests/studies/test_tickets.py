@@ -115,6 +115,7 @@ def test_less_than_an_epoch_is_the_start_and_said_once(
     assert (caplog.text + capsys.readouterr().out).count("goes back to the start") == 1
 
 
+@pytest.mark.slow
 def test_names_of_one_ticket_are_one_stage(small_study: Run) -> None:
     summary = small_study("arms=[lottery,lottery@2,lottery_b,lottery@b,reshuffle,reshuffle@e]")
     stages = {name: arm["stage"] for name, arm in summary["arms"].items()}
@@ -168,6 +169,7 @@ def test_the_ticket_of_masks(small_study: Run, tmp_path: Path) -> None:
     assert any(not torch.equal(shuffled[name], mask) for name, mask in architecture.masks.items())
 
 
+@pytest.mark.slow
 def test_a_pruners_own_training_is_rewound(small_study: Run) -> None:
     summary = small_study("pruner=slimming", "arms=[weight_rewind]", "recipe.epochs=3", "rewind.epoch=1")
     early = Path(summary["early"]["stage"])
@@ -176,6 +178,7 @@ def test_a_pruners_own_training_is_rewound(small_study: Run) -> None:
     assert summary["arms"]["weight_rewind"]["train_flops_total"] == total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["sss", "thinet", "soft_filter"])
 def test_other_pruners_have_tickets(small_study: Run, pruner: str) -> None:
     options = ["pruner.sparse.strength=10"] if pruner == "sss" else ["pruner.images=40"] if pruner == "thinet" else []
@@ -230,6 +233,7 @@ def test_less_than_an_epoch_is_no_length() -> None:
         study.plan()
 
 
+@pytest.mark.slow
 def test_given_weights_have_no_start(small_study: Run) -> None:
     stage = small_study("arms=[finetune]")["large"]["stage"]
     for arm in ("lottery", "weight_rewind", "reshuffle"):

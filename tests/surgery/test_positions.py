@@ -18,9 +18,8 @@ from rethink_prune.surgery.cut import apply, reshape
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 # With padded shortcuts, with a flatten, with concatenation, with groups.
 NETWORKS = [
-    ("resnet20", "inner"),
     ("resnet20", "all"),
-    ("preresnet20", "all"),
+    pytest.param("preresnet20", "all", marks=pytest.mark.slow),
     ("vgg11", "inner"),
     pytest.param("densenet40", "all", marks=pytest.mark.slow),
     pytest.param("resnext29", "all", marks=pytest.mark.slow),
