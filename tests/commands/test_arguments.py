@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
         (["+nonsense=1"], ["nonsense: unknown key"]),
         (["nonsense=1"], ["Key 'nonsense' is not in struct"]),
         (["model.name=resnet57"], ["model.name=resnet57: no such network"]),
-        (["pruner=null"], ["pruner=null: must be one of fpgm, grasp, l1, lamp, magnitude,"]),
+        (["pruner=null"], ["pruner=null: must be one of fpgm, grasp, guided, l1, lamp, magnitude,"]),
         (["device=cuda:9"], ["device=cuda:9: no such CUDA device"]),
         (["dataset=folder", "dataset.root=nowhere"], ["dataset.root=nowhere"]),
         (["store.root=a_file"], ["store.root=", "a_file: cannot be written"]),
