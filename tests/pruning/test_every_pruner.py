@@ -39,11 +39,16 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "densenet, bottleneck": lambda: DenseNet(16, growth_rate=4, bottleneck=True, compression=0.5),
     "resnext": lambda: ResNeXt(11, cardinality=4, base_width=4),
 }
-# Every pruner that a ratio or a cost is given to; the regression of every layer takes long.
-GIVEN_A_TARGET = [
-    pytest.param(name, marks=pytest.mark.slow) if name == "regression" else name
-    for name in sorted(set(PRUNERS) - {"sss", "guided"})
-]
+# Slow ones, and those that score or cut as another does.
+LONG = {"regression", "synflow", "grasp", "snip", "lamp", "fpgm", "taylor", "random"}
+
+
+def marked(names: set[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in sorted(names)]
+
+
+# Every pruner that a ratio or a cost is given to.
+GIVEN_A_TARGET = marked(set(PRUNERS) - {"sss", "guided"})
 SCORING = [name for name, found in PRUNERS.items() if issubclass(found, ChannelPruner)]
 
 
@@ -103,7 +108,7 @@ def test_pruned_equals_masked(pruner: str, network: str) -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("pruner", sorted(set(PRUNERS) - {"guided"}))  # which needs networks that others pruned
+@pytest.mark.parametrize("pruner", marked(set(PRUNERS) - {"guided"}))  # which needs networks that others pruned
 def test_rebuilt_from_its_files_it_is_the_same_network(pruner: str, network: str, tmp_path: Path) -> None:
     if (pruner, network) == ("sss", "densenet"):
         pytest.skip("several layers normalise each of its channels in their own way: no factor can sit there")
