@@ -90,16 +90,13 @@ def plan_rounds(pruner: AnyPruner, model: nn.Module, example: torch.Tensor, netw
     def with_options(**changes: Any) -> AnyPruner:
         return type(pruner)(options.model_copy(update={"rounds": None, "share_per_round": None, **changes}))
 
+    # After the first round where a share is given, and after the last where a target is.
+    target = with_options(**({} if share is None else {"ratio": share})).target(model, example, network)
     if share is not None:
-        first = with_options(ratio=share).target(model, example, network)
-        _check_share(f"{where} pruner.share_per_round={share:g}", share, count, first)
-        overall = with_options(ratio=1 - (1 - share) ** count)
-    else:
-        first, overall = None, with_options()
-    target = overall.target(model, example, network)
+        _check_share(f"{where} pruner.share_per_round={share:g}", share, count, target)
     # Where the options decide the widths, each round is told them.
     if isinstance(target, ChannelTarget) and target.widths is not None:
-        steps = _widths_by_share(first, share, count) if share is not None else _widths_by_target(target, count)
+        steps = _widths_by_target(target, count) if share is None else _widths_by_share(target, share, count)
         _check_each_removes(where, target.sizes, steps)
         unbounded: dict[str, Any] = {
             "ratio": None,
@@ -116,6 +113,8 @@ def plan_rounds(pruner: AnyPruner, model: nn.Module, example: torch.Tensor, netw
         if options.ratio is None:
             raise UserError(f"{where}: {options.name} needs pruner.ratio or pruner.share_per_round here")
         share = _share_of(options.ratio, count)
+    else:
+        target = with_options(ratio=1 - (1 - share) ** count).target(model, example, network)
     return Rounds(target, (with_options(ratio=share),) * count)
 
 
@@ -143,8 +142,7 @@ def _widths_by_target(target: ChannelTarget, count: int) -> list[dict[str, int]]
     return [*steps, dict(kept)]
 
 
-def _widths_by_share(first: Target | None, share: float, count: int) -> list[dict[str, int]]:
-    assert isinstance(first, ChannelTarget)
+def _widths_by_share(first: ChannelTarget, share: float, count: int) -> list[dict[str, int]]:
     steps: list[dict[str, int]] = []
     for _ in range(count):
         steps.append(first.widths_for_ratio(share, steps[-1] if steps else first.sizes))

@@ -15,11 +15,10 @@ from rethink_prune.report.groups import recorded_settings
 from rethink_prune.report.networks import in_column_order, is_ticket, trains_pruned
 from rethink_prune.report.records import RoundRecord, RunRecord, value_text
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
+from rethink_prune.study.arms import BETWEEN_ROUNDS
 
-# The arm that the training between rounds is, by what it does with the weights.
-_TRAINED_BETWEEN = {"init": "lottery", "epoch": "weight_rewind", "none": "finetune"}
 _SHARE = "share_per_round"
-_HOW_MUCH = {*TARGET_OPTIONS, "rounds", _SHARE}
+_HOW_MUCH = {*TARGET_OPTIONS, "rounds"}
 # A target, and in how many rounds it is reached, where that matters.
 _Schedule = tuple[str, int | None]
 
@@ -245,7 +244,7 @@ def _sizes_between_rounds(rows: Sequence[SizedRow]) -> Iterator[Size]:
         # With a share of what remains, each number of rounds goes the same way; a target is reached on ways of its own.
         schedule = (value_text(study.target), None if _SHARE in study.target else study.rounds)
         rows_of_rounds[schedule, study.rounds].append(row)
-        arm = _TRAINED_BETWEEN.get(study.between_rounds)
+        arm = BETWEEN_ROUNDS.get(study.between_rounds)
         for run in row.runs:
             for each in run.rounds:
                 if arm is not None and each.top1_trained is not None and _as_long_as(run, arm, each):

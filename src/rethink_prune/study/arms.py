@@ -260,6 +260,9 @@ ARMS: Mapping[str, Arm] = {
     ),
 }
 
+# The arm that the training between two rounds is, by ``pruner.between_rounds``.
+BETWEEN_ROUNDS: Mapping[str, str] = {"init": "lottery", "epoch": "weight_rewind", "none": "finetune"}
+
 TOTAL = "total:"
 _SHARE = re.compile(r"(\d+\.?\d*|\.\d+)x")
 _LENGTHS = f"an epoch count (12), a share of recipe.epochs (0.25x), e, b, or with scratch {TOTAL}12, {TOTAL}finetune"

@@ -12,7 +12,7 @@ from rethink_prune.cost import Cost
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import Target
 from rethink_prune.pruning.rounds import Rounds
-from rethink_prune.study.arms import Length, Weights, arm_of, known_arm
+from rethink_prune.study.arms import BETWEEN_ROUNDS, Length, Weights, arm_of, known_arm
 from rethink_prune.study.budget import Budget
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.schedule import OptimizerSpec
@@ -20,9 +20,6 @@ from rethink_prune.training.schedule import OptimizerSpec
 Kind = Literal["large", "sparse", "early", "prune", "finetune", "scratch", "ticket"]
 
 UNPRUNED = Architecture()
-
-# The arm that the training between two rounds is, by ``pruner.between_rounds``.
-BETWEEN_ROUNDS = {"init": "lottery", "epoch": "weight_rewind", "none": "finetune"}
 
 
 @dataclass(frozen=True)

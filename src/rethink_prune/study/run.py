@@ -95,7 +95,6 @@ def run_study(
         outcome = runner.run(spec, parents)
         if isinstance(outcome, Done):
             done[spec.title] = outcome
-            summary.record_stage(spec.title, outcome)
         return outcome
 
     # The unpruned network, trained plainly, and by some pruners also their own way; for tickets, its first epochs.
@@ -110,6 +109,7 @@ def run_study(
         (spec,) = add_keys([spec], study.parts, _stage_names(done))
         outcome = run(spec)
         assert isinstance(outcome, Done), "only trainings can fail"
+        summary.record_stage(spec.title, outcome)
         if spec.title != "prune":
             # The round is known by now, and so is the training that follows it.
             left = pruned_network(study, done[spec.title])

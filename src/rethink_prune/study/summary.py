@@ -137,7 +137,6 @@ class Summary:
             shown = ("top1", "top1_recalibrated", "top5", "loss", "peak_memory_bytes")
             entry.update({name: done.result[name] for name in shown if name in done.result})
             entry["stage"] = str(done.stage.folder)
-            self._stages["prune"] = done.stage.name
             self._search = None if self.study.target.known else done
         entry.update(layers=list(pruned.report["layers"]), frozen=dict(pruned.report["frozen"]))
         self.content["pruned"] = entry
