@@ -22,7 +22,14 @@ from rethink_prune.study.prepare import prepare_study
 
 FOLDER = Path(conf_dir()) / "experiment"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-NOT_OF_THE_PAPER = {"l1_resnet20_cifar10_cpu", "budget_axis_digits", "budget_axis_resnet56_cifar10", "lottery_digits"}
+NOT_OF_THE_PAPER = {
+    "l1_resnet20_cifar10_cpu",
+    "budget_axis_digits",
+    "budget_axis_resnet56_cifar10",
+    "lottery_digits",
+    "search_slimming_digits",
+    "search_magnitude_digits",
+}
 # Of section 6, of which no table was seen.
 TICKETS = {
     *(f"lottery_{network}_cifar10" for network in ("vgg16", "resnet56_a", "resnet110_a")),

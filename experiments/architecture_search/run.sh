@@ -1,30 +1,44 @@
 #!/usr/bin/env bash
 # Architecture search, from nothing to the curves of one question: run.sh NAME [OVERRIDE...]
-# NAME is an experiment search_* of conf/experiment. All trainings are kept in store/: the same command goes on after a
-# stop. Overrides hold for all studies, e.g. run.sh search_slimming_vgg16_cifar10 seed=0,1 recipe.epochs=40
+#
+# NAME is an experiment search_* of conf/experiment. Trains from scratch, at equal parameters, what automatic pruning finds,
+# uniformly pruned networks and guided ones, whose sources are the automatic ones of the middle size, of all seeds.
+# Overrides hold for all studies, e.g. run.sh search_slimming_vgg16_cifar10 seed=0,1 recipe.epochs=40
+# All trainings are kept in store/: the same command goes on after a stop.
+# FOLDER (NAME) and SIZES (shares of the parameters, smallest first) may be set in the environment.
 set -euo pipefail
 name=${1:?usage: run.sh NAME [OVERRIDE...], where NAME is an experiment search_*}
+overrides=("${@:2}")
 cd "$(dirname "$0")"
-study() { # FOLDER [OVERRIDE...]: the studies of a sweep, five seeds each
-    python -m rethink_prune -m seed=0,1,2,3,4 store.root=store "hydra.sweep.dir=$name/$1" "${@:2}"
+FOLDER=${FOLDER:-$name}
+
+study() { # FOLDER [OVERRIDE...]: a sweep, five seeds a study
+    python -m rethink_prune -m seed=0,1,2,3,4 store.root=store "hydra.sweep.dir=$FOLDER/$1" "${@:2}"
 }
+
+compare() { # channels|weights EXPERIMENT SOURCES: the three methods; the guided ones follow what SOURCES, an experiment, finds
+    local uniform=(pruner=uniform "pruner.what=$1") sizes
+    case $1 in
+    channels) read -ra sizes <<<"${SIZES:-0.15 0.225 0.33 0.45 0.6 0.8}" ;;
+    weights) read -ra sizes <<<"${SIZES:-0.1 0.2 0.3 0.4 0.5 0.6 0.8}" ;;
+    esac
+    local sized=(pruner.ratio=null "pruner.target_params=$(IFS=,; echo "${sizes[*]}")") middle=${sizes[${#sizes[@]} / 2]}
+    study "runs/$1/automatic" "experiment=$2" "${sized[@]}" "${overrides[@]}"
+    study "runs/$1/uniform" "experiment=$2" "${uniform[@]}" 'arms=[scratch_e]' "${sized[@]}" "${overrides[@]}"
+    study "sources/$1" "experiment=$3" 'arms=[scratch_e]' pruner.ratio=null "pruner.target_params=$middle" "${overrides[@]}"
+    study "runs/$1/guided" "experiment=$2" pruner=guided "pruner.sources=[$FOLDER/sources/$1]" 'arms=[scratch_e]' \
+        pruner.size=null "${sized[@]:1}" "${overrides[@]}"
+}
+
 case $name in
-search_slimming_*) more=(pruner=uniform) ratios=0.1,0.2,0.3,0.4,0.5,0.6 ;;
-search_magnitude_*) more=(pruner=uniform pruner.what=weights 'arms=[scratch_e]') ratios=0.1,0.2,0.4,0.5,0.6,0.7,0.8 ;;
-search_guided_*) source=slimming_vgg19_cifar100 ;;
-search_transferred_*) source=search_slimming_vgg16_cifar10 ;;
+search_slimming_*) compare channels "$name" "$name" ;;
+search_magnitude_*) compare weights "$name" "$name" ;;
+search_guided_*) of=vgg19_cifar100 from=vgg19_cifar100 ;;
+search_transferred_*) of=vgg19_cifar100 from=vgg16_cifar10 ;;
 *) echo "run.sh: no experiment $name; there are search_slimming_*, search_magnitude_*, search_guided_*, search_transferred_*" >&2; exit 1 ;;
 esac
-if [[ -v ratios ]]; then
-    study runs/automatic experiment="$name" pruner.ratio=$ratios "${@:2}"
-    study runs/uniform experiment="$name" "${more[@]}" pruner.ratio=$ratios "${@:2}"
-else
-    # The networks to follow; then slimming and uniform pruning of the network itself, to compare with.
-    study sources experiment=$source pruner.ratio=0.5 'arms=[scratch_e]' "${@:2}"
-    network=(experiment=slimming_vgg19_cifar100 'arms=[scratch_e]')
-    study runs/automatic "${network[@]}" pruner.ratio=0.2,0.3,0.4,0.5 "${@:2}"
-    study runs/uniform "${network[@]}" pruner=uniform '~pruner.sparse' pruner.ratio=0.1,0.2,0.3,0.4,0.6 "${@:2}"
-    study runs/guided experiment="$name" "pruner.sources=[$name/sources]" \
-        pruner.size=null pruner.target_params=0.15,0.225,0.33,0.45,0.6,0.8 "${@:2}"
+if [[ -v from ]]; then
+    compare channels "slimming_$of" "slimming_$from"
+    compare weights "magnitude_$of" "magnitude_$from"
 fi
-python -m rethink_prune.report "$name/runs" --out "$name/report"
+python -m rethink_prune.report "$FOLDER/runs" --out "$FOLDER/report"
