@@ -162,6 +162,46 @@ def on_meta(model: nn.Module) -> nn.Module:
     return copy_network(model, meta)
 
 
+@torch.no_grad()
+def output_sizes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return the spatial size of each module's output, where that is one tensor; of the first where it is used often.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Run without values, as a copy.
+    input_shape : sequence of int
+        Channels, height and width of one image.
+
+    Raises
+    ------
+    UserError
+        If it cannot be copied, or run without values.
+
+    Examples
+    --------
+    >>> output_sizes(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (3, 8, 8))
+    {'0': (6, 6), '1': (), '': ()}
+    """
+    sizes: dict[str, tuple[int, ...]] = {}
+    shapes = on_meta(model)
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                sizes.setdefault(name, tuple(output.shape[2:]))
+
+        return hook
+
+    for name, module in shapes.named_modules():
+        module.register_forward_hook(record(name))
+    try:
+        shapes.eval()(torch.zeros(1, *input_shape, device="meta"))
+    except Exception as error:  # a forward pass may read values, which meta tensors lack
+        raise UserError(f"{type(model).__name__}: cannot be run without values: {first_line(error)}") from error
+    return sizes
+
+
 @torch.inference_mode()
 def time_passes(models: Mapping[str, Forward], images: torch.Tensor, *, rounds: int) -> dict[str, list[float]]:
     """Time forward passes of networks that take turns: a machine that slows down slows all of them.

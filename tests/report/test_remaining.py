@@ -145,6 +145,15 @@ def test_rows_that_differ_in_more_than_how_much_goes_are_sweeps_of_their_own(
     ]
 
 
+def test_a_summary_says_what_share_of_parameters_remains_where_no_unpruned_network_was_trained(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    write_run(0, {"scratch_e": 90.0}, ledger={"macs_reference": 1000, "params_unpruned": 200})
+    (row,) = only_table(tmp_path / "runs").rows
+    assert row.params_kept is not None
+    assert row.params_kept.mean == 25.0
+
+
 def test_without_the_unpruned_network_sizes_are_those_in_macs(write_run: WriteRun, tmp_path: Path) -> None:
     for macs, ratio in ((500, 0.5), (250, 0.75)):
         write_run(0, {"scratch_e": 90.0, "lottery": 91.0}, target={"ratio": ratio}, macs=macs, pruner="snip")

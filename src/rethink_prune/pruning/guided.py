@@ -37,7 +37,7 @@ from pydantic import BeforeValidator
 from torch import nn
 
 from rethink_prune.config import ChannelOptions, Positive
-from rethink_prune.cost import Cost
+from rethink_prune.cost import Cost, output_sizes
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.channel_pruner import ChannelTarget
 from rethink_prune.pruning.fresh import FreshChannels, FreshPruner, FreshWeightOptions, FreshWeights, weight_options
@@ -51,7 +51,6 @@ from rethink_prune.pruning.sources import (
     average,
     layer_size,
     ordered_positions,
-    spatial_sizes,
 )
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.channels import ChannelGroup
@@ -141,7 +140,7 @@ class _AverageWidths(FreshChannels[GuidedOptions]):
 
     def find_widths(self, target: ChannelTarget) -> dict[str, int]:
         """Return the average widths, times the size."""
-        sizes = spatial_sizes(target.shapes, target.input_shape)
+        sizes = output_sizes(target.shapes, target.input_shape)
         layers = [Layer(group.name, layer_size(sizes, group.name), group.size) for group in target.groups]
         shares = {name: float(share) for name, share in self._averages.of(layers, target.network).items()}
         skipped = matching_layers("skip", self.options.skip, target.sizes)
@@ -195,9 +194,11 @@ class _AveragePattern(FreshWeights):
         return Architecture(masks=masks)
 
     def _count(self) -> dict[str, int]:
-        sizes = spatial_sizes(self.shapes, self.input_shape)
+        sizes = output_sizes(self.shapes, self.input_shape)
         shapes = self._shapes_of_weights
-        layers = [Layer(name, sizes[name], full, tuple(shapes[name][2:])) for name, full in self.layers.items()]
+        layers = [
+            Layer(name, math.prod(sizes[name]), full, tuple(shapes[name][2:])) for name, full in self.layers.items()
+        ]
         shares = self._averages.of(layers, self._network)
         skipped = matching_layers("skip", self._guided.skip, self.layers)
 

@@ -347,8 +347,8 @@ class WantedCost:
         reached, widths = min(seen.values(), key=lambda entry: abs(entry[0] - wanted))
         if strict and abs(reached - wanted) > TOLERANCE * wanted:
             raise UserError(
-                f"pruner.target_{self.quantity}={self.value:g}: cannot be reached within {TOLERANCE:.0%} by one ratio "
-                f"for all layers; the nearest is {reached:.0f} (of {self.total} unpruned){_SHARES}"
+                f"pruner.target_{self.quantity}={self.value:g}: cannot be reached within {TOLERANCE:.0%} by "
+                f"scaling all layers alike; the nearest is {reached:.0f} (of {self.total} unpruned){_SHARES}"
             )
         return widths
 

@@ -4,6 +4,7 @@ A *layer stage* is the layers at one spatial size. A source counts as much as an
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +15,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rethink_prune.cost import on_meta
+from rethink_prune.cost import output_sizes
 from rethink_prune.errors import UserError
 from rethink_prune.files import SUMMARY_FILE
 from rethink_prune.models import build_model
 from rethink_prune.store.stage import Stage
 from rethink_prune.surgery.architecture import Architecture, Masks, selecting_module
-from rethink_prune.surgery.graph import infer_values, module_calls, trace
 
 _OPTION = "pruner.sources"
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -76,35 +76,20 @@ class Source:
     selecting: Literal["norm", "conv"] | None = None
 
 
-def layer_size(sizes: Mapping[str, int], name: str) -> int:
-    """Return the positions of a layer, given those of modules; `name` may be that of a group of its channels.
+def layer_size(sizes: Mapping[str, tuple[int, ...]], name: str) -> int:
+    """Return the positions of a layer, given the sizes of modules; `name` may be that of a group of its channels.
 
     Examples
     --------
-    >>> layer_size({"conv1": 64}, "conv1#2"), layer_size({"bn1": 16}, "bn1.selected")
+    >>> layer_size({"conv1": (8, 8)}, "conv1#2"), layer_size({"bn1": (4, 4), "fc": ()}, "bn1.selected")
     (64, 16)
     """
-    return sizes[_module_of(name)]
+    return math.prod(sizes[_module_of(name)])
 
 
 def _module_of(name: str) -> str:
     plain = name.partition("#")[0]
     return selecting_module(plain) or plain
-
-
-def spatial_sizes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
-    """Return how many positions the output of each module has per image, where that is one tensor.
-
-    Examples
-    --------
-    >>> spatial_sizes(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)), (3, 8, 8))
-    {'0': 36, '1': 1, '2': 1}
-    """
-    shapes = on_meta(model)
-    graph = trace(shapes)
-    values = infer_values(graph, shapes, (1, *input_shape))
-    outputs = {name: values[nodes[0]] for name, nodes in module_calls(graph).items()}
-    return {name: value.shape[2:].numel() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
 
 @dataclass(frozen=True)
@@ -311,7 +296,7 @@ class SourceReader:
         try:
             name = str(network["name"])
             model = self._build(network, name, where)
-            sizes = spatial_sizes(model, (network["in_channels"], *[network["image_size"]] * 2))
+            sizes = output_sizes(model, (network["in_channels"], *[network["image_size"]] * 2))
             weights = {n: model.get_parameter(f"{_module_of(n)}.weight") for n, _, _ in kept if not selecting_module(n)}
             if not kept or not all(0 <= count <= full for _, count, full in kept):
                 raise ValueError(kept)
@@ -345,7 +330,7 @@ class SourceReader:
         where: str,
         kept: Sequence[tuple[str, int, int]],
         masks: Masks,
-        sizes: Mapping[str, int],
+        sizes: Mapping[str, tuple[int, ...]],
         weights: Mapping[str, torch.Tensor],
     ) -> dict[Layer, torch.Tensor]:
         """Return the share of a layer's kernels that keeps each of their positions."""

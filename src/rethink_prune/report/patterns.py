@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rethink_prune.errors import UserError, first_line
+from rethink_prune.errors import UserError
 from rethink_prune.report.groups import RunGroup
 from rethink_prune.report.records import KernelRecord, RunRecord
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
@@ -230,32 +230,12 @@ def _module_sizes(network: str, where: str, factory: Callable[..., Any] | None) 
     """
     import torch
 
-    from rethink_prune.cost import on_meta
+    from rethink_prune.cost import output_sizes
     from rethink_prune.finished.load import build_described, describes_network
 
     described = json.loads(network)
     if not describes_network(described):
         raise UserError(f"{where}: its summary describes no network")
-    if factory is None:
-        with torch.device("meta"):
-            model = build_described(described, where)
-    else:
-        model = on_meta(build_described(described, where, factory))
-    sizes: dict[str, Size] = {}
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                sizes.setdefault(name, tuple(output.shape[2:]))
-
-        return hook
-
-    for name, module in model.named_modules():
-        module.register_forward_hook(record(name))
-    images = torch.zeros(1, described["in_channels"], described["image_size"], described["image_size"], device="meta")
-    try:
-        with torch.no_grad():
-            model.eval()(images)
-    except Exception as error:  # a forward pass may read values, which meta tensors lack
-        raise UserError(f"{where}: cannot be run without values: {first_line(error)}") from error
-    return sizes
+    with torch.device("meta" if factory is None else "cpu"):  # a network of one's own may read values when it is built
+        model = build_described(described, where, factory)
+    return output_sizes(model, (described["in_channels"], *[described["image_size"]] * 2))

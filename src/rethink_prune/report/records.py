@@ -152,6 +152,7 @@ class RoundRecord(SummaryPart):
 class LedgerRecord(SummaryPart):
     """What the budget was computed from."""
 
+    params_unpruned: int | None = None
     macs_reference: int | None = None
 
 
@@ -227,3 +228,8 @@ class RunRecord(SummaryPart):
         """Everything trained so far, by name: the unpruned networks and the arms."""
         bases = {"large": self.large, "sparse": self.sparse}
         return {name: entry for name, entry in bases.items() if entry is not None} | self.arms
+
+    @property
+    def params_unpruned(self) -> int | None:
+        """Parameters of the unpruned network, also where none is trained; None in old summaries."""
+        return self.large.params if self.large else self.study.ledger.params_unpruned

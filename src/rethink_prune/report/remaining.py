@@ -117,7 +117,7 @@ def rounds_over_seeds(runs: Sequence[RunRecord]) -> Iterator[RoundOverSeeds]:
         yield RoundOverSeeds(
             round=number,
             params=mean_if_known([each.params for each in rounds]),
-            params_kept=kept_shares([(each.params, run.large.params) for run, each in found if run.large]),
+            params_kept=kept_shares([(each.params, run.params_unpruned) for run, each in found]),
             channels=mean_if_known([each.channels for each in rounds]),
             macs=mean_if_known([each.macs for each in rounds]),
             top1_before=seeds([each.top1_before for each in rounds]),
@@ -224,7 +224,7 @@ def _size_of_row(row: SizedRow) -> Size:
         if trains_pruned(arm) and arm not in row.left_out
         if (finished := [run.arms[arm] for run in row.runs if arm in run.arms and run.arms[arm].finished])
     }
-    params = [(run.pruned.params, run.large.params) for run in row.runs if run.pruned and run.large]
+    params = [(run.pruned.params, run.params_unpruned) for run in row.runs if run.pruned]
     macs = [(run.pruned.macs, run.study.ledger.macs_reference) for run in row.runs if run.pruned]
     known = {arm: found for arm, found in top1.items() if found is not None}
     study = row.runs[0].study
@@ -261,7 +261,7 @@ def _sizes_between_rounds(rows: Sequence[SizedRow]) -> Iterator[Size]:
         pruned_by = next(iter(trainings.values()))[0]
         done = [(run, each) for _, run, each in trainings.values()]
         top1 = describe_seeds([each.top1_trained for _, each in done if each.top1_trained is not None])
-        params = kept_shares([(each.params, run.large.params) for run, each in done if run.large])
+        params = kept_shares([(each.params, run.params_unpruned) for run, each in done])
         macs = kept_shares([(each.macs, run.study.ledger.macs_reference) for run, each in done])
         if top1 is not None:
             yield Size(done[0][0].study.model, f"{pruned_by}, after round {number}", True, params, macs, {arm: top1})

@@ -331,7 +331,7 @@ def _result_row(compared: _Compared, number: int, shared: Mapping[str, int]) -> 
         arms=tuple(arms),
         best=tuple(arm for arm, mean in means.items() if len(means) > 1 and mean == max(means.values())),
         macs_kept=kept_shares([(run.pruned.macs, run.study.ledger.macs_reference) for run in runs if run.pruned]),
-        params_kept=kept_shares([(run.pruned.params, run.large.params) for run in runs if run.pruned and run.large]),
+        params_kept=kept_shares([(run.pruned.params, run.params_unpruned) for run in runs if run.pruned]),
         widths=pattern.widths,
         stages=pattern.stages,
         kernels=pattern.kernels,

@@ -271,6 +271,7 @@ class Budget:
             "base_epochs": self.base_epochs,
             "cap": self.rule.cap,
             "finetune_epochs_added": self.finetune_epochs,
+            "params_unpruned": self.large.params,
             "macs_reference": self.macs_reference,
             "macs_pruned": pruned.macs,
             "macs_ratio": round(self.macs_reference / pruned.macs, 4),
