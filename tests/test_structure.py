@@ -25,6 +25,7 @@ LAYERS = (
     {"finished"},
     {"study"},
     {"pruning"},
+    {"detection"},
     {"training"},
     {"data", "models", "tracking", "state"},
     {"surgery", "store"},

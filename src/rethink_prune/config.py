@@ -455,6 +455,92 @@ class RewindConfig(Frozen):
         return value
 
 
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class TransferConfig(Phase):
+    """A second task that starts from the networks of a study: detection, on which pictures and by which detector.
+
+    Attributes
+    ----------
+    name : str
+        ``voc`` or ``digit_scenes``.
+    entries : tuple of str or None
+        What is transferred: ``unpruned``, ``prune_c`` (from ``finetune``), ``prune_d``, or any other arm of the study;
+        None: all of them.
+    root : str or None
+        Folder in VOC layout; None downloads VOC 2007 to ``datasets``.
+    train_limit, test_limit : int or None
+        Use so many pictures of a folder, drawn once for all studies.
+    scenes, test_scenes, picture_size : int
+        Of ``digit_scenes``: how many, and their pixels a side.
+    min_size, max_size : int
+        Pixels of the shorter side that pictures are resized to, and the most that the longer one may get.
+    stride, body, head, region_size
+        See :func:`rethink_prune.detection.split.split_classifier`.
+    frozen_stages : int
+        Convolutions of so many of the largest output sizes keep their weights.
+    anchor_sizes, anchor_ratios : tuple of float
+        In pixels of the resized picture; heights over widths.
+    proposal_channels : int
+        Outputs of the convolution that finds regions.
+    proposals_train, proposals_test : tuple of int
+        Proposals before and after suppression.
+    regions : int
+        Sampled from a picture in training.
+    score_threshold : float
+        Detections of a lower score are left out.
+    batch_size : int
+        Pictures in a step, of all processes together.
+    clip_norm : float or None
+        Largest norm of the gradients.
+    flip : bool
+        Train on every picture and on its mirror image.
+    """
+
+    name: str
+    entries: tuple[str, ...] | None = None
+    root: str | None = None
+    train_limit: Count | None = None
+    test_limit: Count | None = None
+    scenes: Count = 400
+    test_scenes: Count = 200
+    picture_size: int = Field(96, ge=64, le=1024)
+    min_size: Count = 600
+    max_size: Count = 1000
+    stride: Count = 16
+    body: str | None = None
+    head: str | None = None
+    region_size: Count = 7
+    frozen_stages: int = Field(2, ge=0)
+    anchor_sizes: tuple[Positive, ...] = (128.0, 256.0, 512.0)
+    anchor_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
+    proposal_channels: Count = 512
+    proposals_train: tuple[Count, Count] = (12_000, 2_000)
+    proposals_test: tuple[Count, Count] = (6_000, 300)
+    regions: Count = 128
+    score_threshold: Probability = 0.0
+    batch_size: Count = 1
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: NonNegative = 1e-4
+    clip_norm: Positive | None = None
+    flip: bool = True
+
+    @model_validator(mode="after")
+    def _scenes_have_no_files(self) -> TransferConfig:
+        for option, advice in (("root", ""), ("train_limit", "; set scenes"), ("test_limit", "; set test_scenes")):
+            if self.name == "digit_scenes" and getattr(self, option) is not None:
+                raise ValueError(f"{option}: of no use with digit_scenes, which are made and not read{advice}")
+        return self
+
+    @field_validator("lr")
+    @classmethod
+    def _rate_is_a_number(cls, rate: Rate) -> Rate:
+        if rate == "auto":
+            raise ValueError("must be a number: auto is for recipe.finetune.lr, after pruning")
+        return rate
+
+
 class StudyConfig(Frozen):
     """One study: one dataset, model, pruner, budget and seed, run through its arms."""
 
@@ -464,6 +550,7 @@ class StudyConfig(Frozen):
     recipe: RecipeConfig
     budget: BudgetConfig
     arms: tuple[str, ...]
+    transfer: TransferConfig | None = None
     seed: int = Field(0, ge=0)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -491,6 +578,11 @@ class StudyConfig(Frozen):
         if self.rewind.length > epochs:
             raise ValueError(f"rewind.length={self.rewind.length:g}: is longer than recipe.epochs={epochs}")
         return self
+
+    @field_validator("transfer", mode="before")
+    @classmethod
+    def _none_is_a_choice(cls, transfer: object) -> object:
+        return None if transfer == {"name": "none"} else transfer
 
     @field_validator("arms")
     @classmethod

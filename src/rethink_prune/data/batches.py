@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -87,6 +88,27 @@ class Shard:
 
 
 UNSHARED = Shard()
+
+
+class Batches(Protocol):
+    """What the training loop asks of batches, whatever they hold."""
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images, or pictures, an epoch really uses, of all processes together."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch."""
+
+    def size(self, step: int) -> int:
+        """Return how many images a batch has, of all processes together."""
+
+    def part(self, shard: Shard) -> Self:
+        """Return the same batches, of which one process takes its part."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Any, Any]]:
+        """Yield the batches of an epoch from a step on, or this process's part of each: images, and what is known."""
 
 
 @dataclass(frozen=True)

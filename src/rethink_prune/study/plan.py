@@ -17,7 +17,7 @@ from rethink_prune.study.budget import Budget
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.schedule import OptimizerSpec
 
-Kind = Literal["large", "sparse", "early", "prune", "finetune", "scratch", "ticket"]
+Kind = Literal["large", "sparse", "early", "prune", "finetune", "scratch", "ticket", "detect"]
 
 UNPRUNED = Architecture()
 
@@ -31,15 +31,15 @@ class StageSpec:
     title : str
         ``large``, ``sparse``, ``early``, ``prune`` or the name of an arm; in rounds also ``prune_1`` and ``round_1``,
         the training that follows it.
-    kind : {"large", "sparse", "early", "prune", "finetune", "scratch", "ticket"}
+    kind : {"large", "sparse", "early", "prune", "finetune", "scratch", "ticket", "detect"}
         What kind of work it is: the first part of its folder's name. ``early`` is the unpruned network some epochs
-        after its start, ``ticket`` a pruned one with the weights it had then.
+        after its start, ``ticket`` a pruned one with the weights it had then, ``detect`` a detector around one.
     parent : str, optional
         Title of the stage whose weights it starts from.
     teacher : str, optional
         Title of the stage whose network it learns from.
     chosen_by : str, optional
-        Of a ticket: title of the prune stage that chose what remains.
+        Of a ticket, or of a detector that is pruned: title of the prune stage that chose what remains.
     round : int
         Of a prune stage: which round, from 1.
     until : int, optional
@@ -259,7 +259,14 @@ def _merge_equal(stages: Sequence[StageSpec]) -> tuple[StageSpec, ...]:
     return tuple(merged.values())
 
 
-def plan_content(budget: Budget, stages: Sequence[StageSpec], target: Target, *, trains_sparse: bool) -> dict[str, Any]:
+def plan_content(
+    budget: Budget,
+    stages: Sequence[StageSpec],
+    target: Target,
+    *,
+    trains_sparse: bool,
+    detection: Sequence[StageSpec] = (),
+) -> dict[str, Any]:
     """Return the content of ``plan.json``: the networks, and what every arm will train.
 
     What follows from a pruned network that is not known yet is None.
@@ -300,8 +307,14 @@ def plan_content(budget: Budget, stages: Sequence[StageSpec], target: Target, *,
             }
             for name, title in titles.items()
         },
+        **({"transfer": {spec.title: _planned_detector(spec) for spec in detection}} if detection else {}),
         "budget": budget.ledger(pruned),
     }
+
+
+def _planned_detector(spec: StageSpec) -> dict[str, Any]:
+    cost = {"params": None, "macs": None} if spec.cost is None else asdict(spec.cost)
+    return {**_length(spec.optimizer), "train_flops": spec.train_flops, **cost, "starts_from": spec.parent}
 
 
 def _planned_total(planned: Mapping[str, StageSpec], title: str) -> int | None:

@@ -22,7 +22,9 @@ from rethink_prune.study.keys import KeyParts, key_parts
 from rethink_prune.study.networks import Networks, reference_macs
 from rethink_prune.study.plan import StageSpec, needs_pruning, plan_study
 from rethink_prune.study.pretrained import Checkpoint, read_checkpoint
+from rethink_prune.study.transfer import Transfer, plan_transfer, transfer_entries
 from rethink_prune.study.trial import try_training
+from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.cut import reshape
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.runtime import Runtime, prepare_runtime
@@ -40,6 +42,8 @@ class PreparedStudy:
         What is to go from the unpruned network, in one step or several.
     given : Checkpoint, optional
         Weights of the unpruned network that the user brought.
+    transfer : Transfer, optional
+        What the networks are transferred to.
     """
 
     config: StudyConfig
@@ -53,6 +57,7 @@ class PreparedStudy:
     rounds: Rounds
     given: Checkpoint | None
     budget: Budget
+    transfer: Transfer | None = None
 
     @property
     def target(self) -> Target:
@@ -68,9 +73,15 @@ class PreparedStudy:
             between=self.config.pruner.between_rounds,
             trains_sparse=self.pruner.trains_sparse,
             at_start=self.pruner.at_start,
-            baseline=self.config.large.baseline,
+            baseline=self.config.large.baseline or (self.transfer is not None and self.transfer.needs_large),
             given=self.given is not None,
         )
+
+    def plan_transfer(self, arms: Sequence[StageSpec], pruned: Architecture | None) -> tuple[StageSpec, ...]:
+        """Return the detection stages, if there are any; `pruned` is what pruning leaves, if that is known."""
+        if self.transfer is None:
+            return ()
+        return plan_transfer(self.transfer, lambda left: reshape(self.networks.large(), left), arms, pruned)
 
     @cached_property
     def parts(self) -> KeyParts:
@@ -142,9 +153,16 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
     )
     if given is not None and not pruner.at_start:
         _check_start_is_known(config)
+    transfer = None
+    if config.transfer is not None:
+        entries = transfer_entries(config.transfer, config.arms)
+        transfer = Transfer(config.transfer, entries, inputs.image_shape, Path("datasets"))
+        transfer.check(networks.large(), pruner, target)
     store.check()
     init = networks.init_of(model)
-    return PreparedStudy(config, processes, runtime, store, inputs, networks, init, pruner, rounds, given, budget)
+    return PreparedStudy(
+        config, processes, runtime, store, inputs, networks, init, pruner, rounds, given, budget, transfer
+    )
 
 
 def _check_arms_fit(arms: Sequence[str], pruner: Pruner) -> None:

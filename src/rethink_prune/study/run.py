@@ -1,9 +1,9 @@
 """A study: one dataset, model, pruner, budget and seed, run through its arms.
 
-Read :func:`run_study` top to bottom: large -> (sparse) -> prune, at once or in rounds -> arms -> summary. `plan.py`
-lists the stages, `keys.py` says what each one's result depends on, `work.py` does them, and `stages.py` runs one: it
-comes from the store if its key is there, and is computed otherwise. Where several processes train together, the others
-run :func:`join_study`.
+Read :func:`run_study` top to bottom: large -> (sparse) -> prune, at once or in rounds -> arms -> (transfer) -> summary.
+`plan.py` lists the stages, `keys.py` says what each one's result depends on, `work.py` does them, and `stages.py` runs
+one: it comes from the store if its key is there, and is computed otherwise. Where several processes train together, the
+others run :func:`join_study`.
 """
 
 import logging
@@ -17,6 +17,7 @@ from rethink_prune.config import StudyConfig
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_json
 from rethink_prune.store.stage import Done, Failed
+from rethink_prune.study.detect import join_detection_stage, run_detection
 from rethink_prune.study.keys import add_keys, shared_by_processes
 from rethink_prune.study.plan import StageSpec, plan_arms, plan_between, plan_content
 from rethink_prune.study.prepare import check_config, prepare_study
@@ -72,7 +73,11 @@ def run_study(
     for warning in study.target.report().warnings:
         log.warning(warning)
     stages = study.plan()
-    plan = plan_content(study.budget, stages, study.target, trains_sparse=study.pruner.trains_sparse)
+    known = study.target.known_architecture if study.target.known else None
+    detection = study.plan_transfer(stages, known)
+    plan = plan_content(
+        study.budget, stages, study.target, trains_sparse=study.pruner.trains_sparse, detection=detection
+    )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "plan.json", plan)
     if config.dry_run:
@@ -137,6 +142,10 @@ def run_study(
             summary.add_arm(name, outcome)
 
     train_together([partial(run_arm, spec) for spec in arms], at_once=at_once, device=study.runtime.device)
+
+    # What these networks are worth as the start of a detector.
+    for spec in study.plan_transfer(arms, pruned.architecture):
+        summary.add_transfer(spec.title, run_detection(study, spec, done, run))
     summary.finish()
     return summary.content
 
@@ -160,6 +169,10 @@ def join_study(interrupts: Interrupts, processes: Processes) -> None:
             if value != order.shared[name]:
                 raise UserError(f"{name}: {value} here, {order.shared[name]} in the first process; all have to agree")
         assert order.spec.architecture is not None
+        if order.spec.kind == "detect":
+            with suppress(Diverged):
+                join_detection_stage(study, order.spec, interrupts)
+            continue
         model = reshape(study.networks.large(), order.spec.architecture)
         teacher = study.networks.large() if order.spec.teacher else None
         # All processes see the same non-finite loss; the first one records it.

@@ -4,21 +4,35 @@ The runner alone knows locks, heartbeats, checkpoints and progress. What a stage
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torchvision.io import encode_png
+
 from rethink_prune.errors import Interrupted
+from rethink_prune.files import write_atomically
 from rethink_prune.store.metrics import read_metrics, steady_pace, write_metrics
-from rethink_prune.store.stage import MODEL_FILE, SAMPLE_FILE, Done, Failed, Stage, start_of, total_flops
+from rethink_prune.store.stage import (
+    DETECTIONS_FILE,
+    MODEL_FILE,
+    SAMPLE_FILE,
+    Done,
+    Failed,
+    Stage,
+    start_of,
+    total_flops,
+)
 from rethink_prune.store.weights import save_weights
 from rethink_prune.study.arms import file_name, known_arm
+from rethink_prune.study.detect import detector_spec
 from rethink_prune.study.keys import stage_name
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.prepare import PreparedStudy
-from rethink_prune.study.work import StageAccess, do_stage
+from rethink_prune.study.product import StageAccess
+from rethink_prune.study.work import do_stage
 from rethink_prune.text import duration
 from rethink_prune.tracking.tensorboard import ArmEvents
 from rethink_prune.training.checkpoint import Checkpoints
@@ -89,7 +103,7 @@ class Runner:
         with self._events(spec, done_before) as events:
             result: dict[str, Any] | Failed | None = stage.result(started)
             if isinstance(result, dict):
-                log.info("%s: %.2f %% top-1, from %s", spec.title, result["top1"], stage.name)
+                log.info("%s: %s, from %s", spec.title, _reached(result), stage.name)
             else:
                 with stage.hold():
                     # Another process may have finished it while this one waited for the lock.
@@ -113,6 +127,8 @@ class Runner:
         images = {"mean": list(dataset.mean), "std": list(dataset.std)}
         config = {"network": network, "images": images, "key": dict(spec.key or {}), "title": spec.title}
         config["seed"] = self._study.config.seed
+        if spec.kind == "detect":
+            config["detector"] = detector_spec(self._study).plain()
         if spec.optimizer is not None:
             config["computed"] = self._how_computed(spec.optimizer)
         stage.begin(config, start_of(parents))
@@ -129,7 +145,12 @@ class Runner:
         try:
             product = do_stage(self._study, self._interrupts, spec, parents, StageAccess(checkpoints, on_epoch))
             save_weights(stage.model_file, product.weights)
-            save_weights(stage.folder / SAMPLE_FILE, {"logits": product.sample})
+            files = [MODEL_FILE, "architecture.json"]
+            if product.sample is not None:
+                save_weights(stage.folder / SAMPLE_FILE, {"logits": product.sample})
+                files.append(SAMPLE_FILE)
+            if product.picture is not None:
+                write_atomically(stage.folder / DETECTIONS_FILE, encode_png(product.picture).numpy().tobytes())
             product.architecture.save(stage.folder)
         except Diverged as failure:
             stage.fail(str(failure), epoch=failure.epoch)
@@ -139,10 +160,10 @@ class Runner:
             stage.stop()
             raise
         result = {**product.result, "peak_memory_bytes": peak_memory(device), **_shared()}
-        stage.finish(result, files=(MODEL_FILE, SAMPLE_FILE, "architecture.json"))
+        stage.finish(result, files=files)
         # Only now: a kill before this line goes on from the last checkpoint.
         checkpoints.clear()
-        log.info("%s: %.2f %% top-1 in %.1f s", spec.title, result["top1"], result["seconds"])
+        log.info("%s: %s in %.1f s", spec.title, _reached(result), result["seconds"])
         return result
 
     def _events(self, spec: StageSpec, done_before: int | None) -> Any:
@@ -185,6 +206,10 @@ class Runner:
         if spec.teacher is not None and (spec.parent is None or is_pruned):
             return f"{spec.teacher} failed, so there is no network to learn from"
         return f"{failed} failed, so there is no pruned network to start from"
+
+
+def _reached(result: Mapping[str, Any]) -> str:
+    return f"{result['map']:.2f} mAP" if "map" in result else f"{result['top1']:.2f} % top-1"
 
 
 def _shared() -> dict[str, int]:

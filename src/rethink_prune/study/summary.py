@@ -19,7 +19,8 @@ from rethink_prune.study.arms import arm_of, draws_anew
 from rethink_prune.study.keys import settings, stage_name
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.prepare import PreparedStudy
-from rethink_prune.study.tables import rounds_table, study_table
+from rethink_prune.study.tables import rounds_table, study_table, transfer_table
+from rethink_prune.study.transfer import entry_of
 from rethink_prune.study.work import PrunedNetwork
 from rethink_prune.tracking.tensorboard import write_study
 from rethink_prune.training.runtime import describe_device
@@ -157,12 +158,20 @@ class Summary:
         self.content["arms"] = {arm: ended[arm] for arm in self.study.config.arms if arm in ended}
         self._write()
 
+    def add_transfer(self, title: str, outcome: Done | Failed) -> None:
+        """Add what a network was worth as the start of a detector."""
+        self.content.setdefault("transfer", {})[entry_of(title)] = self._entry(title, outcome)
+        self._write()
+
     def finish(self) -> None:
         """Print the table; raise if a stage failed."""
         arms = self.content["arms"]
         bases = {name: self.content[name] for name in ("large", "sparse", "early") if name in self.content}
         entries = {**bases, **arms}
         finals = {f"top1/{name}": entry["top1"] for name, entry in entries.items() if entry["status"] == "done"}
+        detectors = {f"detect_{name}": entry for name, entry in self.content.get("transfer", {}).items()}
+        finals |= {f"map/{name}": entry["map"] for name, entry in detectors.items() if entry["status"] == "done"}
+        entries |= detectors
         config = self.study.config.model_dump(mode="json", exclude={"arms", "store", "dry_run"}, serialize_as_any=True)
         write_study(self.run_dir / "tensorboard" / "hparams", config, finals, self._table())
         print(self._table())
@@ -210,7 +219,10 @@ class Summary:
         if at_once > 1:
             notes.append(f"Note: up to {at_once} trainings shared the device; seconds are those of all.")
         rounds = [rounds_table(self.content["rounds"])] if "rounds" in self.content else []
-        return "\n\n".join([title, *rounds, study_table(self.content), *failures, *notes])
+        detection = self.content.get("transfer", {})
+        tables = [study_table(self.content), *([transfer_table(detection)] if detection else [])]
+        failures += [f"detector of {n} failed: {e['reason']}" for n, e in detection.items() if e["status"] == "failed"]
+        return "\n\n".join([title, *rounds, *tables, *failures, *notes])
 
     @property
     def _strength(self) -> float | None:
@@ -263,7 +275,10 @@ def describe_study(study: PreparedStudy, experiment: str | None) -> dict[str, An
         "device": describe_device(study.runtime.device),
         "precision": study.runtime.precision,
         "arms": list(config.arms),
-        "settings": settings(config, study.parts),
+        "settings": {
+            **settings(config, study.parts),
+            **({"transfer": study.transfer.settings()} if study.transfer else {}),
+        },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "commit": _commit(),
         "warnings": _warnings(study),

@@ -19,6 +19,7 @@ COLUMNS = (
     "seconds",
 )
 ROUND_COLUMNS = ("round", "channels", "weights", "MACs", "top-1 % before", "pruned", "trained", "epochs")
+TRANSFER_COLUMNS = ("detector", "mAP %", "best", *COLUMNS[4:9], COLUMNS[10])
 PLAN_COLUMNS = ("arm", "epochs", "milestones", "training FLOPs", "total FLOPs")
 
 
@@ -63,6 +64,30 @@ def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
     ]
     shown = [index for index in range(len(ROUND_COLUMNS)) if index != 1 or any(row[1] for row in rows)]
     return markdown([ROUND_COLUMNS[index] for index in shown], [[row[index] for index in shown] for row in rows])
+
+
+def transfer_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the detectors of a study as Markdown.
+
+    Examples
+    --------
+    >>> entry = {"map": 71.5, "map_best": 72.0, "params": 500, "macs": 2e6, "epochs": 7, "train_flops": 1e15}
+    >>> print(transfer_table({"unpruned": {**entry, "train_flops_total": 3e15, "seconds": 60.0}}))
+    | detector | mAP % | best | parameters |   MACs | epochs | training FLOPs | total FLOPs | seconds |
+    | -------- | ----: | ---: | ---------: | -----: | -----: | -------------: | ----------: | ------: |
+    | unpruned | 71.50 | 72.0 |        500 | 2.00 M |      7 |          1e+15 |       3e+15 |    60.0 |
+    """
+    rows = []
+    for name, entry in entries.items():
+        if entry.get("status") == "failed":
+            rows.append([name, "failed", *[""] * (len(TRANSFER_COLUMNS) - 2)])
+            continue
+        costs = (_number(entry["params"]), _millions(entry["macs"]), _number(entry["epochs"]))
+        flops = (_flops(entry["train_flops"]), _flops(entry["train_flops_total"]))
+        rows.append(
+            [name, f"{entry['map']:.2f}", f"{entry['map_best']:.1f}", *costs, *flops, f"{entry['seconds']:.1f}"]
+        )
+    return markdown(TRANSFER_COLUMNS, rows)
 
 
 def study_rows(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -144,6 +169,9 @@ def _plan_rows(plan: Mapping[str, Any]) -> list[list[str]]:
         milestones = " ".join(map(str, arm["milestones"])) if arm["milestones"] is not None else "after pruning"
         own, total = arm["train_flops"], arm.get("train_flops_total")
         rows.append([", ".join(names), _number(arm["epochs"]), milestones, _flops(own), _flops(total)])
+    for name, spec in plan.get("transfer", {}).items():
+        milestones = " ".join(map(str, spec["milestones"]))
+        rows.append([name, str(spec["epochs"]), milestones, _flops(spec["train_flops"]), ""])
     return rows
 
 

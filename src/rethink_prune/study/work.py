@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from rethink_prune.state import copied_state, full_state, load_full_state, same_
 from rethink_prune.store.stage import Done
 from rethink_prune.store.weights import load_stage_weights
 from rethink_prune.study.arms import arm_of
+from rethink_prune.study.detect import train_detection_stage
 from rethink_prune.study.keys import shared_by_processes, stage_name
 from rethink_prune.study.plan import UNPRUNED, StageSpec
 from rethink_prune.study.prepare import PreparedStudy
+from rethink_prune.study.product import Product, StageAccess
 from rethink_prune.study.trial import UNSEEDED
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.checkpoint import Checkpoints
@@ -38,36 +41,6 @@ log = logging.getLogger(__name__)
 
 # Of rows, beside losses and accuracies.
 _COLUMNS = ("epoch", "lr", "images", "processes", "seconds")
-
-
-@dataclass(frozen=True)
-class Product:
-    """What a stage's work makes.
-
-    Attributes
-    ----------
-    weights : mapping of str to Tensor
-        A state dict.
-    architecture : Architecture
-        Of the network it fits.
-    result : dict
-        What is recorded; plain values.
-    sample : Tensor
-        What `sample_logits` gives for it.
-    """
-
-    weights: Mapping[str, Tensor]
-    architecture: Architecture
-    result: dict[str, Any]
-    sample: Tensor
-
-
-@dataclass(frozen=True)
-class StageAccess:
-    """What a stage's work gets from the runner: where its state is kept, and whom to tell its rows after an epoch."""
-
-    checkpoints: Checkpoints
-    on_epoch: Callable[[list[Row]], None]
 
 
 def do_stage(
@@ -88,6 +61,8 @@ def do_stage(
     """
     if spec.given:
         return take_given(study)
+    if spec.kind == "detect":
+        return train_detection_stage(study, interrupts, spec, parents, access, partial(_order, study))
     needed = {title: load_stage_weights(done.stage) for title, done in zip(spec.needs, parents, strict=True)}
     weights = needed[spec.parent] if spec.parent else None
     if spec.kind == "prune":
@@ -111,7 +86,7 @@ def do_stage(
     if lr is not None and spec.optimizer is not None:
         trained = replace(spec, optimizer=replace(spec.optimizer, lr=lr, start=None))
     # The other processes build the same shapes; the weights reach them as the training starts.
-    study.processes.order(Order(trained, shared_by_processes(study.runtime.device.type, study.parts)))
+    _order(study, trained)
     progress = train_stage(
         study,
         trained,
@@ -150,6 +125,10 @@ class Order:
 
     spec: StageSpec
     shared: Mapping[str, str]
+
+
+def _order(study: PreparedStudy, spec: StageSpec) -> None:
+    study.processes.order(Order(spec, shared_by_processes(study.runtime.device.type, study.parts)))
 
 
 def train_stage(

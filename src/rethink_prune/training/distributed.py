@@ -132,6 +132,15 @@ class Processes:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def gather(self, value: Value) -> list[Value]:
+        """Return the values of all processes, in their order, on every one of them."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        with self.translate_connection_errors():
+            dist.all_gather_object(found, value)
+        return found
+
     def max(self, *values: int) -> list[int]:
         """Return, value by value, the largest of any process."""
         if self.world == 1:

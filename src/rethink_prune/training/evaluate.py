@@ -27,15 +27,16 @@ class Evaluation:
     top1: float
     top5: float | None = None
 
-    def columns(self, name: str) -> dict[str, float]:
-        """Return the values as columns of ``metrics.csv``.
+    @property
+    def measures(self) -> dict[str, float]:
+        """The values that there are, by name.
 
         Examples
         --------
-        >>> Evaluation(loss=0.25, top1=90.0).columns("test")
-        {'test_loss': 0.25, 'test_top1': 90.0}
+        >>> Evaluation(loss=0.25, top1=90.0).measures
+        {'loss': 0.25, 'top1': 90.0}
         """
-        return {f"{name}_{metric}": value for metric, value in vars(self).items() if value is not None}
+        return {measure: value for measure, value in vars(self).items() if value is not None}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from rethink_prune.data.batches import TrainBatches
+from rethink_prune.data.batches import Batches
 from rethink_prune.turns import number_at_once
 
 Row = dict[str, float]
@@ -52,7 +52,7 @@ class Progress:
 
 
 @contextmanager
-def progress_bar(progress: Progress, batches: TrainBatches, *, epochs: int, title: str, shown: bool) -> Iterator[tqdm]:
+def progress_bar(progress: Progress, batches: Batches, *, epochs: int, title: str, shown: bool) -> Iterator[tqdm]:
     """Draw a bar that counts training images; lines of the log appear above it."""
     images = batches.images_per_epoch
     done = images * (progress.epoch + progress.step / batches.steps_per_epoch)

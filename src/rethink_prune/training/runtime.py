@@ -7,6 +7,7 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from rethink_prune.errors import UserError
 from rethink_prune.training.distributed import ALONE, Processes
 
 log = logging.getLogger(__name__)
+
+Images = TypeVar("Images", torch.Tensor, list[torch.Tensor])
 
 # The sizes of work space with which cuBLAS sums in the same order every time.
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -116,8 +119,10 @@ class Runtime:
         """Move `model` to the device, in the memory format in which its convolutions are fastest."""
         return model.to(self.device).to(memory_format=self.memory_format)
 
-    def take(self, images: torch.Tensor) -> torch.Tensor:
-        """Return images in the memory format of the network."""
+    def take(self, images: Images) -> Images:
+        """Return images in the memory format of the network; a list of pictures as it is."""
+        if not isinstance(images, torch.Tensor):
+            return images
         return images.contiguous(memory_format=self.memory_format)
 
     def autocast(self) -> AbstractContextManager[object]:

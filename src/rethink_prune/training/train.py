@@ -1,23 +1,23 @@
-"""The one training loop, for every arm."""
+"""The one training loop, for every arm and every task."""
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from rethink_prune.data.batches import EvalBatches, TrainBatches
+from rethink_prune.data.batches import Batches
 from rethink_prune.seeds import derive_seed, seed_generators
 from rethink_prune.training.checkpoint import Checkpoints, Parts, TrainingSaver
 from rethink_prune.training.distillation import Teacher
 from rethink_prune.training.distributed import ALONE, Processes
-from rethink_prune.training.evaluate import Evaluation, build_score, evaluate
 from rethink_prune.training.hooks import TrainingFailed, TrainingHooks
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Progress, Row, progress_bar
 from rethink_prune.training.runtime import Runtime
 from rethink_prune.training.schedule import OptimizerSpec, build_optimizer, build_scheduler
-from rethink_prune.training.step import build_step
+from rethink_prune.training.task import CLASSIFICATION, Task
 from rethink_prune.turns import pass_turn
 
 
@@ -31,8 +31,8 @@ class Diverged(Exception):
 
 def train(
     model: nn.Module,
-    batches: TrainBatches,
-    evaluations: Mapping[str, EvalBatches],
+    batches: Batches,
+    evaluations: Mapping[str, Any],
     spec: OptimizerSpec,
     *,
     runtime: Runtime,
@@ -43,6 +43,7 @@ def train(
     processes: Processes = ALONE,
     teacher: Teacher | None = None,
     until: int | None = None,
+    task: Task = CLASSIFICATION,
     title: str = "",
     on_epoch: Callable[[list[Row]], None] = lambda rows: None,
 ) -> Progress:
@@ -52,8 +53,10 @@ def train(
     ----------
     model : torch.nn.Module
         Gives logits N x classes.
-    evaluations : mapping of str to EvalBatches
-        Sets to evaluate after every epoch, e.g. ``{"test": ...}``.
+    batches : Batches
+        What `task` trains on.
+    evaluations : mapping
+        Sets on which it judges the network after every epoch, e.g. ``{"test": ...}``.
     hooks : TrainingHooks
         A pruner's part in the training, or what holds masked weights.
     seed : int
@@ -66,6 +69,8 @@ def train(
         What `model` learns from beside the labels; ``train_loss`` is then the loss of both.
     until : int, optional
         Stop after so many epochs, where a training of ``spec.epochs`` passes; by default at its end.
+    task : Task
+        What a step does, and how the network is judged.
     title : str
         Shown beside the progress bar.
     on_epoch : callable
@@ -89,6 +94,7 @@ def train(
     --------
     >>> from rethink_prune.data import ImageArray
     >>> from rethink_prune.data.device_images import DeviceImages
+    >>> from rethink_prune.data.batches import TrainBatches
     >>> from rethink_prune.data.normalization import Normalization
     >>> cpu, images = torch.device("cpu"), torch.zeros(8, 4, 4, 3, dtype=torch.uint8)
     >>> normalize = Normalization((0.5,) * 3, (0.25,) * 3, image_size=4, device=cpu)
@@ -122,7 +128,7 @@ def train(
     speed = runtime.choose(spec.epochs * batches.steps_per_epoch)
     # After the state is restored, because wrapping sends the first process's weights to the others.
     forward = processes.wrap(model, runtime.device, static=not speed.compiles)
-    step = build_step(
+    step = task.build_step(
         model,
         optimizer,
         hooks,
@@ -132,7 +138,7 @@ def train(
         teacher=teacher and teacher.prepare(runtime, processes),
         compiles=speed.compiles,
     )
-    score = build_score(model, hooks, runtime=runtime)
+    judge = task.build_judge(model, hooks, runtime=runtime, processes=processes)
     shard, own_batches = processes.shard, batches.part(processes.shard)
     bar = progress_bar(progress, batches, epochs=epochs, title=title, shown=runtime.show_progress)
     # A signal does not break a step: `saver.pause` looks for it where the training can stop.
@@ -162,16 +168,16 @@ def train(
             noticed = _ask_hooks(hooks, model, progress)
             # Running statistics of batch norms differ between processes; the first one's are evaluated and saved.
             processes.share_state(model)
-            loss_sum, correct = processes.sum(progress.totals).tolist()
+            loss_sum, other = processes.sum(progress.totals).tolist()
             count = batches.images_per_epoch
-            trained = Evaluation(loss_sum / count, 100.0 * correct / count)
+            trained = task.trained(loss_sum, other, count)
             # Once an epoch, not once a step, for the same reason as above; all processes see the same sum.
-            _check_finite("training", trained, progress, lr)
-            row: Row = {"epoch": progress.epoch + 1, "lr": lr, "images": count, **trained.columns("train")}
+            _check_finite("training", trained["train_loss"], progress, lr)
+            row: Row = {"epoch": progress.epoch + 1, "lr": lr, "images": count, **trained}
             for name, batches_of_set in evaluations.items():
-                evaluation = evaluate(model, batches_of_set, runtime=runtime, processes=processes, score=score)
-                _check_finite(name, evaluation, progress, lr)
-                row |= evaluation.columns(name)
+                judged = {f"{name}_{measure}": value for measure, value in judge(batches_of_set).items()}
+                _check_finite(name, judged.get(f"{name}_loss", 0.0), progress, lr)
+                row |= judged
             row |= {**noticed, "processes": processes.world, "seconds": saver.seconds()}
             scheduler.step()
             progress.complete_epoch(row)
@@ -200,7 +206,7 @@ def _ask_hooks(hooks: TrainingHooks, model: nn.Module, progress: Progress) -> Ma
         raise Diverged(f"in epoch {progress.epoch + 1}, {failure}", progress.epoch + 1) from None
 
 
-def _check_finite(name: str, evaluation: Evaluation, progress: Progress, lr: float) -> None:
-    if not math.isfinite(evaluation.loss):
+def _check_finite(name: str, loss: float, progress: Progress, lr: float) -> None:
+    if not math.isfinite(loss):
         epoch = progress.epoch + 1
-        raise Diverged(f"the {name} loss became {evaluation.loss} in epoch {epoch} at learning rate {lr:g}", epoch)
+        raise Diverged(f"the {name} loss became {loss} in epoch {epoch} at learning rate {lr:g}", epoch)
