@@ -25,7 +25,7 @@ LAYERS = (
     {"finished"},
     {"study"},
     {"pruning"},
-    {"training"},
+    {"training", "detection"},
     {"data", "models", "tracking", "state"},
     {"surgery", "store"},
     {"cost", "config"},
