@@ -455,6 +455,39 @@ class RewindConfig(Frozen):
         return value
 
 
+class TransferConfig(Frozen):
+    """The second task of a study: which pictures to detect objects in.
+
+    Attributes
+    ----------
+    name : str
+        ``voc`` or ``digit_scenes``.
+    root : str or None
+        A folder in VOC's layout, with any classes; None downloads VOC 2007.
+    train_limit, test_limit : int or None
+        Use so many pictures of that folder, drawn once for all studies.
+    scenes, test_scenes : int
+        How many scenes of digits to train on and to test with.
+    picture_size : int
+        Height and width of scenes of digits, in pixels.
+    """
+
+    name: str
+    root: str | None = None
+    train_limit: Count | None = None
+    test_limit: Count | None = None
+    scenes: Count = 400
+    test_scenes: Count = 200
+    picture_size: int = Field(96, ge=64, le=1024)
+
+    @model_validator(mode="after")
+    def _scenes_have_no_files(self) -> TransferConfig:
+        for option, advice in (("root", ""), ("train_limit", "; set scenes"), ("test_limit", "; set test_scenes")):
+            if self.name == "digit_scenes" and getattr(self, option) is not None:
+                raise ValueError(f"{option}: of no use with digit_scenes, which are made and not read{advice}")
+        return self
+
+
 class StudyConfig(Frozen):
     """One study: one dataset, model, pruner, budget and seed, run through its arms."""
 

@@ -88,16 +88,16 @@ def voc_map(
         raise UserError(f"points={points}: must be 2 or more, or None for the area under the curve")
     if len(predictions) != len(targets):
         raise UserError(f"{len(predictions)} predictions for {len(targets)} targets: one of each for every picture")
-    found, objects = _join(predictions, "predictions"), _join(targets, "targets")
+    found, objects = _join_pictures(predictions, "predictions"), _join_pictures(targets, "targets")
     if objects.difficult.all():
         only = "only difficult ones" if len(objects.labels) else "no boxes"
         raise UserError(f"targets: {only}, so there is nothing to find")
-    right, counted = _judge(found, objects, iou, inclusive)
+    right, counted = _judge_predictions(found, objects, iou, inclusive)
     labels, totals = np.unique(objects.labels[~objects.difficult], return_counts=True)
     ap = {}
     for label, total in zip(labels.tolist(), totals.tolist(), strict=True):
         outcomes = right[counted & (found.labels == label)]
-        ap[label] = 100 * _average(outcomes, total, points)
+        ap[label] = 100 * _average_curve(outcomes, total, points)
     return {"map": sum(ap.values()) / len(ap), "ap": ap}
 
 
@@ -153,7 +153,7 @@ class _Joined:
     difficult: npt.NDArray[np.bool_]
 
 
-def _join(pictures: Sequence[Boxes], name: str) -> _Joined:
+def _join_pictures(pictures: Sequence[Boxes], name: str) -> _Joined:
     """Check the boxes of every picture and join them; where they have scores, sort them by score."""
     scored = name == "predictions"
     rows = [_read_picture(boxes, f"{name}[{index}]", scored) for index, boxes in enumerate(pictures)]
@@ -199,7 +199,7 @@ def _show_shape(array: _Floats) -> str:
     return " x ".join(map(str, array.shape)) or "of a single number"
 
 
-def _judge(
+def _judge_predictions(
     found: _Joined, objects: _Joined, iou: float, inclusive: bool
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Return which predictions are right, and which count at all."""
@@ -236,7 +236,7 @@ def _find_largest_overlap(found: _Joined, objects: _Joined, iou: float, inclusiv
     offsets = np.cumsum(counts) - counts
     position = np.arange(counts.sum()) - np.repeat(offsets, counts)
     candidates = order[np.repeat(start, counts) + position]
-    overlaps = _overlap(found.boxes[np.repeat(having, counts)], objects.boxes[candidates], inclusive)
+    overlaps = _overlap_of_pairs(found.boxes[np.repeat(having, counts)], objects.boxes[candidates], inclusive)
     largest = np.maximum.reduceat(overlaps, offsets)
     is_largest = overlaps == np.repeat(largest, counts)
     first = np.minimum.reduceat(np.where(is_largest, position, len(order)), offsets)
@@ -245,7 +245,7 @@ def _find_largest_overlap(found: _Joined, objects: _Joined, iou: float, inclusiv
     return best
 
 
-def _overlap(a: _Floats, b: _Floats, inclusive: bool) -> _Floats:
+def _overlap_of_pairs(a: _Floats, b: _Floats, inclusive: bool) -> _Floats:
     """Return the intersection by the union of boxes of two lists of the same length."""
 
     def area(first: _Floats, last: _Floats) -> _Floats:
@@ -256,7 +256,7 @@ def _overlap(a: _Floats, b: _Floats, inclusive: bool) -> _Floats:
     return intersection / np.where(union > 0, union, 1)
 
 
-def _average(right: npt.NDArray[np.bool_], total: int, points: int | None) -> float:
+def _average_curve(right: npt.NDArray[np.bool_], total: int, points: int | None) -> float:
     """Return the average precision in [0, 1] of predictions by falling score for `total` objects."""
     if not len(right):
         return 0.0
