@@ -96,6 +96,13 @@ def read_square(path: Path, size: int, *, resize: bool, channels: int) -> Pixels
     return np.asarray(pixels).reshape(size, size, channels)
 
 
+def read_whole(path: Path) -> torch.Tensor:
+    """Decode an image whole, to uint8, 3 x H x W."""
+    content = np.fromfile(path, dtype=np.uint8)
+    with Image.open(io.BytesIO(content.data)) as image:
+        return _decode_opened(image, content, whole=True).permute(2, 0, 1).contiguous()
+
+
 def read_crop(path: Path, size: int, choose: Callable[[int, int], CropBox]) -> torch.Tensor:
     """Decode the part of an image that `choose` says for its width and height, resized to uint8, size x size x 3."""
     content = np.fromfile(path, dtype=np.uint8)
