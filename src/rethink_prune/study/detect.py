@@ -51,7 +51,8 @@ def run_detection(
     run : callable
         Runs a stage.
     """
-    if spec.parent is None or spec.parent not in done or spec.architecture is None:
+    parent = done.get(str(spec.parent))
+    if parent is None or spec.architecture is None:
         return Failed(f"{spec.parent} failed, so there is no network to start from")
     if spec.title == f"{PREFIX}{PRUNE_D}" and "prune" in done:
         spec = replace(spec, chosen_by="prune")
@@ -59,7 +60,7 @@ def run_detection(
     own: dict[str, Any] = {"images": {"mean": list(dataset.mean), "std": list(dataset.std)}}
     if spec.title == f"{PREFIX}{PRUNE_D}":
         own["pruner"] = dict(study.parts.rounds[-1])
-    return run(replace(spec, key=transfer_key(spec, done[spec.parent], _transfer(study), study.parts, own)))
+    return run(replace(spec, key=transfer_key(spec, parent, _transfer(study), study.parts, own)))
 
 
 def detector_spec(study: PreparedStudy) -> DetectorSpec:
