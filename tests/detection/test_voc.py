@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import shutil
@@ -209,6 +210,10 @@ class FakeArchives:
             self.paths.append(archive)
 
 
+def refuse_to_write(*_: Any, **__: Any) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
 def test_voc_2007_is_unpacked_once_and_offline_says_which_files_to_put_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +235,13 @@ def test_voc_2007_is_unpacked_once_and_offline_says_which_files_to_put_where(
     for path in archives.paths:
         (datasets / path.name).unlink()
     assert load_detection(config, datasets).test.fingerprint == data.test.fingerprint
+
+    # So it is on a disk that takes no lock. (Permissions would not stop a test that is run by root.)
+    with monkeypatch.context() as patch:
+        patch.setattr("filelock.FileLock.acquire", refuse_to_write)
+        assert load_detection(config, datasets).test.fingerprint == data.test.fingerprint
+        with pytest.raises(UserError, match=r"could not be downloaded \(.*Permission denied"):
+            load_detection(config, tmp_path / "other")
 
     # A process that was killed while it unpacked.
     (datasets / "VOCdevkit/VOC2007/JPEGImages/c.jpg").unlink()

@@ -24,6 +24,7 @@ M. Everingham et al., "The PASCAL Visual Object Classes (VOC) Challenge", 2010.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import logging
@@ -175,23 +176,32 @@ def _find_folder(root: str) -> Path:
 
 def _find_or_download(root: Path) -> Path:
     folder = root / "VOCdevkit" / "VOC2007"
-    missing = [name for name in _ARCHIVES if not (folder / "ImageSets" / "Main" / f"{name}.txt").exists()]
-    for name in missing:
-        _download_voc(name, root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".voc.lock"):  # runs of one sweep start together: one unpacks, the others wait
+            for image_set in _missing_sets(folder):
+                from torchvision.datasets import VOCDetection  # takes seconds to import
+
+                VOCDetection(root, year="2007", image_set=image_set, download=True)
+    except (OSError, RuntimeError, tarfile.TarError, EOFError, http.client.HTTPException) as error:
+        # Where nothing can be written, there is no lock, and nobody who unpacks.
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS) and not _missing_sets(folder):
+            return folder
+        raise UserError(
+            f"transfer.name=voc: could not be downloaded ({error}); put {_name_archives()} into {root}"
+        ) from error
     return folder
 
 
-def _download_voc(image_set: str, root: Path) -> None:
-    from torchvision.datasets.voc import DATASET_YEAR_DICT, VOCDetection  # takes seconds to import
+def _missing_sets(folder: Path) -> list[str]:
+    return [name for name in _ARCHIVES if not (folder / "ImageSets" / "Main" / f"{name}.txt").exists()]
 
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".voc.lock"):  # runs of one sweep start together
-            VOCDetection(root, year="2007", image_set=image_set, download=True)
-    except (OSError, RuntimeError, tarfile.TarError, EOFError, http.client.HTTPException) as error:
-        archives = [DATASET_YEAR_DICT[name] for name in _ARCHIVES.values()]
-        files = " and ".join(f"{a['filename']} (md5 {a['md5']}, from {a['url']})" for a in archives)
-        raise UserError(f"transfer.name=voc: could not be downloaded ({error}); put {files} into {root}") from error
+
+def _name_archives() -> str:
+    from torchvision.datasets.voc import DATASET_YEAR_DICT
+
+    archives = [DATASET_YEAR_DICT[name] for name in _ARCHIVES.values()]
+    return " and ".join(f"{archive['filename']} (md5 {archive['md5']}, from {archive['url']})" for archive in archives)
 
 
 def _read_list(folder: Path, name: str) -> list[str]:
