@@ -57,7 +57,7 @@ class GatheredRuns:
             if self.masks and content.get("pruned"):
                 whole["pruned"] = {**whole["pruned"], "kernels": _kept_kernels(content, stages)}
             self.runs.append(RunRecord.model_validate(whole))
-            self.detections |= _detection_pictures(content, stages)
+            self.detections |= _stage_pictures(content, stages)
         except ValidationError as error:
             # The first error is enough to find the file's fault; the others often follow from it.
             advice = "if an older version made it, run its command again: finished stages are reused"
@@ -190,7 +190,7 @@ def _stage_folder(stage: str, stages: Path | None) -> Path:
     return stages / folder.name if not folder.is_dir() and stages is not None else folder
 
 
-def _detection_pictures(content: Mapping[str, Any], stages: Path | None) -> dict[str, Path]:
+def _stage_pictures(content: Mapping[str, Any], stages: Path | None) -> dict[str, Path]:
     entries = [entry for entry in (content.get("transfer") or {}).values() if entry.get("stage")]
     files = [_stage_folder(entry["stage"], stages) / DETECTIONS_FILE for entry in entries]
     return {file.parent.name: file for file in files if file.is_file()}
