@@ -11,6 +11,7 @@ from typing import Any
 from rethink_prune.errors import UserError
 
 SUMMARY_FILE = "summary.json"  # what a run leaves
+DETECTIONS_FILE = "detections.png"  # a few test pictures with what a detector found, in its stage
 COST_FILE = "cost.json"  # what its networks take, where they have been measured
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +16,15 @@ from rethink_prune.store.metrics import write_metrics
 
 WriteRun = Callable[..., Path]
 
+PICTURES = {"name": "voc", "lr": 0.001, "fingerprint": "abc", "classes": ["cat", "dog"], "test_pictures": 4952}
+
 
 def writer(root: Path) -> WriteRun:
     """Return a function that writes a run folder and its stages below `root`, from last-epoch accuracies by arm.
 
     Of `epochs`, each arm that is not named has four; `same` names arms that are other names of a training. `params` and
-    `macs` are those of the pruned network; the unpruned one has 200 and 1,000.
+    `macs` are those of the pruned network; the unpruned one has 200 and 1,000. `transfer` has the mAP of each detector,
+    which has three epochs; `pictures` are the settings of the transfer.
     """
 
     def write(
@@ -36,6 +40,8 @@ def writer(root: Path) -> WriteRun:
         params: int = 50,
         macs: int = 400,
         rounds: Sequence[Mapping[str, Any]] = (),
+        transfer: Mapping[str, float | str] | None = None,
+        pictures: Mapping[str, Any] | None = None,
         **study: Any,
     ) -> Path:
         place = root / "runs" / (folder or f"run{len(list((root / 'runs').glob('*')))}")
@@ -56,7 +62,12 @@ def writer(root: Path) -> WriteRun:
             "device": "CPU",
             "precision": "fp32",
             "arms": ["finetune", "scratch_e", "scratch_b"],
-            "settings": {"dataset": {"train_limit": None}, **(settings or {}), "recipe": recipe},
+            "settings": {
+                "dataset": {"train_limit": None},
+                **(settings or {}),
+                "recipe": recipe,
+                **({} if transfer is None else {"transfer": {**PICTURES, **(pictures or {})}}),
+            },
             "versions": {"torch": "2.15.0"},
             "ledger": {"macs_reference": 1000},
             **study,
@@ -88,6 +99,21 @@ def writer(root: Path) -> WriteRun:
                 **({"processes": processes[arm]} if processes else {}),
             }
 
+        def detector(start: str, value: float | str) -> dict[str, Any]:
+            if isinstance(value, str):
+                return {"status": "failed", "reason": value, "epoch": 2}
+            data = f"{PICTURES | (pictures or {})}"
+            stage = root / "stages" / f"detect-{start}-{seed}-{value}-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
+            stage.mkdir(parents=True, exist_ok=True)
+            columns = {"lr": 0.001, "images": 100, "train_loss": 0.5, "processes": 1, "seconds": 1.0}
+            write_metrics(stage, [{"epoch": e, **columns, "test_map": value - 3 + e} for e in (1, 2, 3)])
+            return {
+                **{"status": "done", "map": value, "map_best": value + 0.5, "best_epoch": 2, "loss": 0.5},
+                "ap": {"cat": value - 10, "dog": value + 10},
+                **{"epochs": 3, "params": 1500, "macs": 30_000, "train_flops": 3e15, "train_flops_total": 8e15},
+                **{"seconds": 3.0, "stage": str(stage), "processes": [1]},
+            }
+
         summary: dict[str, Any] = {"study": described}
         arms = {arm: entry(arm, value) for arm, value in top1.items()}
         arms |= {alias: arms[arm] for alias, arm in (same or {}).items()}
@@ -97,6 +123,8 @@ def writer(root: Path) -> WriteRun:
         summary |= {"pruned": {"params": params, "macs": macs, "top1": 20.0, "layers": layers}, "arms": arms}
         if rounds:
             summary["rounds"] = list(rounds)
+        if transfer is not None:
+            summary["transfer"] = {start: detector(start, value) for start, value in transfer.items()}
         (place / "summary.json").write_text(json.dumps(summary))
         return place
 

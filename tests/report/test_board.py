@@ -415,3 +415,50 @@ def look_at_time_series(page: Any, ratios: int, seeds: int) -> None:
     page.locator("runs-data-table input[type=text], runs-data-table tb-filter-input input").first.fill("")
     rows.nth(4).wait_for()
     page.wait_for_function(f"document.querySelectorAll('{ticked}').length === {4 * (1 + seeds)}")
+
+
+def test_detectors_have_charts_of_their_own_whichever_runs_were_transferred(
+    write_run: WriteRun, tmp_path: Path, board: BoardFolder
+) -> None:
+    write_run(0, {"finetune": 92.0}, transfer={"prune_c": 70.0, "scratch_e": 68.0})
+    write_run(1, {"finetune": 94.0}, transfer={"prune_c": 71.0})
+    write_run(2, {"finetune": 96.0})
+    show(board, tmp_path / "runs")
+    assert labels(board.folder) == ["vgg16 l1 0.5, 3 seeds", "vgg16 l1 0.5 on voc, 2 seeds"]
+    assert points(board.folder, "finetune/mean", f"vgg16 l1 0.5/{BY_EPOCH}")[-1] == (4, 94.0)
+    names = [name for name in sorted(runs_shown(board.folder)) if name.startswith("detect_")]
+    assert names == [
+        *(f"detect_prune_c/{name}" for name in ("mean", "seed 0", "seed 1")),
+        *(f"detect_scratch_e/{name}" for name in ("mean", "seed 0")),
+    ]
+    tag = "vgg16 l1 0.5 on voc/average precision mAP by"
+    assert points(board.folder, "detect_prune_c/mean", f"{tag} epoch") == [(1, 68.5), (2, 69.5), (3, 70.5)]
+    # What it builds on took 5e15.
+    assert points(board.folder, "detect_scratch_e/mean", f"{tag} training GFLOPs") == [
+        *((6_000_000, 66.0), (7_000_000, 67.0), (8_000_000, 68.0)),
+    ]
+
+
+def test_transfers_that_differ_are_groups_and_their_arms_are_not(
+    write_run: WriteRun, tmp_path: Path, board: BoardFolder
+) -> None:
+    for seed, lr in enumerate((0.001, 0.002)):
+        write_run(seed, {"finetune": 92.0}, transfer={"prune_c": 70.0}, pictures={"lr": lr})
+    show(board, tmp_path / "runs")
+    assert labels(board.folder) == [
+        "vgg16 l1 0.5, 2 seeds",
+        *(f"vgg16 l1 0.5 on voc transfer.lr {lr}, 1 seed" for lr in (0.001, 0.002)),
+    ]
+
+
+def test_a_detector_that_is_trained_shows(write_run: WriteRun, tmp_path: Path, board: BoardFolder) -> None:
+    run = write_run(0, {"finetune": 92.0}, transfer={"prune_c": 70.0})
+    summary = json.loads((run / "summary.json").read_text())
+    entry = summary.pop("transfer")["prune_c"]
+    kept = {name: entry[name] for name in ("train_flops", "train_flops_total", "stage")}
+    summary["unfinished"] = {"detect_prune_c": {**kept, "status": "unfinished", "epochs": 6}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    show(board, tmp_path / "runs")
+    tag = "vgg16 l1 0.5 on voc/average precision mAP by"
+    assert points(board.folder, "detect_prune_c/seed 0", f"{tag} epoch") == [(1, 68.0), (2, 69.0), (3, 70.0)]
+    assert points(board.folder, "detect_prune_c/seed 0", f"{tag} training GFLOPs")[-1] == (6_500_000, 70.0)

@@ -72,7 +72,7 @@ def test_new_arms_have_columns_after_those_of_the_paper(new_arm: Arm) -> None:
 
 
 def test_networks_are_told_apart_by_color_and_marker() -> None:
-    styles = [network_label(name).style for name in (*ARMS, "large", "sparse", "unknown")]
+    styles = [network_label(name).style for name in (*ARMS, "large", "sparse", "prune_d", "unknown")]
     for part in ("color", "dashes", "marker"):
         assert len({getattr(style, part) for style in styles}) == len(styles)
 

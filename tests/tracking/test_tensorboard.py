@@ -17,7 +17,7 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.get_experiment import Handler as GetExperiment
 from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessionGroups
 
-from rethink_prune.tracking.tensorboard import write_study
+from rethink_prune.tracking.tensorboard import ArmEvents, write_study
 
 Run = Callable[..., dict[str, Any]]
 
@@ -103,3 +103,18 @@ def test_a_study_shows_its_table_and_what_was_chosen(small_study: Run, tmp_path:
     assert row["top1/scratch_e"] == pytest.approx(summary["arms"]["scratch_e"]["top1"])
     assert metrics == {"top1/large", "top1/scratch_e"}
     assert "| scratch_e" in texts(tmp_path / "run1/tensorboard/hparams", "summary")
+
+
+def test_a_detectors_rows_are_curves_by_epoch_and_by_flops(tmp_path: Path) -> None:
+    written = ArmEvents(tmp_path / "detect_prune_c", flops_before=5e12, flops_per_image=1e10)
+    row = {"lr": 0.001, "images": 100, "train_loss": 0.5, "processes": 1, "seconds": 1.0}
+    written.write([{"epoch": 1, **row, "test_map": 60.0}, {"epoch": 2, **row, "test_map": 70.0}])
+    written.close()
+    found = events(tmp_path / "detect_prune_c")
+    curves = {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    assert curves.keys() == {
+        *("average precision mAP by epoch/test", "average precision mAP by training GFLOPs/test"),
+        *("loss by epoch/train", "loss by training GFLOPs/train", "lr"),
+    }
+    assert curves["average precision mAP by epoch/test"] == [(1, 60.0), (2, 70.0)]
+    assert curves["average precision mAP by training GFLOPs/test"] == [(6000, 60.0), (7000, 70.0)]

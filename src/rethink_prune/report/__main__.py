@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         gathered = gather.gather(options.places, masks=True)
         found = groups.group_runs(gathered.runs, by=options.by, mix=options.mix)
         report = results.compute_report(found, margin=options.margin, problems=gathered.problems)
-        documents.publish(report, found, options.out)
+        documents.publish(report, found, options.out, detections=gathered.detections)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

@@ -31,7 +31,7 @@ def under_one_name(runs: Sequence[RunRecord], names: Mapping[str, str]) -> list[
         # What stands under the name that counts comes last: it has the last word.
         parts = {
             part: {names.get(name, name): entries[name] for name in sorted(entries, key=lambda name: name not in names)}
-            for part, entries in (("arms", run.arms), ("unfinished", run.unfinished))
+            for part, entries in (("arms", run.arms), ("unfinished", run.unfinished), ("transfer", run.transfer))
         }
         arms = tuple(dict.fromkeys(names.get(name, name) for name in run.study.arms))
         return run.model_copy(update={**parts, "study": run.study.model_copy(update={"arms": arms})})

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rethink_prune.report.aliases import other_names, under_one_name
-from rethink_prune.report.groups import natural_order, recorded_settings
-from rethink_prune.report.networks import PAPER_ARMS, in_column_order
-from rethink_prune.report.records import RunRecord, StudyRecord, TrainedRecord, value_text
-from rethink_prune.report.results import curve_over_seeds
+from rethink_prune.report.detection import transfer_name
+from rethink_prune.report.groups import TRANSFER, TRANSFER_PROCESSES, natural_order, recorded_settings
+from rethink_prune.report.networks import DETECT, PAPER_ARMS, PAPER_DETECTORS, in_column_order, in_detector_order
+from rethink_prune.report.records import RunRecord, StudyRecord, TrainingRecord, value_text
+from rethink_prune.report.seed_curve import curve_over_seeds
 from rethink_prune.tracking.board import MEAN, BoardCurve, BoardGroup
 
 # Named in a label wherever two groups differ in them.
@@ -22,38 +23,57 @@ _LONGEST_WORD = 40
 class _Group:
     study: StudyRecord
     settings: dict[str, str]
+    # What detectors are tested on; None for a group of arms.
+    pictures: str | None
     runs: list[RunRecord] = field(default_factory=list)
-    arms: dict[str, dict[int, TrainedRecord]] = field(default_factory=lambda: defaultdict(dict))
+    arms: dict[str, dict[int, TrainingRecord]] = field(default_factory=lambda: defaultdict(dict))
 
 
 def board_groups(runs: Iterable[RunRecord]) -> list[BoardGroup]:
     """Put runs that differ in the seed alone into groups, in the order of their labels, with every arm's curves.
 
     Runs that differ in anything else are in different groups, and the label says in what. Where one seed was trained
-    twice, the longer curve counts, and of equal ones the one that comes last.
+    twice, the longer curve counts, and of equal ones the one that comes last. Detectors have groups of their own, after
+    the others: what they start from does not depend on the settings of the transfer.
     """
+    runs = list(runs)
+    groups, detecting = _groups(runs), _groups([run for run in runs if run.study.transfer], detection=True)
+    # Those of the paper keep their places, and so their colours, where some are missing.
+    arms = in_column_order({*PAPER_ARMS, *(arm for group in groups for arm in group.arms)})
+    if detecting:
+        started = {name.removeprefix(DETECT) for group in detecting for name in group.arms}
+        arms += [f"{DETECT}{name}" for name in in_detector_order({*PAPER_DETECTORS, *started})]
+    return [
+        _board_group(label, group, arms)
+        for its in (groups, detecting)
+        for label, group in sorted(zip(_labels(its), its, strict=True), key=lambda item: natural_order([item[0]]))
+    ]
+
+
+def _groups(runs: Iterable[RunRecord], *, detection: bool = False) -> list[_Group]:
+    """Return the groups that have a curve, of arms or of detectors."""
     found: dict[str, _Group] = {}
     for run in runs:
-        settings = _what_decides(run)
+        settings = _what_decides(run, detection=detection)
         target = json.dumps(run.study.target, sort_keys=True)
         names = json.dumps([run.study.model, run.study.pruner, target, settings], sort_keys=True)
-        found.setdefault(names, _Group(run.study, settings)).runs.append(run)
+        pictures = transfer_name(run) if detection else None
+        found.setdefault(names, _Group(run.study, settings, pictures)).runs.append(run)
     for group in found.values():
-        _collect_arms(group)
-    groups = [group for group in found.values() if any(group.arms.values())]
-    # The arms of the paper keep their places, and so their colours, where some are missing.
-    arms = in_column_order({*PAPER_ARMS, *(arm for group in groups for arm in group.arms)})
-    labelled = sorted(zip(_labels(groups), groups, strict=True), key=lambda item: natural_order([item[0]]))
-    return [_board_group(label, group, arms) for label, group in labelled]
+        _collect_curves(group)
+    return [group for group in found.values() if any(group.arms.values())]
 
 
-def _collect_arms(group: _Group) -> None:
-    """Find the entry that counts of each arm and seed; a training with several names counts once."""
+def _collect_curves(group: _Group) -> None:
+    """Find the entry that counts of each arm, or detector, and seed; a training with several names counts once."""
     for run in under_one_name(group.runs, other_names(group.runs)):
-        for arm, entry in {**run.unfinished, **run.trained}.items():
-            known = group.arms[arm].get(run.study.seed)
+        trainings = {**run.unfinished, **run.trained, **{f"{DETECT}{name}": d for name, d in run.transfer.items()}}
+        for name, entry in trainings.items():
+            if name.startswith(DETECT) != (group.pictures is not None):
+                continue
+            known = group.arms[name].get(run.study.seed)
             if entry.curve and (known is None or len(entry.curve) >= len(known.curve or ())):
-                group.arms[arm][run.study.seed] = entry
+                group.arms[name][run.study.seed] = entry
 
 
 def _board_group(label: str, group: _Group, arms: Iterable[str]) -> BoardGroup:
@@ -67,10 +87,11 @@ def _board_group(label: str, group: _Group, arms: Iterable[str]) -> BoardGroup:
         finished = [entry for entry in seeds.values() if entry.finished] or list(seeds.values())
         single = {f"seed {seed}": _board_curve([seeds[seed]]) for seed in sorted(seeds)}
         curves[arm] = {MEAN: _board_curve(finished), **single}
-    return BoardGroup(label, len({seed for seeds in group.arms.values() for seed in seeds}), curves)
+    measure = "top1" if group.pictures is None else "map"
+    return BoardGroup(label, len({seed for seeds in group.arms.values() for seed in seeds}), measure, curves)
 
 
-def _board_curve(entries: Sequence[TrainedRecord]) -> BoardCurve:
+def _board_curve(entries: Sequence[TrainingRecord]) -> BoardCurve:
     """Return the curve over seeds; of unfinished ones, over the epochs that all have reached."""
     if not all(entry.finished for entry in entries):
         epochs = min(len(entry.curve or ()) for entry in entries)
@@ -80,7 +101,7 @@ def _board_curve(entries: Sequence[TrainedRecord]) -> BoardCurve:
     return BoardCurve(curve.epoch, curve.flops, curve.mean, curve.low, curve.high)
 
 
-def _beginning(entry: TrainedRecord, epochs: int) -> TrainedRecord:
+def _beginning(entry: TrainingRecord, epochs: int) -> TrainingRecord:
     """Return an entry as if its training had ended after so many epochs."""
     update: dict[str, object] = {"curve": (entry.curve or ())[:epochs]}
     if entry.train_flops is not None and entry.flops_before is not None and entry.epochs:
@@ -89,12 +110,12 @@ def _beginning(entry: TrainedRecord, epochs: int) -> TrainedRecord:
     return entry.model_copy(update=update)
 
 
-def _what_decides(run: RunRecord) -> dict[str, str]:
+def _what_decides(run: RunRecord, *, detection: bool) -> dict[str, str]:
     """Return what tells groups apart, those first that a label names first."""
     study = run.study
     named = {name: str(getattr(study, name)) for name in _CONDITIONS}
-    # These depend on how far a run is.
-    later = ("processes.", "epochs.")
+    # These depend on how far a run is; and no arm depends on a transfer.
+    later = ("processes.", "epochs.", TRANSFER_PROCESSES if detection else TRANSFER)
     return named | {name: value for name, value in recorded_settings(run).items() if not name.startswith(later)}
 
 
@@ -106,7 +127,8 @@ def _labels(groups: Sequence[_Group]) -> list[str]:
         target = group.study.target
         values = {name: _word(value_text(value)) for name, value in target.items()}
         shown = [value if len(kinds) == 1 else f"{name} {value}" for name, value in values.items()]
-        words.append([_word(group.study.model), _word(group.study.pruner), *shown])
+        on = [f"on {_word(group.pictures)}"] if group.pictures is not None else []
+        words.append([_word(group.study.model), _word(group.study.pruner), *shown, *on])
     for name in _CONDITIONS:
         if len({group.settings[name] for group in groups}) > 1:
             for label, group in zip(words, groups, strict=True):

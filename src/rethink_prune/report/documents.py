@@ -18,12 +18,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import SUMMARY_FILE, write_atomically, write_json
+from rethink_prune.report.detection import DetectionTable
 from rethink_prune.report.gather import FORMAT, FORMAT_VERSION
-from rethink_prune.report.grids import Cell, Grid, pattern_grids, report_grids
+from rethink_prune.report.grids import Cell, Grid, detection_class_grids, pattern_grids, report_grids
 from rethink_prune.report.groups import RunGroup
 from rethink_prune.report.patterns import RowPattern
-from rethink_prune.report.plots import Picture, draw_patterns, draw_pictures
-from rethink_prune.report.results import Report
+from rethink_prune.report.plots import Picture, detection_pictures, draw_patterns, draw_pictures
+from rethink_prune.report.results import Report, ResultTable
 from rethink_prune.report.statistics import EXACT_UP_TO, RESAMPLES
 from rethink_prune.text import markdown
 
@@ -41,7 +42,9 @@ _LATEX = str.maketrans(
 )
 
 
-def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
+def publish(
+    report: Report, groups: Sequence[RunGroup], folder: Path, *, detections: Mapping[str, Path] | None = None
+) -> None:
     """Write a report into `folder`, over one that is there.
 
     Writes ``report.html``, ``report.md``, ``results.json``, ``tables.tex``, a CSV file for each table, and each picture
@@ -51,6 +54,8 @@ def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
     ----------
     groups
         The runs it was computed from, for ``results.json``: a later report can start from that file.
+    detections
+        PNG files with what detectors found, by stage.
 
     Raises
     ------
@@ -58,7 +63,7 @@ def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
         If the folder cannot be made or written, or is a run's own.
     """
     _make_folder(folder)
-    pictures = draw_pictures(report)
+    pictures = [*draw_pictures(report), *detection_pictures(report, detections or {})]
     files, listing = _picture_files(pictures), folder / "results.json"
     documents = {name: text.encode() for name, text in write_documents(report, pictures).items()}
     _write_files(files, listing, others=[*documents])
@@ -78,7 +83,8 @@ def publish(report: Report, groups: Sequence[RunGroup], folder: Path) -> None:
 
 
 def _picture_files(pictures: Sequence[Picture]) -> dict[str, bytes]:
-    return {f"{picture.name}.{kind}": getattr(picture, kind) for picture in pictures for kind in ("png", "svg")}
+    found = ((f"{p.name}.{kind}", getattr(p, kind)) for p in pictures for kind in ("png", "svg"))
+    return {name: data for name, data in found if data}
 
 
 def _write_files(files: Mapping[str, bytes], listing: Path, others: Sequence[str] = ()) -> None:
@@ -99,10 +105,17 @@ def _listed_files(listing: Path) -> set[str]:
 
 
 def write_overview(report: Report) -> str:
-    """Return the tables of accuracies, the verdicts, and what was left out, as Markdown."""
-    accuracies = [grid for grid in report_grids(report) if grid.name.startswith("accuracy")]
-    tables = zip(report.tables, accuracies, strict=True)
+    """Return the tables of accuracies and of detection, the verdicts, and what was left out, as Markdown."""
+    grids = {grid.name: grid for grid in report_grids(report)}
+    tables = [
+        (table, grids[f"accuracy-{number}"], _with_grids(table, number, grids))
+        for number, table in enumerate(report.tables, 1)
+    ]
     return _ENVIRONMENT.get_template("overview.md.jinja").render(tables=tables, problems=report.problems).strip()
+
+
+def _with_grids(table: ResultTable, number: int, grids: Mapping[str, Grid]) -> list[tuple[DetectionTable, Grid]]:
+    return [(found, grids[f"detection-{number}-{place}"]) for place, found in enumerate(table.detection, 1)]
 
 
 def write_documents(report: Report, pictures: Sequence[Picture]) -> dict[str, str]:
@@ -116,7 +129,7 @@ def write_documents(report: Report, pictures: Sequence[Picture]) -> dict[str, st
     values |= {"exact_up_to": EXACT_UP_TO, "resamples": RESAMPLES}
     templates = {"tables.tex": "tables.tex.jinja", "report.md": "report.md.jinja", PAGE_FILE: "page.html"}
     documents = {name: _ENVIRONMENT.get_template(template).render(values) for name, template in templates.items()}
-    return {f"{grid.name}.csv": to_csv(grid) for grid in grids} | documents
+    return {f"{grid.name}.csv": to_csv(grid) for grid in [*grids, *detection_class_grids(report)]} | documents
 
 
 def publish_patterns(patterns: Sequence[RowPattern], folder: Path) -> str:
@@ -197,8 +210,9 @@ def _latex_row(row: Sequence[Cell]) -> str:
     return " & ".join(f"\\textbf{{{escape_latex(c.text)}}}" if c.bold else escape_latex(c.text) for c in row)
 
 
-def _data_uri(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+def _data_uri(picture: Picture) -> str:
+    kind, data = ("png", picture.png) if not picture.svg else ("svg+xml", picture.svg)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _digest(text: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from rethink_prune.errors import UserError
-from rethink_prune.files import SUMMARY_FILE
+from rethink_prune.files import DETECTIONS_FILE, SUMMARY_FILE
 from rethink_prune.report.networks import has_pruned_positions
 from rethink_prune.report.records import RunRecord
 from rethink_prune.store.metrics import read_metrics
@@ -25,10 +25,14 @@ _UNREADABLE = (OSError, ValueError, RecursionError)
 
 @dataclass
 class GatheredRuns:
-    """The runs that were found, and in words what could not be used; `masks` says whether to read masks."""
+    """The runs that were found, and in words what could not be used; `masks` says whether to read masks.
+
+    `detections` has the pictures with what detectors found, by stage, where the stages are still there.
+    """
 
     runs: list[RunRecord] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    detections: dict[str, Path] = field(default_factory=dict)
     masks: bool = False
     _files: set[Path] = field(default_factory=set)
 
@@ -53,6 +57,7 @@ class GatheredRuns:
             if self.masks and content.get("pruned"):
                 whole["pruned"] = {**whole["pruned"], "kernels": _kept_kernels(content, stages)}
             self.runs.append(RunRecord.model_validate(whole))
+            self.detections |= _stage_pictures(content, stages)
         except ValidationError as error:
             # The first error is enough to find the file's fault; the others often follow from it.
             advice = "if an older version made it, run its command again: finished stages are reused"
@@ -173,7 +178,7 @@ def _with_curves(content: dict[str, Any], stages: Path | None) -> dict[str, Any]
     bases = {name: _with_curve(content[name], stages) for name in names if content.get(name)}
     parts = {
         part: {name: _with_curve(entry, stages) for name, entry in (content.get(part) or {}).items()}
-        for part in ("arms", "unfinished")
+        for part in ("arms", "unfinished", "transfer")
     }
     rounds = [_with_stage_names(each) for each in content.get("rounds") or ()]
     return {**content, **bases, **parts, "rounds": rounds}
@@ -183,6 +188,12 @@ def _stage_folder(stage: str, stages: Path | None) -> Path:
     folder = Path(stage)
     # The store may have moved since the summary was written.
     return stages / folder.name if not folder.is_dir() and stages is not None else folder
+
+
+def _stage_pictures(content: Mapping[str, Any], stages: Path | None) -> dict[str, Path]:
+    entries = [entry for entry in (content.get("transfer") or {}).values() if entry.get("stage")]
+    files = [_stage_folder(entry["stage"], stages) / DETECTIONS_FILE for entry in entries]
+    return {file.parent.name: file for file in files if file.is_file()}
 
 
 def _kept_kernels(content: Mapping[str, Any], stages: Path | None) -> list[dict[str, Any]]:
@@ -224,7 +235,10 @@ def _with_curve(entry: Mapping[str, Any], stages: Path | None) -> dict[str, Any]
         return dict(entry)
     folder = _stage_folder(entry["stage"], stages)
     try:
-        curve = [row["test_top1"] for row in read_metrics(folder)]
+        rows = read_metrics(folder)
+        # A detector's rows have a measure of their own.
+        measure = "test_map" if rows and "test_map" in rows[0] else "test_top1"
+        curve = [row[measure] for row in rows]
     except (OSError, ValueError, KeyError, TypeError):
         # Damaged metrics cost a picture one line: the numbers of the tables come from the summary.
         curve = []

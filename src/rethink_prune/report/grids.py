@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from rethink_prune.report.budget_axis import BudgetCurve, BudgetPoint, place_text
 from rethink_prune.report.comparisons import ArmComparison
 from rethink_prune.report.crossover import Place
+from rethink_prune.report.detection import FROZEN_NORMS, DetectionRow, DetectionTable
 from rethink_prune.report.efficiency import MEASURES, EfficiencySize, MatchedComparison
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, in_column_order, network_label
 from rethink_prune.report.patterns import RowPattern
@@ -37,7 +38,8 @@ class Cell:
 
 
 # Each row of a table with what stands in it after its names.
-_Rows = Iterator[tuple[ResultRow | RowPattern | Size | EfficiencySize | MatchedComparison, Iterable[Cell]]]
+_Row = ResultRow | RowPattern | Size | EfficiencySize | MatchedComparison | DetectionRow
+_Rows = Iterator[tuple[_Row, Iterable[Cell]]]
 _Patterns = Iterable[ResultRow | RowPattern]
 
 
@@ -93,6 +95,19 @@ _CAPTIONS = {
     "large network's training and N epochs of retraining pay for. The intervals are pointwise: each holds at 95 % for "
     "its own N, not for all N at once. Holm: p corrected for all N of a curve; bold: a gap that is shown after it. "
     "TOST: equivalence within {margin:g} points.",
+    "detection": "mAP in percent on the test pictures after the last epoch, as VOC 2007 measures it: mean ± standard "
+    "deviation (n seeds). Bold: the best pruned network, by its mean alone. Prune-C: pruned and fine-tuned on "
+    "classification, then trained to detect. Prune-D: the unpruned network's detector, pruned and trained again. "
+    "Scratch-E and Scratch-B: the pruned network trained from scratch on classification, then to detect.",
+    "detection_differences": "Points of mAP, paired by seed; otherwise as for differences between arms. TOST: "
+    "equivalence within {margin:g} points. Holm: corrected for all comparisons of this table, which are a family of "
+    "their own.",
+    "detection_coco": "COCO's average precision in percent, over overlaps from 0.5 to 0.95 (AP) and at one: mean ± "
+    "standard deviation (n seeds). No verdict rests on it.",
+    "detection_cost": "Means over seeds. MACs are those of the backbone, the proposals and the regions of one picture "
+    "of mean size. Training FLOPs: of the detector alone. With ancestors: with all trainings that it builds on, "
+    "classification among them.",
+    "detection_classes": "Average precision in percent, by class: mean ± standard deviation (n seeds).",
     "crossover": "The N at which the mean gap reaches zero, interpolated in log N, where retraining has lost its head "
     "start. Its interval holds that N, and all at which the paired-t interval of the interpolated gap holds zero. If "
     "the gap changes its sign more than once, the change counts that agrees with most of the gaps. Below or beyond: "
@@ -113,6 +128,8 @@ _STAGE_COLUMNS = ("layer stage", "layers", "kept", "in full", "kept, %")
 _KERNEL_COLUMNS = ("layer stage", "kernel", "layers", "n", "kept, %")
 _ROUND_SIZES = ("round", "parameters", "parameters kept, %", "channels", "MACs")
 _ROUND_COLUMNS = (*_ROUND_SIZES, "before", "pruned", "statistics re-estimated", "trained", "epochs")
+_DETECTION_COSTS = ("detector", "epochs", "parameters", "MACs", "training FLOPs", "with ancestors")
+_COCO_COLUMNS = ("detector", "AP", "AP at 0.5", "AP at 0.75")
 _CROSSOVER_COLUMNS = ("equal", "lengths", "n", "crossover N", "95 % from", "95 % to", "crossover N of each seed")
 
 
@@ -146,7 +163,36 @@ def report_grids(report: Report) -> list[Grid]:
                     caption = " ".join([caption, *_notations(table)])
                 notes = tuple(_notes_about_rows(table)) if kind == "accuracy" else ()
                 grids.append(Grid(f"{kind}-{number}", f"{prefix}{table.title}", columns, rows, caption, notes))
+        grids += _detection_grids(table, number, report.margin)
     return grids
+
+
+def detection_class_grids(report: Report) -> list[Grid]:
+    """Return average precision by class as tables, a row for each class: too long to be shown."""
+    return [
+        grid
+        for number, table in enumerate(report.tables, 1)
+        for grid in _detection_grids(table, number, report.margin, classes=True)
+    ]
+
+
+def _detection_grids(table: ResultTable, number: int, margin: float, *, classes: bool = False) -> Iterator[Grid]:
+    """Yield the tables of each detection data set; `classes`: those by class instead of the others."""
+    for place, found in enumerate(table.detection, 1):
+        entries = tuple(network_label(entry).title for entry in found.entries)
+        kinds = (
+            ("detection", "Detection: ", entries, _detection_rows),
+            ("detection_differences", "Differences in detection: ", _DIFFERENCE_COLUMNS, _detection_difference_rows),
+            ("detection_coco", "Detection as COCO measures it: ", _COCO_COLUMNS, _coco_rows),
+            ("detection_cost", "Cost of detection: ", _DETECTION_COSTS, _detection_cost_rows),
+        )
+        by_class = (("detection_classes", "Detection by class: ", ("class", *entries), _class_rows),)
+        for kind, prefix, columns, find_rows in by_class if classes else kinds:
+            rows = tuple((Cell(row.network), Cell(row.pruned_by), *cells) for row, cells in find_rows(found))
+            if rows:
+                notes = (FROZEN_NORMS, *_notes_about_rows(found)) if kind == "detection" else ()
+                columns, caption = ("network", "pruned by", *columns), _CAPTIONS[kind].format(margin=margin)
+                yield Grid(f"{kind}-{number}-{place}", f"{prefix}{found.title}", columns, rows, caption, notes)
 
 
 def pattern_grids(patterns: Sequence[RowPattern]) -> list[Grid]:
@@ -305,6 +351,41 @@ def _round_rows(table: ResultTable) -> _Rows:
             yield row, [_cell(each.round, "d"), *cells, *(_cell(t, ".2f") for t in top1), _cell(each.epochs, ",.4g")]
 
 
+def _detection_rows(table: DetectionTable) -> _Rows:
+    """Yield the rows as the paper has them: one for each network and target, with a cell for each detector."""
+    for row in table.rows:
+        means = {found.entry: found.map for found in row.detectors}
+        yield row, [_cell(means.get(entry), ".2f", bold=entry in row.best) for entry in table.entries]
+
+
+def _detection_difference_rows(table: DetectionTable) -> _Rows:
+    return ((row, _comparison_cells(comparison)) for row in table.rows for comparison in row.comparisons)
+
+
+def _coco_rows(table: DetectionTable) -> _Rows:
+    for row in table.rows:
+        for found in row.detectors:
+            if found.coco:
+                measures = (found.coco.get(name) for name in ("map", "map_50", "map_75"))
+                yield row, [_arm_cell(found.entry), *(_cell(value, ".2f") for value in measures)]
+
+
+def _detection_cost_rows(table: DetectionTable) -> _Rows:
+    for row in table.rows:
+        for found in row.detectors:
+            if found.map is not None:
+                sizes = (_cell(size, ",.0f") for size in (found.params, found.macs))
+                flops = (_cell(each, ".3g") for each in (found.train_flops, found.flops_total))
+                yield row, [_arm_cell(found.entry), _cell(found.epochs, ",.4g"), *sizes, *flops]
+
+
+def _class_rows(table: DetectionTable) -> _Rows:
+    for row in table.rows:
+        by_entry = {found.entry: found.ap for found in row.detectors}
+        for name in dict.fromkeys(name for ap in by_entry.values() for name in ap):
+            yield row, [Cell(name), *(_cell(by_entry.get(e, {}).get(name), ".2f") for e in table.entries)]
+
+
 def _cost_rows(table: ResultTable) -> _Rows:
     for row in table.rows:
         for result in row.arms:
@@ -326,7 +407,7 @@ def _paper_rows(table: ResultTable) -> _Rows:
                 yield row, [Cell(network_label(arm).title), *numbers]
 
 
-def _notes_about_rows(table: ResultTable) -> Iterator[str]:
+def _notes_about_rows(table: ResultTable | DetectionTable) -> Iterator[str]:
     """Yield the notes of a table's rows, each once, with the rows it is about."""
     about: dict[str, list[str]] = {}
     for row in table.rows:

@@ -2,17 +2,21 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 from rethink_prune.errors import UserError
-from rethink_prune.report.records import RunRecord, StudyRecord, TrainedRecord, printable, value_text
+from rethink_prune.report.records import RunRecord, StudyRecord, TrainingRecord, printable, value_text
 from rethink_prune.text import dotted_items
 
+# The settings of a transfer begin with it: what is transferred does not depend on them.
+TRANSFER = "transfer."
+TRANSFER_PROCESSES = "transfer.processes."
 # Runs named in a message; more are counted.
 _MOST_NAMED = 3
+_Entry = TypeVar("_Entry", bound=TrainingRecord)
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,10 @@ def _merge_seeds(runs: Sequence[RunRecord], *, mix: bool) -> tuple[list[RunRecor
     same: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
         recorded = recorded_settings(run)
-        # Mixed runs of one seed with different settings stay apart, and make pairs of their own.
-        same[run.study.seed, *(recorded.get(name, "") for name in differing)].append(run)
+        # Mixed runs of one seed with different settings stay apart, and make pairs of their own. A transfer does not
+        # change what is transferred: its settings would count one classification twice.
+        apart = (recorded.get(name, "") for name in differing if not name.startswith(TRANSFER))
+        same[run.study.seed, *apart].append(run)
     merged = []
     for (seed, *_), found in sorted(same.items()):
         merged.append(reduce(_merge_two, found))
@@ -140,18 +146,26 @@ def _merge_seeds(runs: Sequence[RunRecord], *, mix: bool) -> tuple[list[RunRecor
 
 def _merge_two(first: RunRecord, second: RunRecord) -> RunRecord:
     """Return one run of two with the same seed and settings: the same stages, or arms that were added later."""
-    entries = dict(first.trained)
-    for name, entry in second.trained.items():
-        other = entries.get(name)
-        if other is None or not other.finished:
-            entries[name] = entry
-        elif entry.finished and not _same_training(other, entry):
-            results = f"{_result_text(other)} in {first.name} and {_result_text(entry)} in {second.name}"
-            raise UserError(
-                f"seed {first.study.seed} has two results: {name} is {results}; name only one of these runs"
-            )
+
+    def merge(ours: Mapping[str, _Entry], theirs: Mapping[str, _Entry], what: str = "") -> dict[str, _Entry]:
+        entries = dict(ours)
+        for name, entry in theirs.items():
+            other = entries.get(name)
+            if other is None or not other.finished:
+                entries[name] = entry
+            elif entry.finished and not _same_training(other, entry):
+                results = f"{_result_text(other)} in {first.name} and {_result_text(entry)} in {second.name}"
+                raise UserError(
+                    f"seed {first.study.seed} has two results: {what}{name} is {results}; name only one of these runs"
+                )
+        return entries
+
+    entries = merge(first.trained, second.trained)
     arms = tuple(dict.fromkeys((*first.study.arms, *second.study.arms)))
     study = first.study.model_copy(update={"arms": arms})
+    if not study.transfer and second.study.transfer:
+        settings = {**(study.settings or {}), "transfer": second.study.transfer}
+        study = study.model_copy(update={"settings": settings})
     bases = {name: entries.pop(name, None) for name in ("large", "sparse")}
     # One that has no accuracy yet is of an unfinished run.
     pruned = second.pruned if first.pruned is None or first.pruned.top1 is None else first.pruned
@@ -164,18 +178,19 @@ def _merge_two(first: RunRecord, second: RunRecord) -> RunRecord:
         "pruned": pruned or first.pruned,
         "arms": entries,
         "rounds": rounds,
+        "transfer": merge(first.transfer, second.transfer, "the detector of "),
     }
     return first.model_copy(update=update)
 
 
-def _same_training(first: TrainedRecord, second: TrainedRecord) -> bool:
+def _same_training(first: TrainingRecord, second: TrainingRecord) -> bool:
     # A stage's name is a hash of what decides its result. Older summaries may not have it.
     other_stage = None not in (first.stage, second.stage) and first.stage != second.stage
-    return not other_stage and (first.top1, first.epochs) == (second.top1, second.epochs)
+    return not other_stage and (first.result, first.epochs) == (second.result, second.epochs)
 
 
-def _result_text(entry: TrainedRecord) -> str:
-    return f"{entry.top1:.2f} after {entry.epochs} epochs" + (f" ({entry.stage})" if entry.stage else "")
+def _result_text(entry: TrainingRecord) -> str:
+    return f"{entry.result:.2f} after {entry.epochs} epochs" + (f" ({entry.stage})" if entry.stage else "")
 
 
 def _circumstances(runs: Sequence[RunRecord]) -> Iterator[str]:
@@ -203,6 +218,9 @@ def recorded_settings(run: RunRecord) -> dict[str, str]:
         if study.settings is None and arm in ("large", "finetune"):
             # An older version wrote names only; lengths tell at least some recipes apart.
             settings[f"epochs.{arm}"] = value_text(entry.epochs)
+    for start, detector in run.transfer.items():
+        if detector.finished and detector.processes:
+            settings[f"{TRANSFER_PROCESSES}{start}"] = value_text(list(detector.processes))
     return settings
 
 

@@ -8,6 +8,10 @@ from rethink_prune.study.arms import ARMS, Arm, Style, known_arm
 
 # The first columns of a table; the other arms come after those of the paper.
 PAPER_ARMS = ("large", "finetune", "scratch_e", "scratch_b")
+# The first columns of a detection table: the networks that detectors start from, by the paper's names.
+PAPER_DETECTORS = ("unpruned", "prune_c", "prune_d", "scratch_e", "scratch_b")
+# Begins the names of what trains detectors, where arms have names too.
+DETECT = "detect_"
 PRUNED = "pruned"
 RECALIBRATED = "pruned_recalibrated"
 
@@ -32,6 +36,12 @@ _NOT_ARMS = {
     RECALIBRATED: NetworkLabel(
         "pruned, statistics re-estimated", "pruned, statistics re-estimated", Style("#999999", (0, (1, 3)), "d")
     ),
+}
+# What detectors start from, where that is no arm, or one that has another name there.
+_DETECTORS = {
+    "unpruned": _NOT_ARMS["large"],
+    "prune_c": NetworkLabel("Prune-C", "Prune-C", ARMS["finetune"].style),
+    "prune_d": NetworkLabel("Prune-D", "Prune-D", Style("#661100", (0, (9, 2, 1, 2)), "x")),
 }
 # Names without a length behind them that mean one.
 _OLD_NAMES = {
@@ -87,7 +97,7 @@ def network_label(network: str) -> Arm | NetworkLabel:
     >>> network_label("large").name, network_label("an_arm_of_a_later_version").name
     ('the unpruned network', 'an_arm_of_a_later_version')
     """
-    known = known_arm(network) or ARMS.get(network) or _NOT_ARMS.get(network)
+    known = known_arm(network) or ARMS.get(network) or _NOT_ARMS.get(network) or _DETECTORS.get(network)
     return known or NetworkLabel(network, network, _UNKNOWN_STYLE)
 
 
@@ -136,3 +146,15 @@ def in_column_order(networks: Iterable[str]) -> list[str]:
         return (order.index(base) if base in order else after_paper), numbers
 
     return sorted(networks, key=place)
+
+
+def in_detector_order(entries: Iterable[str]) -> list[str]:
+    """Return what detectors start from in the order of a table's columns: the paper's first.
+
+    Examples
+    --------
+    >>> in_detector_order({"lottery", "scratch_e", "prune_d", "unpruned"})
+    ['unpruned', 'prune_d', 'scratch_e', 'lottery']
+    """
+    names = in_column_order(entries)
+    return [name for name in PAPER_DETECTORS if name in names] + [name for name in names if name not in PAPER_DETECTORS]

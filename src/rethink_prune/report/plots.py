@@ -1,8 +1,9 @@
 """A report's pictures: told apart with any colour vision, and in black and white by line style and marker."""
 
 import io
+import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
+from rethink_prune.report.detection import DetectionRow, DetectionTable
 from rethink_prune.report.efficiency_plot import efficiency_figure
 from rethink_prune.report.gap_plot import gap_figure
 from rethink_prune.report.networks import PRUNED, RECALIBRATED, network_label, split_name
 from rethink_prune.report.patterns import KeptWidth, KernelPattern, LayerStage, RowPattern
 from rethink_prune.report.remaining import Size, SizeSweep
-from rethink_prune.report.results import ArmOverSeeds, Report, ResultRow, ResultTable, SeedCurve
+from rethink_prune.report.results import ArmOverSeeds, Report, ResultRow, ResultTable
+from rethink_prune.report.seed_curve import SeedCurve
 
 PLOT_STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
 
@@ -42,12 +45,15 @@ _CAPTIONS = {
     "widths": "Width of each layer, kept and in full, in what is pruned: channels, single weights or blocks; mean and "
     "standard deviation over seeds. Dashed: the mean of a layer stage, the layers at one spatial size",
     "kernels": "Percent of the kernels that keep each position, averaged over the layers of a stage and over seeds",
+    "detection_differences": "Difference of mAP to the detector named second, paired by seed, with its 95 % interval",
+    "detection_curves": "mAP on the test pictures during training: mean over seeds, band from the lowest to the "
+    "highest seed",
 }
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture: its name in file names, what it shows, and its content as PNG and as SVG."""
+    """A picture: its name in file names, what it shows, and its content as PNG and SVG; no SVG for a photograph."""
 
     name: str
     caption: str
@@ -107,6 +113,42 @@ def _figures(table: ResultTable, margin: float) -> Iterator[tuple[str, str, str,
         if trained := [result for result in row.arms if result.flops_total is not None]:
             yield "ledger", row.slug, row.title, _ledger_figure(trained)
         yield from _pattern_figures(row)
+    for detection in table.detection:
+        yield from _detection_figures(detection)
+
+
+def _detection_figures(detection: DetectionTable) -> Iterator[tuple[str, str, str, Figure]]:
+    rows = detection.rows
+    if any(comparison.difference for row in rows for comparison in row.comparisons):
+        # The number of the first row, as for arms, and that of the detection data set.
+        first, *_, last = rows[0].slug.split("-")
+        figure = _differences_figure(rows, "points of mAP")
+        yield "detection_differences", f"{first}-{last}", detection.title, figure
+    for row in rows:
+        if drawn := [ArmOverSeeds(each.entry, None, curve=each.curve) for each in row.detectors if each.curve]:
+            figure = _curves_figure(drawn, measure="test mAP (%)")
+            yield "detection_curves", row.slug, f"{row.title}, {detection.title}", figure
+
+
+def detection_pictures(report: Report, files: Mapping[str, Path]) -> list[Picture]:
+    """Return what detectors found in a few test pictures: of each, one seed whose picture is there.
+
+    Parameters
+    ----------
+    files
+        PNG files by stage.
+    """
+    pictures = []
+    for row in (row for table in report.tables for detection in table.detection for row in detection.rows):
+        for found in row.detectors:
+            seed, file = next(((s, files[stage]) for s, stage in found.stages if stage in files), (0, None))
+            png = file.read_bytes() if file is not None else b""
+            # The page shows what it is given; a summary may name any folder.
+            if png.startswith(b"\x89PNG"):
+                name, slug = network_label(found.entry).name, re.sub(r"[^a-z0-9]+", "_", found.entry.lower())
+                caption = f"What the detector of {name} finds in test pictures, seed {seed}: {row.title}"
+                pictures.append(Picture(f"detections-{row.slug}-{slug}", caption, png, b""))
+    return pictures
 
 
 def _pattern_figures(row: ResultRow | RowPattern) -> Iterator[tuple[str, str, str, Figure]]:
@@ -116,7 +158,9 @@ def _pattern_figures(row: ResultRow | RowPattern) -> Iterator[tuple[str, str, st
         yield "kernels", row.slug, row.title, _kernels_figure(row.kernels)
 
 
-def _curves_figure(results: Sequence[ArmOverSeeds], on_axis: Collection[str] = ()) -> Figure:
+def _curves_figure(
+    results: Sequence[ArmOverSeeds], on_axis: Collection[str] = (), *, measure: str = "test top-1 (%)"
+) -> Figure:
     """Draw each network's training; arms that are compared over lengths have one entry a family in the legend."""
     families: dict[str, list[str]] = defaultdict(list)
     for result in results:
@@ -134,7 +178,7 @@ def _curves_figure(results: Sequence[ArmOverSeeds], on_axis: Collection[str] = (
         if curve.flops is not None:
             _draw_curve(by_flops, result.arm, curve, curve.flops, label)
             _draw_search(by_flops, result, curve.flops[-1], curve.mean[-1])
-    by_epoch.set(xlabel="epoch", ylabel="test top-1 (%)")
+    by_epoch.set(xlabel="epoch", ylabel=measure)
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_flops.set(xlabel="training FLOPs, ancestors included")
     by_flops.xaxis.set_major_formatter(EngFormatter())
@@ -239,7 +283,7 @@ def _spread_ticks(places: Sequence[float]) -> list[float]:
     return ticks
 
 
-def _differences_figure(rows: Sequence[ResultRow]) -> Figure:
+def _differences_figure(rows: Sequence[ResultRow | DetectionRow], measure: str = "points of top-1") -> Figure:
     shown = [(row, c, c.difference) for row in rows for c in row.comparisons if c.difference is not None]
     figure = Figure(figsize=(7.5, 1 + 0.55 * len(shown)), layout="constrained")
     axes = figure.subplots()
@@ -253,7 +297,7 @@ def _differences_figure(rows: Sequence[ResultRow]) -> Figure:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [clip(label) for label in labels], fontsize=8)
     # The first row of the table is at the top.
-    axes.set(xlabel="points of top-1", ylim=(len(shown) - 0.5, -0.5))
+    axes.set(xlabel=measure, ylim=(len(shown) - 0.5, -0.5))
     return figure
 
 

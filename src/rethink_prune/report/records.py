@@ -43,45 +43,44 @@ class SummaryPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class TrainedRecord(SummaryPart):
-    """One trained network of a run: an arm, or the unpruned network.
+class TrainingRecord(SummaryPart):
+    """One training of a run.
 
     Attributes
     ----------
     reason
         Why it failed.
-    top1, top1_best
-        Percent on the test images: after the last epoch, and of the best epoch.
-    train_flops, train_flops_total, train_flops_with_search
-        Its own, with its ancestors', and with the trainings that found the pruned network's widths (earlier versions do
-        not say).
+    train_flops, train_flops_total
+        Its own, and with its ancestors'.
     stage
         Name of its stage.
     processes
         The different numbers of processes its epochs were trained by; empty if that is not known.
     curve
-        ``top1`` after each epoch, where the stage is still there.
+        Its result after each epoch, where the stage is still there.
     """
 
     status: Literal["done", "failed", "unfinished"] = "done"
     reason: Text | None = None
-    top1: float | None = None
-    top1_best: float | None = None
     epochs: int | None = None
     params: int | None = None
     macs: int | None = None
     train_flops: float | None = None
     train_flops_total: float | None = None
-    train_flops_with_search: float | None = None
     stage: Text | None = None
     # Summaries from before there were several processes do not have it.
     processes: tuple[int, ...] = (1,)
     curve: Annotated[tuple[float, ...] | None, BeforeValidator(_whole_curve)] = None
 
     @property
+    def result(self) -> float | None:
+        """What it is compared by, in percent after the last epoch."""
+        raise NotImplementedError
+
+    @property
     def finished(self) -> bool:
-        """Whether it has an accuracy to compare."""
-        return self.status == "done" and self.top1 is not None
+        """Whether it has a result to compare."""
+        return self.status == "done" and self.result is not None
 
     @property
     def flops_before(self) -> float | None:
@@ -89,6 +88,53 @@ class TrainedRecord(SummaryPart):
         if self.train_flops is None or self.train_flops_total is None:
             return None
         return self.train_flops_total - self.train_flops
+
+
+class TrainedRecord(TrainingRecord):
+    """One trained network of a run: an arm, or the unpruned network.
+
+    Attributes
+    ----------
+    top1, top1_best
+        Percent on the test images: after the last epoch, and of the best epoch.
+    train_flops_with_search
+        Training FLOPs with those of its ancestors, and of the trainings that found the pruned network's widths (earlier
+        versions do not say).
+    """
+
+    top1: float | None = None
+    top1_best: float | None = None
+    train_flops_with_search: float | None = None
+
+    @property
+    def result(self) -> float | None:
+        """Top-1."""
+        return self.top1
+
+
+class DetectorRecord(TrainingRecord):
+    """One detector of a run with a transfer, by the network that it starts from.
+
+    Attributes
+    ----------
+    map, map_best, best_epoch
+        Mean average precision on the test pictures in percent: after the last epoch, and of the best epoch.
+    ap
+        Average precision by class, in percent; None for a class that has none.
+    coco
+        COCO's average precision in percent, where it was computed: ``map``, ``map_50`` and ``map_75``.
+    """
+
+    map: float | None = None
+    map_best: float | None = None
+    best_epoch: int | None = None
+    ap: dict[Text, float | None] = Field(default_factory=dict)
+    coco: dict[Text, float | None] | None = None
+
+    @property
+    def result(self) -> float | None:
+        """Mean average precision."""
+        return self.map
 
 
 class LayerRecord(SummaryPart):
@@ -193,6 +239,12 @@ class StudyRecord(SummaryPart):
         """What happens to the weights between rounds; nothing for a single cut."""
         return str(self._pruner_option("between_rounds") or "") if self.rounds else ""
 
+    @property
+    def transfer(self) -> dict[str, Any]:
+        """The settings of the transfer; nothing without one."""
+        found = (self.settings or {}).get("transfer")
+        return found if isinstance(found, dict) else {}
+
     def _pruner_option(self, name: str) -> Any:
         options = (self.settings or {}).get("pruner")
         return options.get(name) if isinstance(options, dict) else None
@@ -211,6 +263,8 @@ class RunRecord(SummaryPart):
         The unpruned network as far as weights are rewound to it.
     rounds
         Those that are done, of a study that prunes in several.
+    transfer
+        The detectors that are trained, by what they start from; none without a transfer.
     """
 
     name: Text
@@ -222,6 +276,7 @@ class RunRecord(SummaryPart):
     arms: dict[Text, TrainedRecord] = Field(default_factory=dict)
     unfinished: dict[Text, TrainedRecord] = Field(default_factory=dict)
     rounds: tuple[RoundRecord, ...] = ()
+    transfer: dict[Text, DetectorRecord] = Field(default_factory=dict)
 
     @property
     def trained(self) -> dict[str, TrainedRecord]:

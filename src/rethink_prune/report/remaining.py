@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rethink_prune.config import TARGET_OPTIONS
-from rethink_prune.report.groups import recorded_settings
+from rethink_prune.report.groups import TRANSFER, recorded_settings
 from rethink_prune.report.networks import in_column_order, is_ticket, trains_pruned
 from rethink_prune.report.records import RoundRecord, RunRecord, value_text
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
@@ -190,7 +190,7 @@ def settings_beside_size(row: SizedRow) -> dict[str, str]:
         name: values.pop()
         for name, values in found.items()
         # Numbers of processes change results within float tolerance; mixed rows have several values.
-        if len(values) == 1 and not name.startswith(("processes.", "epochs."))
+        if len(values) == 1 and not name.startswith(("processes.", "epochs.", TRANSFER))
         if not (name.startswith("pruner.") and how_much & {*name.split(".")})
     }
 

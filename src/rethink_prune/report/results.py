@@ -11,11 +11,10 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-import numpy as np
-
 from rethink_prune.report.aliases import other_names, under_one_name
 from rethink_prune.report.budget_axis import BudgetCurve, arms_on_axis, budget_curves
 from rethink_prune.report.comparisons import ArmComparison, compare_arms, correct_for_table, planned_networks, verdict
+from rethink_prune.report.detection import DetectionTable, TransferRow, detection_tables
 from rethink_prune.report.efficiency import EfficiencyCurves, efficiency_curves
 from rethink_prune.report.groups import RunGroup
 from rethink_prune.report.ledger import amortised_flops, arm_notation, shared_networks
@@ -29,7 +28,7 @@ from rethink_prune.report.networks import (
 )
 from rethink_prune.report.notes import ONE_PRETRAINED, PaperRow, paper_row, pretrained_networks, row_notes
 from rethink_prune.report.patterns import KeptWidth, KernelPattern, LayerStage, row_pattern
-from rethink_prune.report.records import RunRecord, StudyRecord, TrainedRecord, printable
+from rethink_prune.report.records import RunRecord, StudyRecord, printable
 from rethink_prune.report.remaining import (
     RoundOverSeeds,
     SizedRow,
@@ -39,22 +38,8 @@ from rethink_prune.report.remaining import (
     rounds_over_seeds,
     size_sweeps,
 )
+from rethink_prune.report.seed_curve import SeedCurve, curve_over_seeds
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
-
-
-@dataclass(frozen=True)
-class SeedCurve:
-    """Top-1 during training: the mean over seeds, and the lowest and highest seed.
-
-    Seeds that trained for different numbers of epochs are matched by the share of their training that is done; the
-    positions are means too. `flops` counts the ancestors' training, and is None where that is not known.
-    """
-
-    epoch: tuple[float, ...]
-    flops: tuple[float, ...] | None
-    mean: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -181,7 +166,8 @@ class ResultTable:
     """The rows of one data set, recipe and budget: the family that p values are corrected for.
 
     `sweeps` has the accuracies over what remains, where rows have tickets or rounds; `efficiency` the errors of methods
-    over size, where there are two methods or more.
+    over size, where there are two methods or more; `detection` what the networks are worth to a transfer, a table for
+    each detection data set.
     """
 
     dataset: str
@@ -192,6 +178,7 @@ class ResultTable:
     rows: tuple[ResultRow, ...]
     sweeps: tuple[SizeSweep, ...]
     efficiency: tuple[EfficiencyCurves, ...]
+    detection: tuple[DetectionTable, ...]
 
     @property
     def title(self) -> str:
@@ -258,8 +245,20 @@ def _result_table(
     sweeps = tuple(size_sweeps(sized))
     conditions = _conditions(study.recipe, study.budget, precision)
     efficiency = efficiency_curves(sized, margin=margin, conditions=conditions)
+    transferred = [
+        TransferRow(row.slug, row.pruned_by, part.group.runs, row.one_pretrained)
+        for row, part in zip(rows, parts, strict=True)
+    ]
     return ResultTable(
-        study.dataset, study.recipe, study.budget, precision, tuple(arms), tuple(rows), sweeps, efficiency
+        dataset=study.dataset,
+        recipe=study.recipe,
+        budget=study.budget,
+        precision=precision,
+        arms=tuple(arms),
+        rows=tuple(rows),
+        sweeps=sweeps,
+        efficiency=efficiency,
+        detection=detection_tables(transferred, margin=margin, conditions=conditions),
     )
 
 
@@ -387,22 +386,3 @@ def arm_over_seeds(arm: str, runs: Sequence[RunRecord]) -> ArmOverSeeds:
 def _done(arm: str, runs: Iterable[RunRecord]) -> list[RunRecord]:
     """Return the runs that finished an arm."""
     return [run for run in runs if (entry := run.trained.get(arm)) is not None and entry.finished]
-
-
-def curve_over_seeds(entries: Sequence[TrainedRecord]) -> SeedCurve | None:
-    """Return the curve of an arm over its seeds; None unless every seed's is known."""
-    curves = [entry.curve for entry in entries if entry.curve]
-    # A band that leaves some seeds out would look narrower than it is.
-    if not curves or len(curves) < len(entries):
-        return None
-    # The share of training done after each epoch; nothing is recorded before the first one, at share 0.
-    share = np.linspace(0, 1, max(map(len, curves)) + 1)[1:]
-    top1 = np.array([np.interp(share * len(curve), np.arange(1, len(curve) + 1), curve) for curve in curves])
-    epochs = share * np.mean([len(curve) for curve in curves])
-    own, before = (
-        mean_if_known([getattr(entry, cost) for entry in entries]) for cost in ("train_flops", "flops_before")
-    )
-    # Ancestors are trained first: by FLOPs, a curve starts where theirs end.
-    flops = tuple((before + own * share).tolist()) if own is not None and before is not None else None
-    mean, low, high = (tuple(line.tolist()) for line in (top1.mean(axis=0), top1.min(axis=0), top1.max(axis=0)))
-    return SeedCurve(tuple(epochs.tolist()), flops, mean, low, high)

@@ -34,12 +34,12 @@ _LOCK_FILE = "board.lock"
 _LONGEST_NAME = 60  # of a folder; in bytes it may be four times as long
 
 Points = list[tuple[int, float]]
-Layout = tuple[tuple[str, int], ...]  # of each group the label and the number of seeds
+Layout = tuple[tuple[str, int, str], ...]  # of each group the label, the number of seeds, and what is measured
 
 
 @dataclass(frozen=True)
 class BoardCurve:
-    """Top-1 in percent after each epoch, of one seed or over several.
+    """Top-1, or a detector's mAP, in percent after each epoch, of one seed or over several.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class BoardCurve:
 
 @dataclass(frozen=True)
 class BoardGroup:
-    """The seeds of one study.
+    """The seeds of one study: its arms, or its detectors.
 
     Attributes
     ----------
@@ -68,13 +68,16 @@ class BoardGroup:
         No two groups of a board have the same; without slashes and round brackets.
     seeds
         How many there are.
+    measure
+        What the curves show, see :func:`tag_name`.
     curves
-        By the arm and the name of its curve: `MEAN`, or which seed it is. All groups have the same arms in the same
-        order, those without a curve too: it is the order of lists and colours.
+        By the arm or detector and the name of its curve: `MEAN`, or which seed it is. All groups have the same ones in
+        the same order, those without a curve too: it is the order of lists and colours.
     """
 
     label: str
     seeds: int
+    measure: str
     curves: Mapping[str, Mapping[str, BoardCurve]]
 
 
@@ -110,7 +113,7 @@ class BoardFolder:
     def write(self, groups: Sequence[BoardGroup]) -> None:
         """Make the folder show `groups`, in their order."""
         wanted = _board_runs(groups)
-        layout = tuple((group.label, group.seeds) for group in groups)
+        layout = tuple((group.label, group.seeds, group.measure) for group in groups)
         for name in set(self._runs) - set(wanted):
             self._runs.pop(name).remove()
         for name, run in wanted.items():
@@ -228,15 +231,15 @@ def _board_runs(groups: Sequence[BoardGroup]) -> dict[str, _BoardRun]:
         places |= {(arm, name): 1000 * place + number for number, name in enumerate(names) if name != MEAN}
     runs: dict[str, _BoardRun] = {}
     for (arm, name), place in places.items():
-        curves = [(group.label, curve) for group in groups if (curve := group.curves.get(arm, {}).get(name))]
+        curves = [(group, curve) for group in groups if (curve := group.curves.get(arm, {}).get(name))]
         if curves:
-            tagged = [_tagged(label, curve) for label, curve in curves]
+            tagged = [_tagged(group, curve) for group, curve in curves]
             points = {tag: points for tags in tagged for tag, points in tags.items()}
             runs[f"{_folder_name(arm)}/{_folder_name(name)}"] = _BoardRun(place, points)
     return runs
 
 
-def _tagged(label: str, curve: BoardCurve) -> dict[str, Points]:
+def _tagged(group: BoardGroup, curve: BoardCurve) -> dict[str, Points]:
     """Return the points of a curve by tag."""
     steps = {"epoch": [round(epoch) for epoch in curve.epochs]}
     if curve.flops is not None:
@@ -244,13 +247,17 @@ def _tagged(label: str, curve: BoardCurve) -> dict[str, Points]:
     return {
         tag: list(zip(steps[axis], values, strict=True))
         for axis in steps
-        for tag, values in zip(_band_tags(label, axis), (curve.mean, curve.low, curve.high), strict=True)
+        for tag, values in zip(_band_tags(group.label, group.measure, axis), _band(curve), strict=True)
     }
 
 
-def _band_tags(label: str, axis: Any) -> tuple[str, str, str]:
+def _band(curve: BoardCurve) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
+    return curve.mean, curve.low, curve.high
+
+
+def _band_tags(label: str, measure: str, axis: Any) -> tuple[str, str, str]:
     """Return the tags of mean, least and greatest: the last two under a name that comes after all others."""
-    tag = tag_name("top1", axis)
+    tag = tag_name(measure, axis)
     return f"{label}/{tag}", f"~ band of {label}/least {tag}", f"~ band of {label}/greatest {tag}"
 
 
@@ -262,11 +269,11 @@ def _layout_summary(groups: Layout) -> Any:
     from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, create_summary_metadata
 
     layout = layout_pb2.Layout()
-    for label, seeds in groups:
+    for label, seeds, measure in groups:
         category = layout.category.add(title=f"{label}, {seeds} {'seed' if seeds == 1 else 'seeds'}")
         # TensorBoard 2.21 shows two charts with bands the other way round: the one by epoch is to come first.
         for axis in ("gflops", "epoch"):
-            mean, low, high = _band_tags(label, axis)
+            mean, low, high = _band_tags(label, measure, axis)
             margin = layout_pb2.MarginChartContent(
                 series=[layout_pb2.MarginChartContent.Series(value=mean, lower=low, upper=high)]
             )

@@ -1,8 +1,8 @@
-"""TensorBoard event files of a study: one run per arm, with tags that overlay the arms in one chart.
+"""TensorBoard event files of a study: one run per arm or detector, with tags that overlay them in one chart.
 
 ``accuracy top-1 by epoch/test`` counts epochs; ``accuracy top-1 by training GFLOPs/test`` counts the training GFLOPs
-spent so far, ancestors included, so fine-tuning starts where the large network's training ended. The names are made by
-:func:`tag_name` alone.
+spent so far, ancestors included, so fine-tuning starts where the large network's training ended. Detectors have
+``average precision mAP by ...``. The names are made by :func:`tag_name` alone.
 """
 
 import shutil
@@ -13,8 +13,13 @@ from typing import Any, Literal
 
 from rethink_prune.text import dotted_items
 
-# TensorBoard sorts tags by name: accuracies come before losses, and losses before the learning rate.
-_MEASURES = {"top1": "accuracy top-1", "top5": "accuracy top-5", "loss": "loss"}
+# TensorBoard sorts tags by name: what is tested comes before losses, and losses before the learning rate.
+_MEASURES = {
+    "top1": "accuracy top-1",
+    "top5": "accuracy top-5",
+    "map": "average precision mAP",
+    "loss": "loss",
+}
 _AXES = {"epoch": "epoch", "gflops": "training GFLOPs"}
 
 
