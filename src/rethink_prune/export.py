@@ -58,6 +58,8 @@ def _export(options: argparse.Namespace, factory: Callable[..., Any] | None) -> 
     if options.json is not None:
         raise UserError("--json: goes with --evaluate or --cost")
     stage = load.single_stage(options.stage)
+    if options.onnx is not None and load.detector_of(stage) is not None:
+        raise UserError(f"--onnx: {stage.name} is a detector; only classifiers are written as ONNX")
     folder = options.out or Path("export") / stage.name
     export.export_stage(stage, folder, factory)
     print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
@@ -77,6 +79,8 @@ def _test(options: argparse.Namespace, factory: Callable[..., Any] | None) -> No
     runtime = replace(prepare_runtime(options.device, options.precision), show_progress=sys.stderr.isatty())
     is_run = options.cost and (options.stage / SUMMARY_FILE).is_file()
     stage = load.pruned_stage(options.stage) if is_run else load.single_stage(options.stage)
+    if options.cost and load.detector_of(stage) is not None:
+        raise UserError(f"--cost: {stage.name} is a detector; only classifiers are measured")
     if options.cost:
         device, precision = runtime.device, runtime.precision
         content = measure.measure_stage(stage, device, precision, rounds=options.rounds, factory=factory)

@@ -37,7 +37,7 @@ _PUBLISHED = {
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """What a detector is built for, beside the classifier.
+    """What a detector is built for, beside the classifier; `options.root` and limits do not matter.
 
     Attributes
     ----------
@@ -218,6 +218,17 @@ def _freeze_first_stages(classifier: nn.Module, sizes: Mapping[str, tuple[int, .
     for name, module in convolutions.items():
         if sizes[name] in largest:
             module.requires_grad_(requires_grad=False)
+
+
+def sampled_part(model: nn.Module) -> nn.Module:
+    """Return what gives a sample of a network's outputs: a detector's body, any other network itself.
+
+    Examples
+    --------
+    >>> sampled_part(nn.Identity())
+    Identity()
+    """
+    return cast(nn.Module, model.backbone.body) if isinstance(model, FasterRCNN) else model
 
 
 def detector_masks(detector: nn.Module, masks: Masks) -> dict[str, Tensor]:

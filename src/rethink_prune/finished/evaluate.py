@@ -12,9 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rethink_prune.config import DatasetConfig, StudyConfig
 from rethink_prune.data import describe_dataset, eval_batches, load_dataset
+from rethink_prune.detection.batches import TestPictures
+from rethink_prune.detection.load import load_detection
+from rethink_prune.detection.task import AP, average_precision
 from rethink_prune.errors import UserError
 from rethink_prune.files import conf_dir
-from rethink_prune.finished.load import Factory, load_model, read_config
+from rethink_prune.finished.load import Factory, detector_of, load_model, read_config
 from rethink_prune.store.stage import Stage
 from rethink_prune.store.store import Store
 from rethink_prune.study.prepare import check_config
@@ -33,7 +36,8 @@ def evaluate_stage(
         Finished.
     overrides : sequence of str
         Which data set, as on the command line of a study: ``dataset=cifar10 dataset.root=...``. If they set
-        ``dataset.mean`` and ``dataset.std``, images are normalised by those.
+        ``dataset.mean`` and ``dataset.std``, images are normalised by those. For a detector,
+        ``transfer=voc transfer.root=...``.
     runtime : Runtime
     factory : callable, optional
         As for :func:`~rethink_prune.finished.load.load_model`.
@@ -41,14 +45,16 @@ def evaluate_stage(
     Returns
     -------
     dict
-        ``top1``, ``top5`` (with more than five classes) and ``loss`` (None if it is not finite); ``images``, how many;
-        and on what.
+        ``top1``, ``top5`` (with more than five classes) and ``loss`` (None if it is not finite), or of a detector
+        ``map`` and ``ap`` by class; ``images``, how many; and on what.
 
     Raises
     ------
     UserError
         If the stage cannot be loaded, or the data set does not fit its network.
     """
+    if detector_of(stage) is not None:
+        return _evaluate_detector(stage, overrides, runtime, factory)
     model, config = load_model(stage.folder, factory), compose_dataset(overrides, "--evaluate")
     options = fit_images(config.dataset, stage)
     cache, size = Store(Path(config.store.root)).cache, config.recipe.eval_batch_size
@@ -66,6 +72,32 @@ def evaluate_stage(
         "loss": result.loss if math.isfinite(result.loss) else None,
         "mean": list(dataset.mean),
         "std": list(dataset.std),
+        "device": describe_device(runtime.device),
+        "precision": runtime.precision,
+    }
+
+
+def _evaluate_detector(
+    stage: Stage, overrides: Sequence[str], runtime: Runtime, factory: Factory | None
+) -> dict[str, Any]:
+    spec = detector_of(stage)
+    assert spec is not None
+    options = _compose_part("transfer", "voc", overrides, "--evaluate").transfer
+    if options is None:
+        raise UserError(f"--evaluate {' '.join(overrides)}: name the pictures: transfer=voc, say")
+    data = load_detection(options, Path("datasets"))
+    if data.test.classes != spec.classes:
+        raise UserError(f"{data.name}: does not fit {stage.name}: it has the classes {', '.join(data.test.classes)}")
+    pictures = TestPictures(data.test, options.batch_size, runtime.device)
+    model = load_model(stage.folder, factory).to(runtime.device)
+    found = average_precision(model, pictures, spec.classes, runtime=runtime)
+    return {
+        "stage": stage.name,
+        "network": read_config(stage)["network"]["name"],
+        "dataset": data.name,
+        "images": len(data.test),
+        "map": found["map"],
+        "ap": {name.removeprefix(AP): value for name, value in found.items() if name.startswith(AP)},
         "device": describe_device(runtime.device),
         "precision": runtime.precision,
     }
@@ -121,12 +153,18 @@ def compose_dataset(overrides: Sequence[str], option: str) -> StudyConfig:
     >>> compose_dataset(["dataset=digits", "dataset.image_size=8"], "--evaluate").dataset.image_size
     8
     """
+    return _compose_part("dataset", "cifar10", overrides, option)
+
+
+def _compose_part(part: str, example: str, overrides: Sequence[str], option: str) -> StudyConfig:
+    """Compose the shipped configuration with overrides of one part; as `compose_dataset`."""
+    what = "pictures" if part == "transfer" else "data set"
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for override, key in zip(overrides, keys, strict=True):
-        if key.partition(".")[0] != "dataset":
-            raise UserError(f"{option} {override}: only the data set can be set: dataset=..., dataset.root=...")
-    if not {"dataset", "dataset.name"} & set(keys):
-        raise UserError(f"{option}: name the data set first: dataset=cifar10, say")
+        if key.partition(".")[0] != part:
+            raise UserError(f"{option} {override}: only the {what} can be set: {part}=..., {part}.root=...")
+    if not {part, f"{part}.name"} & set(keys):
+        raise UserError(f"{option}: name the {what} first: {part}={example}, say")
     return compose_shipped(overrides, option)
 
 
@@ -143,6 +181,11 @@ def compose_shipped(overrides: Sequence[str] = (), option: str = "") -> StudyCon
 
 def evaluation_text(content: Mapping[str, Any]) -> str:
     """Return what `evaluate_stage` found, as a sentence."""
+    if "map" in content:
+        return (
+            f"{content['network']} ({content['stage']}) on the {content['images']:,} test pictures of "
+            f"{content['dataset']}: {content['map']:.2f} mAP ({content['device']}, {content['precision']})"
+        )
     top5 = f", top-5 {content['top5']:.2f} %" if "top5" in content else ""
     loss = "not finite" if content["loss"] is None else f"{content['loss']:.4f}"
     return (

@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import nn
 
+from rethink_prune.detection.detector import sampled_part
 from rethink_prune.errors import UserError, first_line
 from rethink_prune.files import write_atomically
 from rethink_prune.finished.load import Factory, image_shape, load_model, read_config
@@ -51,7 +52,7 @@ def export_stage(stage: Stage, folder: Path, factory: Factory | None = None) -> 
     write_atomically(folder / "config.yaml", config_text.encode())
     save_weights(folder / MODEL_FILE, full_state(model))
     architecture.save(folder)
-    sample = sample_logits(model, image_shape(stage))
+    sample = sample_logits(sampled_part(model), image_shape(stage))
     save_weights(folder / SAMPLE_FILE, {"logits": sample})
     # Last, as in a study: a folder with a finished status is complete.
     Stage(folder).finish(result, files=(MODEL_FILE, SAMPLE_FILE, "architecture.json"))

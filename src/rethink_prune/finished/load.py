@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from rethink_prune.detection.detector import DetectorSpec, build_detector, sampled_part
 from rethink_prune.errors import UserError
 from rethink_prune.files import SUMMARY_FILE
 from rethink_prune.models import build_model
@@ -44,7 +45,8 @@ def load_model(folder: str | Path, factory: Factory | None = None) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        On the CPU, in evaluation mode.
+        On the CPU, in evaluation mode. A detector is torchvision's ``FasterRCNN``: it takes a list of pictures, 3 x H x W
+        in [0, 1].
 
     Raises
     ------
@@ -67,6 +69,9 @@ def load_model(folder: str | Path, factory: Factory | None = None) -> nn.Module:
     stage = Stage(Path(folder))
     stage.finished()
     model = reshape(build_unpruned(stage, factory), Architecture.load(stage.folder))
+    found = detector_of(stage)
+    if found is not None:
+        model = build_detector(model, found)
     try:
         load_full_state(model, load_stage_weights(stage))
     except RuntimeError as error:
@@ -80,7 +85,7 @@ def _check_sample(model: nn.Module, stage: Stage) -> None:
     if not (stage.folder / SAMPLE_FILE).is_file():  # made by an earlier version
         return
     expected = load_weights(stage.folder / SAMPLE_FILE)["logits"]
-    found = sample_logits(model, image_shape(stage))
+    found = sample_logits(sampled_part(model), image_shape(stage))
     # Wide enough for other devices and kernels; what a network lacks shows in the first digit.
     limit = _SAMPLE_TOLERANCE * float(expected.abs().max())
     if bool(expected.isfinite().all()) and not bool(((found - expected).abs() <= limit).all()):
@@ -175,6 +180,21 @@ def read_config(stage: Stage) -> dict[str, Any]:
     if not describes_network(network):
         raise UserError(f"{stage.folder / 'config.yaml'}: is damaged or of another version: it describes no network")
     return config
+
+
+def detector_of(stage: Stage) -> DetectorSpec | None:
+    """Return what a stage's detector was built for; None if its network is a classifier.
+
+    Raises
+    ------
+    UserError
+        If what it says about the detector is damaged.
+    """
+    plain = read_config(stage).get("detector")
+    try:
+        return None if plain is None else DetectorSpec.from_plain(plain)
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{stage.folder / 'config.yaml'}: is damaged: it describes no detector") from None
 
 
 def image_shape(stage: Stage) -> tuple[int, int, int]:

@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 MODEL_FILE = "model.safetensors"
 # Logits by which whoever loads the network sees that it computes what it did.
 SAMPLE_FILE = "sample.safetensors"
-# Test pictures with what a detector finds.
-DETECTIONS_FILE = "detections.png"
 
 
 @dataclass(frozen=True)

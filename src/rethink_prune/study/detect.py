@@ -17,12 +17,13 @@ from rethink_prune.detection.detector import (
     classifier_state,
     detector_masks,
     narrowed_state,
+    sampled_part,
 )
 from rethink_prune.detection.drawing import draw_detections
 from rethink_prune.detection.task import AP, Detection, DetectorHooks
 from rethink_prune.errors import UserError
 from rethink_prune.seeds import derive_generator, derive_seed, seeded
-from rethink_prune.state import full_state, load_full_state
+from rethink_prune.state import full_state, load_full_state, sample_logits
 from rethink_prune.store.stage import Done, Failed
 from rethink_prune.store.weights import load_stage_weights
 from rethink_prune.study.plan import UNPRUNED, StageSpec
@@ -97,7 +98,8 @@ def train_detection_stage(
     drawn = draw_detections(detector, pictures, _transfer(study).data.test.classes, runtime=study.runtime)
     images = sum(int(row["images"]) for row in progress.rows)
     result = _detection_result(progress.rows, cost, progress.seconds, train_flops=cost.train_flops(images))
-    return Product(full_state(detector), architecture, result, picture=drawn)
+    sample = sample_logits(sampled_part(detector), study.inputs.image_shape)
+    return Product(full_state(detector), architecture, result, sample, drawn)
 
 
 def join_detection_stage(study: PreparedStudy, spec: StageSpec, interrupts: Interrupts) -> None:

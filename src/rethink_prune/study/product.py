@@ -23,8 +23,8 @@ class Product:
         Of the classifier it fits.
     result : dict
         What is recorded; plain values.
-    sample : Tensor, optional
-        What `sample_logits` gives for it; None for a detector.
+    sample : Tensor
+        What `sample_logits` gives for it.
     picture : Tensor, optional
         Test pictures with what a detector finds, uint8 3 x H x W.
     """
@@ -32,7 +32,7 @@ class Product:
     weights: Mapping[str, Tensor]
     architecture: Architecture
     result: dict[str, Any]
-    sample: Tensor | None = None
+    sample: Tensor
     picture: Tensor | None = None
 
 

@@ -13,10 +13,9 @@ from typing import Any
 from torchvision.io import encode_png
 
 from rethink_prune.errors import Interrupted
-from rethink_prune.files import write_atomically
+from rethink_prune.files import DETECTIONS_FILE, write_atomically
 from rethink_prune.store.metrics import read_metrics, steady_pace, write_metrics
 from rethink_prune.store.stage import (
-    DETECTIONS_FILE,
     MODEL_FILE,
     SAMPLE_FILE,
     Done,
@@ -116,6 +115,8 @@ class Runner:
             if events is not None:
                 # A stage from the store has its curves in every run that uses it.
                 events.write(read_metrics(stage.folder))
+                if (stage.folder / DETECTIONS_FILE).is_file():
+                    events.write_picture(stage.folder / DETECTIONS_FILE)
         return Done(stage, result, parents)
 
     def _do(
@@ -145,10 +146,7 @@ class Runner:
         try:
             product = do_stage(self._study, self._interrupts, spec, parents, StageAccess(checkpoints, on_epoch))
             save_weights(stage.model_file, product.weights)
-            files = [MODEL_FILE, "architecture.json"]
-            if product.sample is not None:
-                save_weights(stage.folder / SAMPLE_FILE, {"logits": product.sample})
-                files.append(SAMPLE_FILE)
+            save_weights(stage.folder / SAMPLE_FILE, {"logits": product.sample})
             if product.picture is not None:
                 write_atomically(stage.folder / DETECTIONS_FILE, encode_png(product.picture).numpy().tobytes())
             product.architecture.save(stage.folder)
@@ -160,7 +158,7 @@ class Runner:
             stage.stop()
             raise
         result = {**product.result, "peak_memory_bytes": peak_memory(device), **_shared()}
-        stage.finish(result, files=files)
+        stage.finish(result, files=(MODEL_FILE, SAMPLE_FILE, "architecture.json"))
         # Only now: a kill before this line goes on from the last checkpoint.
         checkpoints.clear()
         log.info("%s: %s in %.1f s", spec.title, _reached(result), result["seconds"])

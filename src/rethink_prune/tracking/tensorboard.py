@@ -87,6 +87,13 @@ class ArmEvents:
         self._written = len(rows)
         self._writer.flush()
 
+    def write_picture(self, path: Path) -> None:
+        """Write what a detector finds in a few test pictures, a PNG file."""
+        from torchvision.io import ImageReadMode, decode_image
+
+        self._writer.add_image("detections", decode_image(str(path), ImageReadMode.RGB), self._written)
+        self._writer.flush()
+
     def close(self) -> None:
         """Finish the event file."""
         self._writer.close()
