@@ -45,8 +45,8 @@ def load_model(folder: str | Path, factory: Factory | None = None) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        On the CPU, in evaluation mode. A detector is torchvision's ``FasterRCNN``: it takes a list of pictures, 3 x H x W
-        in [0, 1].
+        On the CPU, in evaluation mode. A detector is torchvision's ``FasterRCNN``: it takes a list of pictures,
+        3 x H x W in [0, 1].
 
     Raises
     ------

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rethink_prune.report.comparisons import ArmComparison, compare_pair, correct_for_table, verdict
+from rethink_prune.report.ledger import amortised_detector, shared_by_detectors
 from rethink_prune.report.networks import in_detector_order, network_label, trains_pruned
 from rethink_prune.report.notes import ONE_PRETRAINED
 from rethink_prune.report.records import DetectorRecord, RunRecord, printable, value_text
@@ -49,8 +50,9 @@ class DetectorOverSeeds:
         Average precision in percent, by class.
     coco
         COCO's average precision in percent: ``map``, ``map_50``, ``map_75``; nothing where it was not computed.
-    epochs, params, macs, train_flops, flops_total
-        Means over seeds; `flops_total` is with all trainings that it builds on.
+    epochs, params, macs, train_flops, flops_total, flops_amortised
+        Means over seeds; `flops_total` is with all trainings that it builds on, `flops_amortised` with those that
+        several rows share divided among them.
     curve
         mAP during training, where every seed's is known.
     stages
@@ -67,6 +69,7 @@ class DetectorOverSeeds:
     macs: float | None
     train_flops: float | None
     flops_total: float | None
+    flops_amortised: float | None
     curve: SeedCurve | None
     stages: tuple[tuple[int, str], ...]
 
@@ -120,9 +123,10 @@ class DetectionTable:
 
 @dataclass(frozen=True)
 class _Transferred:
-    """The runs of a row that were transferred to the same pictures."""
+    """The runs of a row that were transferred to the same pictures; `shared`: how many rows have each stage."""
 
     row: TransferRow
+    shared: Mapping[str, int]
     runs: list[RunRecord] = field(default_factory=list)
 
     @property
@@ -143,13 +147,14 @@ def detection_tables(rows: Sequence[TransferRow], *, margin: float, conditions: 
         What all rows have in common.
     """
     tables: dict[tuple[str, str], dict[str, _Transferred]] = defaultdict(dict)
+    shared = shared_by_detectors([row.runs for row in rows])
     for row in rows:
         for run in row.runs:
             if run.transfer:
                 settings = run.study.transfer
                 # Two folders in one layout have one name.
                 pictures = (transfer_name(run), value_text(settings.get("fingerprint")))
-                tables[pictures].setdefault(row.slug, _Transferred(row)).runs.append(run)
+                tables[pictures].setdefault(row.slug, _Transferred(row, shared)).runs.append(run)
     return tuple(
         _detection_table(name, list(members.values()), number, margin, conditions)
         for number, ((name, _), members) in enumerate(tables.items(), 1)
@@ -197,17 +202,17 @@ def _compare_detectors(member: _Transferred, margin: float) -> Iterator[ArmCompa
 
 
 def _planned_pairs(entries: Sequence[str]) -> list[tuple[str, str]]:
-    """Return what is compared: from scratch with pruned, both with unpruned, other arms with Prune-C.
+    """Return what is compared: from scratch with pruned, other arms with Prune-C.
 
     Examples
     --------
     >>> _planned_pairs(["unpruned", "prune_c", "scratch_e", "lottery"])
-    [('scratch_e', 'prune_c'), ('prune_c', 'unpruned'), ('scratch_e', 'unpruned'), ('lottery', 'prune_c')]
+    [('scratch_e', 'prune_c'), ('lottery', 'prune_c')]
     """
-    pruned = [*_PRUNED_FIRST, *_FROM_SCRATCH]
-    others = [entry for entry in entries if entry not in (UNPRUNED, *pruned)]
+    others = [entry for entry in entries if entry not in (UNPRUNED, *_PRUNED_FIRST, *_FROM_SCRATCH)]
+    # Not with the unpruned network, too: each further comparison takes more seeds to show any.
     pairs = [(first, second) for first in _FROM_SCRATCH for second in _PRUNED_FIRST]
-    pairs += [(first, UNPRUNED) for first in pruned] + [(first, _PRUNED_FIRST[0]) for first in others]
+    pairs += [(first, _PRUNED_FIRST[0]) for first in others]
     return [pair for pair in pairs if {*pair} <= {*entries}]
 
 
@@ -217,7 +222,7 @@ def _finished(run: RunRecord, entry: str) -> DetectorRecord | None:
 
 
 def _detection_row(member: _Transferred, comparisons: Sequence[ArmComparison], number: int) -> DetectionRow:
-    detectors = tuple(_detector_over_seeds(entry, member.runs) for entry in member.entries)
+    detectors = tuple(_detector_over_seeds(entry, member.runs, member.shared) for entry in member.entries)
     # As the table shows them: what looks equal there is all the best.
     means = {each.entry: round(each.map.mean, 2) for each in detectors if each.map and _is_pruned(each.entry)}
     return DetectionRow(
@@ -236,7 +241,7 @@ def _is_pruned(entry: str) -> bool:
     return entry != UNPRUNED and trains_pruned(entry)
 
 
-def _detector_over_seeds(entry: str, runs: Sequence[RunRecord]) -> DetectorOverSeeds:
+def _detector_over_seeds(entry: str, runs: Sequence[RunRecord], shared: Mapping[str, int]) -> DetectorOverSeeds:
     found = [(run.study.seed, detector) for run in runs if (detector := _finished(run, entry))]
     done = [detector for _, detector in found]
 
@@ -253,6 +258,8 @@ def _detector_over_seeds(entry: str, runs: Sequence[RunRecord]) -> DetectorOverS
     def mean(cost: str) -> float | None:
         return mean_if_known([getattr(each, cost) for each in done])
 
+    amortised = [amortised_detector(run, entry, shared) for run in runs if _finished(run, entry)]
+
     return DetectorOverSeeds(
         entry=entry,
         map=over_seeds([each.map for each in done]),
@@ -264,6 +271,7 @@ def _detector_over_seeds(entry: str, runs: Sequence[RunRecord]) -> DetectorOverS
         macs=mean("macs"),
         train_flops=mean("train_flops"),
         flops_total=mean("train_flops_total"),
+        flops_amortised=mean_if_known(amortised),
         curve=curve_over_seeds(done),
         stages=tuple((seed, each.stage) for seed, each in found if each.stage),
     )

@@ -106,7 +106,7 @@ _CAPTIONS = {
     "standard deviation (n seeds). No verdict rests on it.",
     "detection_cost": "Means over seeds. MACs are those of the backbone, the proposals and the regions of one picture "
     "of mean size. Training FLOPs: of the detector alone. With ancestors: with all trainings that it builds on, "
-    "classification among them.",
+    "classification among them. Amortised: what several rows share is divided among them.",
     "detection_classes": "Average precision in percent, by class: mean ± standard deviation (n seeds).",
     "crossover": "The N at which the mean gap reaches zero, interpolated in log N, where retraining has lost its head "
     "start. Its interval holds that N, and all at which the paired-t interval of the interpolated gap holds zero. If "
@@ -128,7 +128,7 @@ _STAGE_COLUMNS = ("layer stage", "layers", "kept", "in full", "kept, %")
 _KERNEL_COLUMNS = ("layer stage", "kernel", "layers", "n", "kept, %")
 _ROUND_SIZES = ("round", "parameters", "parameters kept, %", "channels", "MACs")
 _ROUND_COLUMNS = (*_ROUND_SIZES, "before", "pruned", "statistics re-estimated", "trained", "epochs")
-_DETECTION_COSTS = ("detector", "epochs", "parameters", "MACs", "training FLOPs", "with ancestors")
+_DETECTION_COSTS = ("detector", "epochs", "parameters", "MACs", "training FLOPs", "with ancestors", "amortised")
 _COCO_COLUMNS = ("detector", "AP", "AP at 0.5", "AP at 0.75")
 _CROSSOVER_COLUMNS = ("equal", "lengths", "n", "crossover N", "95 % from", "95 % to", "crossover N of each seed")
 
@@ -375,7 +375,7 @@ def _detection_cost_rows(table: DetectionTable) -> _Rows:
         for found in row.detectors:
             if found.map is not None:
                 sizes = (_cell(size, ",.0f") for size in (found.params, found.macs))
-                flops = (_cell(each, ".3g") for each in (found.train_flops, found.flops_total))
+                flops = (_cell(each, ".3g") for each in (found.train_flops, found.flops_total, found.flops_amortised))
                 yield row, [_arm_cell(found.entry), _cell(found.epochs, ",.4g"), *sizes, *flops]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from rethink_prune.report.records import RunRecord, TrainedRecord
+from rethink_prune.report.records import RunRecord, TrainedRecord, TrainingRecord
 from rethink_prune.study.arms import known_arm
 
 
@@ -27,15 +27,43 @@ def amortised_flops(run: RunRecord, network: str, shared: Mapping[str, int]) -> 
         How many groups those are, by stage.
     """
     entry = run.trained[network]
+    return _amortised(entry, [entry] if network in ("large", "sparse") else _ancestors(run, network), shared)
+
+
+def shared_by_detectors(groups: Iterable[Sequence[RunRecord]]) -> dict[str, int]:
+    """Return how many groups of runs have detectors that build on each network, or are one detector, by its stage."""
+    users: dict[str, int] = {}
+    for runs in groups:
+        bases = (base for run in runs for entry in run.transfer for base in _detector_bases(run, entry))
+        for stage in {base.stage for base in bases if base.stage}:
+            users[stage] = users.get(stage, 0) + 1
+    return users
+
+
+def amortised_detector(run: RunRecord, entry: str, shared: Mapping[str, int]) -> float | None:
+    """Return the training FLOPs of a detector as `amortised_flops` does; `shared` is of `shared_by_detectors`."""
+    return _amortised(run.transfer[entry], _detector_bases(run, entry), shared)
+
+
+def _amortised(entry: TrainingRecord, bases: Sequence[TrainingRecord], shared: Mapping[str, int]) -> float | None:
     if entry.train_flops_total is None:
         return None
-    bases = [entry] if network in ("large", "sparse") else _ancestors(run, network)
     saved = 0.0
     for base in bases:
         if base.train_flops is None:
             return None
         saved += base.train_flops * (1 - 1 / max(1, shared.get(base.stage or "", 1)))
     return entry.train_flops_total - saved
+
+
+def _detector_bases(run: RunRecord, entry: str) -> list[TrainingRecord]:
+    """Return the trainings that a detector builds on; that of the unpruned network, which rows share, among its own."""
+    if entry in ("unpruned", "prune_d"):
+        found: list[TrainingRecord | None] = [run.transfer.get("unpruned"), run.large]
+        found += [base for base in _pruned_networks(run) if entry == "prune_d" and base is not run.large]
+        return [base for base in found if base is not None]
+    arm = "finetune" if entry == "prune_c" else entry
+    return [run.arms[arm], *_ancestors(run, arm)] if arm in run.arms else []
 
 
 def arm_notation(network: str, runs: Sequence[RunRecord]) -> str:
