@@ -16,7 +16,7 @@ from rethink_prune.study.arms import ARMS
 
 CONF = Path(conf_dir())
 TEXT = (CONF / "README.md").read_text()
-GROUPS = ("dataset", "model", "pruner", "recipe", "budget", "launcher")
+GROUPS = ("dataset", "model", "pruner", "recipe", "budget", "transfer", "launcher")
 
 
 def choices(group: str) -> list[str]:

@@ -4,5 +4,5 @@
 set -euo pipefail
 images=$(realpath "${1:?usage: cifar.sh IMAGES}")
 cd "$(dirname "$0")"
-FOLDER=cifar SIZES="0.25 0.4 0.6" ./run.sh search_slimming_digits recipe=paper recipe.epochs=6 \
+FOLDER=cifar SIZES="0.25 0.4 0.6" ./run.sh search_slimming_digits recipe=paper recipe.epochs=4 \
     dataset=folder "dataset.root=$images" dataset.image_size=32 dataset.train_limit=10000 seed=0,1,2 "${@:2}"

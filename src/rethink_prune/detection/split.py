@@ -94,7 +94,7 @@ def split_classifier(
     classifier = _last_linear(nodes, modules, name)
     end = classifier.args[0]
     assert isinstance(end, fx.Node)
-    cut = _find_cut(nodes, values, end, input_shape[1], stride, body, name)
+    cut = _body_end(nodes, values, end, input_shape[1], stride, body, name)
     start = cut if head == POOL else _after_pooling(cut, modules)
     if head not in (None, POOL):
         end = _last_of(nodes, str(head), "transfer.head", name)
@@ -139,7 +139,7 @@ def _last_linear(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module], nam
     return calls[-1]
 
 
-def _find_cut(
+def _body_end(
     nodes: Sequence[fx.Node],
     values: Mapping[fx.Node, Any],
     end: fx.Node,

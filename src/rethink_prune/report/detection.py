@@ -182,10 +182,10 @@ def _detection_table(
         ]
         rows.append(_detection_row(member, said, number))
     entries = in_detector_order({entry for member in members for entry in member.entries})
-    return DetectionTable(f"{name}{_extent(members[0].runs[0])}, {conditions}", tuple(entries), tuple(rows))
+    return DetectionTable(f"{name}{_what_is_detected(members[0].runs[0])}, {conditions}", tuple(entries), tuple(rows))
 
 
-def _extent(run: RunRecord) -> str:
+def _what_is_detected(run: RunRecord) -> str:
     """Return how much there is to detect, and in how many pictures, as far as it was recorded."""
     classes, pictures = run.study.transfer.get("classes"), run.study.transfer.get("test_pictures")
     parts = [f"{len(classes)} classes"] if isinstance(classes, list) else []
