@@ -10,6 +10,6 @@ python -m rethink_prune -m experiment=detection_digit_scenes transfer=voc seed=0
     transfer.stride=4 transfer.frozen_stages=1 transfer.min_size=180 transfer.max_size=240 \
     'transfer.anchor_sizes=[12,24,40]' transfer.proposal_channels=32 'transfer.proposals_train=[1000,200]' \
     'transfer.proposals_test=[1000,100]' transfer.regions=32 transfer.epochs=8 'transfer.milestones=[6]' \
-    transfer.batch_size=4 transfer.lr=0.02 transfer.clip_norm=10 \
+    transfer.batch_size=4 transfer.lr=0.02 transfer.clip_norm=10 transfer.flip=false \
     store.root=cells/store hydra.sweep.dir=cells/runs "${@:3}"
 python -m rethink_prune.report cells/runs --out cells/report

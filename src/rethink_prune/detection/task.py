@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,7 @@ class Detection:
         Without the background.
     """
 
+    fixed_shapes: ClassVar[bool] = False
     classes: tuple[str, ...]
 
     def build_step(

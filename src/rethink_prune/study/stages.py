@@ -131,7 +131,7 @@ class Runner:
         if spec.kind == "detect":
             config["detector"] = detector_spec(self._study).plain()
         if spec.optimizer is not None:
-            config["computed"] = self._how_computed(spec.optimizer)
+            config["computed"] = self._how_computed(spec.optimizer, is_detector=spec.kind == "detect")
         stage.begin(config, start_of(parents))
 
         def on_epoch(rows: list[Row]) -> None:
@@ -189,10 +189,10 @@ class Runner:
         rest = f"about {duration(seconds)} more" + (", and what follows pruning" if None in left else "")
         log.info("%s: an epoch takes %.1f s; the study will take %s", spec.title, pace, rest)
 
-    def _how_computed(self, optimizer: OptimizerSpec) -> dict[str, Any]:
+    def _how_computed(self, optimizer: OptimizerSpec, *, is_detector: bool) -> dict[str, Any]:
         """Return what a training does for speed; nothing of it is part of a key."""
         runtime, batches = self._study.runtime, self._study.inputs.train_batches
-        speed = runtime.choose(optimizer.epochs * batches.steps_per_epoch)
+        speed = runtime.choose(0 if is_detector else optimizer.epochs * batches.steps_per_epoch)
         return {"device": describe_device(runtime.device), "precision": runtime.precision, **asdict(speed), **_shared()}
 
     def _what_is_missing(self, spec: StageSpec, parents: Sequence[Done]) -> str:

@@ -6,7 +6,7 @@ pruned and fine-tuned on classification; every other arm from that arm. ``prune_
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,8 @@ class Transfer:
     @cached_property
     def _facts(self) -> _Facts:
         if self.options.name == "voc" and self.options.root is None:
-            return _VOC_2007
+            pictures = min(self.options.train_limit or _VOC_2007.train_pictures, _VOC_2007.train_pictures)
+            return replace(_VOC_2007, train_pictures=pictures)
         return _Facts(self.data.train.classes, len(self.data.train), self.data.train.sizes)
 
     def optimizer(self) -> OptimizerSpec:

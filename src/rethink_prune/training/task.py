@@ -1,7 +1,7 @@
 """What is trained: what a step does with a batch, and how a network is judged."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
@@ -17,7 +17,15 @@ Judge = Callable[[Any], Mapping[str, float]]
 
 
 class Task(Protocol):
-    """A kind of training."""
+    """A kind of training.
+
+    Attributes
+    ----------
+    fixed_shapes : bool
+        Whether nearly all steps have the same shapes; otherwise nothing is compiled or searched for them.
+    """
+
+    fixed_shapes: ClassVar[bool]
 
     def build_step(
         self,
@@ -42,6 +50,8 @@ class Task(Protocol):
 
 class _Classification:
     """Cross-entropy, and the share of images that are classified correctly."""
+
+    fixed_shapes: ClassVar[bool] = True
 
     def build_step(self, model: nn.Module, optimizer: Optimizer, hooks: TrainingHooks, **options: Any) -> Step:
         """Return the fastest step there is."""

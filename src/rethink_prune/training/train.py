@@ -125,7 +125,7 @@ def train(
     if progress.rows:
         on_epoch(progress.rows)
     # What a resumed training does not do again counts as well, so that it computes as it did before.
-    speed = runtime.choose(spec.epochs * batches.steps_per_epoch)
+    speed = runtime.choose(spec.epochs * batches.steps_per_epoch if task.fixed_shapes else 0)
     # After the state is restored, because wrapping sends the first process's weights to the others.
     forward = processes.wrap(model, runtime.device, static=not speed.compiles)
     step = task.build_step(
