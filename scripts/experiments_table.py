@@ -47,6 +47,8 @@ def table() -> str:
         for results in sorted(folder.glob("*.json"))
         for found in compute_report(group_runs(gather([results]).runs, by=told_apart(results)), margin=0.5).tables
         for row in found.rows
+        # What only trains from scratch, such as the sizes of a search, is in the table of its own page.
+        if row.arm("finetune") is not None
     ]
     return markdown(COLUMNS, rows)
 
