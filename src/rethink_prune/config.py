@@ -184,6 +184,17 @@ class Phase(Frozen):
         return self
 
 
+class RatedPhase(Phase):
+    """A training whose learning rate is a number."""
+
+    @field_validator("lr")
+    @classmethod
+    def _rate_is_a_number(cls, rate: Rate) -> Rate:
+        if rate == "auto":
+            raise ValueError("must be a number: auto is for recipe.finetune.lr, after pruning")
+        return rate
+
+
 class Strengths(Frozen):
     """Strengths of the penalties of pruners that train their own way; None leaves them as published."""
 
@@ -198,7 +209,7 @@ class Distillation(Frozen):
     weight: Annotated[float, Field(gt=0, le=1)] = 0.9
 
 
-class RecipeConfig(Phase):
+class RecipeConfig(RatedPhase):
     """How networks are trained; `epochs` is the length of ``large``.
 
     `strengths` are for a training that is too short for the published ones.
@@ -217,13 +228,6 @@ class RecipeConfig(Phase):
     strengths: Strengths = Strengths()
     distillation: Distillation = Distillation()
     finetune: Phase
-
-    @field_validator("lr")
-    @classmethod
-    def _rate_is_a_number(cls, rate: Rate) -> Rate:
-        if rate == "auto":
-            raise ValueError("must be a number: auto is for recipe.finetune.lr, after pruning")
-        return rate
 
 
 class BudgetConfig(Frozen):
@@ -458,7 +462,7 @@ class RewindConfig(Frozen):
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-class TransferConfig(Phase):
+class TransferConfig(RatedPhase):
     """A second task that starts from the networks of a study: detection, on which pictures and by which detector.
 
     Attributes
@@ -532,13 +536,6 @@ class TransferConfig(Phase):
             if self.name == "digit_scenes" and getattr(self, option) is not None:
                 raise ValueError(f"{option}: of no use with digit_scenes, which are made and not read{advice}")
         return self
-
-    @field_validator("lr")
-    @classmethod
-    def _rate_is_a_number(cls, rate: Rate) -> Rate:
-        if rate == "auto":
-            raise ValueError("must be a number: auto is for recipe.finetune.lr, after pruning")
-        return rate
 
 
 class StudyConfig(Frozen):

@@ -17,7 +17,7 @@ from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.hooks import HeldMasks, TrainingHooks
 from rethink_prune.training.recording import warn_not_recorded
 from rethink_prune.training.runtime import Runtime
-from rethink_prune.training.step import Step
+from rethink_prune.training.step import Step, translate_refused_operations, update
 from rethink_prune.training.task import Judge
 
 log = logging.getLogger(__name__)
@@ -61,15 +61,11 @@ class _DetectorStep:
     runtime: Runtime
 
     def __call__(self, images: Any, labels: Any, weight: float = 1.0) -> Tensor:
-        with self.runtime.autocast():
-            losses = self.forward(images, labels)
-        loss = torch.stack([each.float() for each in losses.values()]).sum()
-        (loss * weight).backward()
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.hooks.before_step(self.model, lr)
-        self.optimizer.step()
-        self.hooks.after_step(self.model, lr)
-        self.optimizer.zero_grad(set_to_none=True)
+        with translate_refused_operations():
+            with self.runtime.autocast():
+                losses = self.forward(images, labels)
+            loss = torch.stack([each.float() for each in losses.values()]).sum()
+            update(self.model, loss * weight, self.optimizer, self.hooks)
         return torch.stack([loss.detach().double() * len(images), torch.zeros_like(loss, dtype=torch.float64)])
 
 

@@ -118,18 +118,12 @@ class PlainStep:
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         """Train on one batch; raise `UserError` if ``deterministic=true`` refuses an operation."""
-        with _translate_refused_operations():
+        with translate_refused_operations():
             # Forward alone: the backward pass takes the types that the forward pass has chosen.
             with self.runtime.autocast():
                 output = self.forward(images)
             loss = self._loss(images, output, labels)
-            (loss * weight).backward()
-            lr = self.optimizer.param_groups[0]["lr"]
-            self.hooks.before_step(self.model, lr)
-            self.optimizer.step()
-            self.hooks.after_step(self.model, lr)
-            # At the end, not before the next forward pass: no gradient takes memory while the network is evaluated.
-            self.optimizer.zero_grad(set_to_none=True)
+            update(self.model, loss * weight, self.optimizer, self.hooks)
             return loss_and_correct(loss.detach() * len(labels), main_output(output).detach(), labels)
 
     def _loss(self, images: torch.Tensor, output: object, labels: torch.Tensor) -> torch.Tensor:
@@ -139,8 +133,20 @@ class PlainStep:
         return self.teacher.loss(images, output, labels, runtime=self.runtime, label_smoothing=smoothing)
 
 
+def update(model: nn.Module, loss: torch.Tensor, optimizer: Optimizer, hooks: TrainingHooks) -> None:
+    """Go back through a loss and take one step of the optimiser, hooks included."""
+    loss.backward()
+    lr = optimizer.param_groups[0]["lr"]
+    hooks.before_step(model, lr)
+    optimizer.step()
+    hooks.after_step(model, lr)
+    # At the end, not before the next forward pass: no gradient takes memory while the network is evaluated.
+    optimizer.zero_grad(set_to_none=True)
+
+
 @contextmanager
-def _translate_refused_operations() -> Iterator[None]:
+def translate_refused_operations() -> Iterator[None]:
+    """Raise `UserError` where the body runs an operation that ``deterministic=true`` refuses."""
     try:
         yield
     except RuntimeError as error:
