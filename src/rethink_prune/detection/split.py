@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from rethink_prune.cost import on_meta
@@ -17,6 +18,7 @@ from rethink_prune.surgery.graph import infer_values, module_calls, trace
 
 POOL = "pool"
 _POOLING = (nn.MaxPool2d, nn.AvgPool2d)
+_TO_ONE_SIZE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def split_classifier(
     classifier = _last_linear(nodes, modules, name)
     end = classifier.args[0]
     assert isinstance(end, fx.Node)
-    cut = _body_end(nodes, values, end, input_shape[1], stride, body, name)
+    cut = _body_end(nodes, values, end, input_shape[1], stride, body, name, modules)
     start = cut if head == POOL else _after_pooling(cut, modules)
     if head not in (None, POOL):
         end = _last_of(nodes, str(head), "transfer.head", name)
@@ -147,6 +149,7 @@ def _body_end(
     stride: int,
     body: str | None,
     name: str,
+    modules: Mapping[str, nn.Module],
 ) -> fx.Node:
     """Return the node with which the body ends."""
     strides = {
@@ -154,6 +157,9 @@ def _body_end(
         for node in nodes[: nodes.index(end) + 1]
         if node.op in ("call_module", "call_function", "call_method") and _is_map(values.get(node))
     }
+    # These have one size, whatever the picture's.
+    for node in _of_one_size(nodes, modules):
+        strides.pop(node, None)
     if body is not None:
         cut = _last_of(nodes, body, "transfer.body", name)
         if strides.get(cut) != stride:
@@ -167,6 +173,17 @@ def _body_end(
         there = ", ".join(f"{found:g}" for found in sorted({*strides.values()}))
         raise UserError(f"transfer.stride={stride}: {name} has no features at that stride; it has some at {there}")
     return cuts[-1]
+
+
+def _of_one_size(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> set[fx.Node]:
+    """Return the nodes that pool to a stated size, and those that follow from these alone."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        pools = isinstance(modules.get(str(node.target)), _TO_ONE_SIZE) or node.target is F.adaptive_avg_pool2d
+        inputs = [operand for operand in node.all_input_nodes if operand.op != "get_attr"]
+        if pools or (inputs and found.issuperset(inputs)):
+            found.add(node)
+    return found
 
 
 def _is_map(value: Any) -> bool:
