@@ -294,7 +294,10 @@ def _positions(architecture: Architecture, reader: str, before: int, after: int)
     if inputs is None:
         raise UserError(f"transfer: prune_d: it is not known which channels {reader} still reads")
     # A linear layer may read several positions of each channel.
-    return inputs if len(inputs) == after else (inputs // (len(inputs) // after)).unique()
+    kept = inputs if len(inputs) == after else (inputs // max(1, len(inputs) // after)).unique()
+    if len(kept) != after:  # it reads another map than regions are
+        raise UserError(f"transfer: prune_d: {reader} reads other positions than a region has; take transfer.head=pool")
+    return kept
 
 
 def detector_cost(detector: FasterRCNN, spec: DetectorSpec, picture_size: tuple[int, int], masks: Masks) -> Cost:
