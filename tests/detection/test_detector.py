@@ -211,7 +211,9 @@ def test_a_last_layer_that_reads_another_map_than_regions_is_refused() -> None:
     of = spec(32)
     before, after = of.split(model), of.split(narrow)
     trained, detector = build_detector(model, of).state_dict(), build_detector(narrow, of)
-    with pytest.raises(UserError, match=r"prune_d: 3 reads other positions than a region has; take transfer\.head=pool"):
+    with pytest.raises(
+        UserError, match=r"prune_d: 3 reads other positions than a region has; take transfer\.head=pool"
+    ):
         narrowed_state(trained, detector, before=before, after=after, architecture=architecture)
 
 

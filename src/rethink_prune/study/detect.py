@@ -55,12 +55,13 @@ def run_detection(
     parent = done.get(str(spec.parent))
     if parent is None or spec.architecture is None:
         return Failed(f"{spec.parent} failed, so there is no network to start from")
-    if spec.title == f"{PREFIX}{PRUNE_D}" and "prune" in done:
-        spec = replace(spec, chosen_by="prune")
     dataset = study.inputs.dataset
     own: dict[str, Any] = {"images": {"mean": list(dataset.mean), "std": list(dataset.std)}}
     if spec.title == f"{PREFIX}{PRUNE_D}":
         own["pruner"] = dict(study.parts.rounds[-1])
+        if not study.target.known:
+            spec = replace(spec, chosen_by="prune")
+            own["widths"] = done["prune"].stage.digest
     return run(replace(spec, key=transfer_key(spec, parent, _transfer(study), study.parts, own)))
 
 
@@ -154,7 +155,7 @@ def _pruned_detector(
     # The detector's parent is the unpruned network, whose last layer is in no detector.
     large = load_stage_weights(parents[0].parents[0].stage)
     classifier = study.networks.load(UNPRUNED, classifier_state(weights, large))
-    # How much goes is known by now, if it was found by a pruning of the study.
+    # How much goes follows from the options, or was found by a pruning of the study.
     layers = parents[1].result["report"]["layers"] if len(parents) > 1 else map(asdict, study.target.report().layers)
     pruner = type(study.pruner)(_pinned(study.config.pruner, {layer["layer"]: layer["kept"] for layer in layers}))
     pruner.seed = study.config.seed
