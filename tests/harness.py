@@ -48,7 +48,10 @@ def configure(*overrides: str) -> StudyConfig:
 def plan_of(config: StudyConfig) -> dict[str, Any]:
     """Return the content of ``plan.json``."""
     study = prepare_study(config)
-    return plan_content(study.budget, study.plan(), study.target, trains_sparse=study.pruner.trains_sparse)
+    stages = study.plan()
+    detection = study.plan_transfer(stages, study.target.known_architecture if study.target.known else None)
+    sparse = study.pruner.trains_sparse
+    return plan_content(study.budget, stages, study.target, trains_sparse=sparse, detection=detection)
 
 
 def command(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:

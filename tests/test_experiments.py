@@ -26,6 +26,7 @@ NOT_OF_THE_PAPER = {
     "l1_resnet20_cifar10_cpu",
     "budget_axis_digits",
     "budget_axis_resnet56_cifar10",
+    "detection_digit_scenes",
     "lottery_digits",
     "search_slimming_digits",
     "search_magnitude_digits",
@@ -46,6 +47,11 @@ SEARCHES = {
     "search_magnitude_preresnet110_cifar10": 1_146_842,
 }
 GUIDED = {name for name in SEARCHES if "guided" in name or "transferred" in name}
+# Of the table of detection, which was not seen, with the row whose networks are transferred.
+DETECTION = {
+    "detection_resnet34_a_voc": "l1_resnet34_a_imagenet",
+    "detection_resnet34_b_voc": "l1_resnet34_b_imagenet",
+}
 # Of the paper's appendices, which have no table here.
 APPENDICES = {"appendix_d_l1_vgg16_cifar10", "appendix_e_l1_vgg16_cifar10"}
 
@@ -181,7 +187,8 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
 
 
 def test_every_row_of_the_tables_has_its_file() -> None:
-    assert set(EXPERIMENTS) - NOT_OF_THE_PAPER - APPENDICES - TICKETS - SEARCHES.keys() == {*KNOWN, *FOUND}
+    others = {*NOT_OF_THE_PAPER, *APPENDICES, *TICKETS, *SEARCHES, *DETECTION}
+    assert set(EXPERIMENTS) - others == {*KNOWN, *FOUND}
 
 
 @pytest.mark.parametrize("name", [*KNOWN, *FOUND])
@@ -332,6 +339,56 @@ def test_appendices_are_rows_with_other_lengths(planned: Planned) -> None:
         assert f"Trains: large {plan['large']['epochs']} epochs, fine-tuning {plan['arms']['finetune']['epochs']}" in (
             header(name)
         )
+
+
+@pytest.mark.parametrize(("name", "row"), DETECTION.items())
+def test_detection_on_voc_transfers_a_row_as_the_published_code_trains(
+    name: str, row: str, planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*arguments: object) -> None:
+        raise AssertionError("a plan of VOC 2007 needs no picture")
+
+    monkeypatch.setattr("rethink_prune.study.transfer.load_detection", read)
+    config, plan = planned(name)
+    detectors = plan["transfer"]
+    assert {**plan, "transfer": None} == {**planned(row)[1], "transfer": None}, "all else is the row's"
+    starts = {"unpruned": "large", "prune_c": "finetune", "prune_d": "detect_unpruned"}
+    starts |= {"scratch_e": "scratch_e", "scratch_b": "scratch_b"}
+    assert {detector: entry["starts_from"] for detector, entry in detectors.items()} == {
+        f"detect_{entry}": start for entry, start in starts.items()
+    }
+    for entry in detectors.values():
+        assert (entry["epochs"], entry["milestones"]) == (7, [5])
+        assert entry["train_flops"] == 6 * entry["macs"] * 7 * 10_022
+    transfer = config.transfer
+    assert transfer is not None
+    assert (transfer.lr, transfer.momentum, transfer.weight_decay, transfer.batch_size) == (0.001, 0.9, 1e-4, 1)
+    assert (transfer.stride, transfer.region_size, transfer.frozen_stages, transfer.flip) == (16, 7, 2, True)
+    assert (transfer.min_size, transfer.max_size, transfer.regions) == (600, 1000, 128)
+    assert (transfer.anchor_sizes, transfer.anchor_ratios) == ((128, 256, 512), (0.5, 1, 2))
+    assert (transfer.proposals_train, transfer.proposals_test) == ((12_000, 2_000), (6_000, 300))
+
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_what_is_reported_of_detection_is_said_to_be_unverified(name: str) -> None:
+    text = header(name)
+    assert "the table was not seen. From memory, unverified, single runs, mAP in %, so never a reference here:" in text
+    entries = ("unpruned", "Prune-C", "Prune-D", "Scratch-E", "Scratch-B")
+    assert re.search("; ".join(rf"{entry} \d\d\.\d\d" for entry in entries), text)
+    assert "detectors 7 epochs of 10,022 pictures" in text
+    assert f"Classification is {DETECTION[name]}." in text
+    assert f"experiment={name} " in f"{text} "
+
+
+def test_detection_of_digits_needs_no_download(planned: Planned) -> None:
+    name = "detection_digit_scenes"
+    config, plan = planned(name)
+    assert (config.dataset.name, config.transfer and config.transfer.name) == ("digits", "digit_scenes")
+    assert len(plan["transfer"]) == 5
+    assert {entry["epochs"] for entry in plan["transfer"].values()} == {8}
+    assert plan["transfer"]["detect_prune_d"]["macs"] < plan["transfer"]["detect_unpruned"]["macs"] / 2
+    assert "Not a row of the paper." in header(name)
+    assert header(name).endswith(f"experiment={name}")
 
 
 @pytest.mark.parametrize(
