@@ -15,7 +15,7 @@ from rethink_prune.errors import UserError
 
 
 def load(**options: Any) -> DetectionData:
-    return load_detection(TransferConfig(name="digit_scenes", **options), Path("unused"))
+    return load_detection(TransferConfig(name="digit_scenes", epochs=1, lr=0.01, **options), Path("unused"))
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,6 @@ def test_changing_a_picture_leaves_the_scene_as_it_is(data: DetectionData) -> No
 def test_options_of_files_are_refused() -> None:
     for option, value in (("root", "/photos"), ("train_limit", 5), ("test_limit", 5)):
         with pytest.raises(ValidationError, match=f"{option}: of no use with digit_scenes"):
-            TransferConfig(name="digit_scenes", **{option: value})
+            TransferConfig(name="digit_scenes", epochs=1, lr=0.01, **{option: value})
     with pytest.raises(UserError, match=r"^transfer.name=coco: unknown; choose voc, digit_scenes$"):
-        load_detection(TransferConfig(name="coco"), Path("unused"))
+        load_detection(TransferConfig(name="coco", epochs=1, lr=0.01), Path("unused"))

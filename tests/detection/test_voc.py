@@ -55,7 +55,7 @@ def write_small(folder: Path, **changed: str) -> Path:
 
 
 def load(root: Path, **options: Any) -> DetectionData:
-    return load_detection(TransferConfig(name="voc", root=str(root), **options), root / "unused")
+    return load_detection(TransferConfig(name="voc", epochs=1, lr=0.01, root=str(root), **options), root / "unused")
 
 
 def refusal(root: Path, **options: Any) -> str:
@@ -218,7 +218,7 @@ def test_voc_2007_is_unpacked_once_and_offline_says_which_files_to_put_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archives = FakeArchives(tmp_path, monkeypatch)
-    config, datasets = TransferConfig(name="voc"), tmp_path / "datasets"
+    config, datasets = TransferConfig(name="voc", epochs=1, lr=0.01), tmp_path / "datasets"
     with pytest.raises(UserError) as error:
         load_detection(config, datasets)
     message = str(error.value)

@@ -97,6 +97,7 @@ def build_detector(classifier: nn.Module, spec: DetectorSpec) -> FasterRCNN:
 
     Examples
     --------
+    >>> import torch
     >>> from rethink_prune import build_model
     >>> options = TransferConfig(name="voc", stride=4, epochs=1, lr=0.001)
     >>> spec = DetectorSpec(options, ("cat",), (0.5,) * 3, (0.25,) * 3, (3, 32, 32))
@@ -243,6 +244,7 @@ def classifier_state(detector: Mapping[str, Tensor], classifier: Mapping[str, Te
 
     Examples
     --------
+    >>> import torch
     >>> classifier = {"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)}
     >>> classifier_state({"backbone.body.conv1.weight": torch.ones(1)}, classifier)
     {'conv1.weight': tensor([1.]), 'fc.weight': tensor([0.])}

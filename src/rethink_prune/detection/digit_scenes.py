@@ -80,7 +80,7 @@ def make_digit_scenes(config: TransferConfig) -> tuple[DigitScenes, DigitScenes]
 
     Examples
     --------
-    >>> train, test = make_digit_scenes(TransferConfig(name="digit_scenes", scenes=2, test_scenes=1))
+    >>> train, test = make_digit_scenes(TransferConfig(name="digit_scenes", epochs=1, lr=0.01, scenes=2, test_scenes=1))
     >>> train.objects(0).labels.tolist(), train.objects(0).boxes[0].tolist()
     ([1, 8, 2, 8, 10], [36.0, 25.0, 54.0, 52.0])
     """

@@ -30,7 +30,7 @@ def load_detection(config: TransferConfig, download_to: Path) -> DetectionData:
 
     Examples
     --------
-    >>> config = TransferConfig(name="digit_scenes", scenes=3, test_scenes=2)
+    >>> config = TransferConfig(name="digit_scenes", epochs=1, lr=0.01, scenes=3, test_scenes=2)
     >>> data = load_detection(config, Path("datasets"))
     >>> len(data.train), data.test.classes[0], data.test.picture(1).shape
     (3, '0', torch.Size([3, 96, 96]))
