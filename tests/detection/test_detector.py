@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -30,7 +31,9 @@ from rethink_prune.state import load_full_state
 from rethink_prune.surgery.architecture import Architecture, apply_masks
 from rethink_prune.surgery.channels import analyse
 from rethink_prune.surgery.cut import apply
-from rethink_prune.training.runtime import prepare_runtime
+from rethink_prune.training.distributed import ALONE
+from rethink_prune.training.hooks import TrainingHooks
+from rethink_prune.training.runtime import Runtime, prepare_runtime
 
 
 def spec(side: int, *, classes: int = 3, **options: Any) -> DetectorSpec:
@@ -232,3 +235,13 @@ def test_cost_is_that_of_body_proposals_and_sampled_regions() -> None:
     assert detector_cost(detector, of, (64, 90), {}) == Cost(params, body + proposals + 16 * region)
     half = Cost(params - 216 - 1960, body - 16 * 23 * 4 * 54 + proposals + 16 * (region - 1960))
     assert detector_cost(detector, of, (64, 90), masks) == half
+
+
+def test_a_detector_that_its_last_step_broke_is_no_result() -> None:
+    detector = nn.Linear(1, 1)
+    judge = Detection(("cat",)).build_judge(
+        detector, TrainingHooks(), runtime=Runtime(torch.device("cpu"), "fp32"), processes=ALONE
+    )
+    with torch.no_grad():
+        detector.weight.fill_(math.inf)
+    assert math.isnan(judge(None)["loss"])

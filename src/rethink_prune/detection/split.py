@@ -4,6 +4,7 @@ The classifier's traced graph is cut at one node; the parts are its own modules 
 of a layer of the classifier (that it is pruned, or masked) holds for the layer of that name in the detector.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,7 +154,7 @@ def _body_end(
 ) -> fx.Node:
     """Return the node with which the body ends."""
     strides = {
-        node: image_size / values[node].shape[-1]
+        node: _stride(image_size, values[node].shape[-1])
         for node in nodes[: nodes.index(end) + 1]
         if node.op in ("call_module", "call_function", "call_method") and _is_map(values.get(node))
     }
@@ -173,6 +174,19 @@ def _body_end(
         there = ", ".join(f"{found:g}" for found in sorted({*strides.values()}))
         raise UserError(f"transfer.stride={stride}: {name} has no features at that stride; it has some at {there}")
     return cuts[-1]
+
+
+def _stride(image_size: int, size: int) -> float:
+    """Return the pixels for each position of a map; layers round odd sizes up or down.
+
+    Examples
+    --------
+    >>> _stride(28, 4), _stride(28, 7), _stride(32, 11)
+    (8, 4, 2.909090909090909)
+    """
+    # Regions are pooled at powers of two alone.
+    power = 2 ** round(math.log2(image_size / size))
+    return power if size in (image_size // power, -(-image_size // power)) else image_size / size
 
 
 def _of_one_size(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> set[fx.Node]:

@@ -1,6 +1,7 @@
 """Detection as a task of the training loop: the step of a detector, and its average precision."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -101,6 +102,9 @@ class Detection:
         """Return what gives ``map``, and ``ap/<class>`` for each class, in percent."""
 
         def judge(pictures: TestPictures) -> Mapping[str, float]:
+            if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+                # The last step broke it, after its loss was taken.
+                return {"loss": math.nan}
             return average_precision(model, pictures, self.classes, runtime=runtime, processes=processes)
 
         return judge
