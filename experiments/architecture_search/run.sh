@@ -5,7 +5,7 @@
 # uniformly pruned networks and guided ones, whose sources are the automatic ones of the middle size, of all seeds.
 # Overrides hold for all studies, e.g. run.sh search_slimming_vgg16_cifar10 seed=0,1 recipe.epochs=40
 # All trainings are kept in store/: the same command goes on after a stop.
-# FOLDER (NAME) and SIZES (shares of the parameters, smallest first) may be set in the environment.
+# FOLDER (NAME, beside this file) and SIZES (shares of the parameters, smallest first) may be set in the environment.
 set -euo pipefail
 name=${1:?usage: run.sh NAME [OVERRIDE...], where NAME is an experiment search_*}
 overrides=("${@:2}")
@@ -30,6 +30,11 @@ compare() { # channels|weights EXPERIMENT SOURCES: the three methods; the guided
         pruner.size=null "${sized[@]:1}" "${overrides[@]}"
 }
 
+# PreResNet-20 keeps at least a fifth of its parameters.
+case $name in
+search_slimming_digits) SIZES=${SIZES:-0.22 0.3 0.45 0.6 0.8} ;;
+search_magnitude_digits) SIZES=${SIZES:-0.05 0.1 0.2 0.35 0.5} ;;
+esac
 case $name in
 search_slimming_*) compare channels "$name" "$name" ;;
 search_magnitude_*) compare weights "$name" "$name" ;;

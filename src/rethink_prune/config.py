@@ -503,7 +503,7 @@ class TransferConfig(RatedPhase):
     """
 
     name: str
-    entries: tuple[str, ...] | None = None
+    entries: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     root: str | None = None
     train_limit: Count | None = None
     test_limit: Count | None = None
@@ -517,8 +517,8 @@ class TransferConfig(RatedPhase):
     head: str | None = None
     region_size: Count = 7
     frozen_stages: int = Field(2, ge=0)
-    anchor_sizes: tuple[Positive, ...] = (128.0, 256.0, 512.0)
-    anchor_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
+    anchor_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128.0, 256.0, 512.0)
+    anchor_ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 2.0)
     proposal_channels: Count = 512
     proposals_train: tuple[Count, Count] = (12_000, 2_000)
     proposals_test: tuple[Count, Count] = (6_000, 300)

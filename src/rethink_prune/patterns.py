@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         build = import_object(options.factory, "--factory") if options.factory else None
         gathered = gather.gather(options.places, masks=True)
-        found = groups.group_runs(gathered.runs, by=options.by, mix=options.mix)
+        runs = [run.without_transfer() for run in gathered.runs]
+        found = groups.group_runs(runs, by=options.by, mix=options.mix)
         rows = [patterns.row_pattern(group, number, build) for number, group in enumerate(found, 1)]
         print(documents.publish_patterns(rows, options.out))
     except UserError as error:

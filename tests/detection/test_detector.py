@@ -211,7 +211,7 @@ def test_a_head_that_flattens_its_regions_goes_on_with_the_trained_detector() ->
 def test_a_last_layer_that_reads_another_map_than_regions_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 8, 5)).eval()
     narrow, architecture = apply(model, analyse(model, torch.zeros(1, 3, 32, 32)).plan({"0": [1]}))
-    of = spec(32)
+    of = spec(32, frozen_stages=1)
     before, after = of.split(model), of.split(narrow)
     trained, detector = build_detector(model, of).state_dict(), build_detector(narrow, of)
     with pytest.raises(
@@ -245,3 +245,8 @@ def test_a_detector_that_its_last_step_broke_is_no_result() -> None:
     with torch.no_grad():
         detector.weight.fill_(math.inf)
     assert math.isnan(judge(None)["loss"])
+
+
+def test_more_frozen_stages_than_there_are_are_refused() -> None:
+    with pytest.raises(UserError, match=r"transfer\.frozen_stages=9: the network has convolutions of 3 output sizes"):
+        build_detector(build_model("vgg5"), spec(32, frozen_stages=9))

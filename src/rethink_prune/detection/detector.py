@@ -215,7 +215,10 @@ def freeze_norms(model: nn.Module) -> None:
 def _freeze_first_stages(classifier: nn.Module, sizes: Mapping[str, tuple[int, ...]], stages: int) -> None:
     """Freeze the convolutions of the largest output sizes."""
     convolutions = {name: m for name, m in classifier.named_modules() if isinstance(m, nn.Conv2d) and name in sizes}
-    largest = sorted({sizes[name] for name in convolutions}, reverse=True)[:stages]
+    largest = sorted({sizes[name] for name in convolutions}, reverse=True)
+    if stages > len(largest):
+        raise UserError(f"transfer.frozen_stages={stages}: the network has convolutions of {len(largest)} output sizes")
+    largest = largest[:stages]
     for name, module in convolutions.items():
         if sizes[name] in largest:
             module.requires_grad_(requires_grad=False)

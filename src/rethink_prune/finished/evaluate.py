@@ -87,7 +87,8 @@ def _evaluate_detector(
         raise UserError(f"--evaluate {' '.join(overrides)}: name the pictures: transfer=voc, say")
     data = load_detection(options, Path("datasets"))
     if data.test.classes != spec.classes:
-        raise UserError(f"{data.name}: does not fit {stage.name}: it has the classes {', '.join(data.test.classes)}")
+        has, finds = ", ".join(data.test.classes), ", ".join(spec.classes)
+        raise UserError(f"{data.name}: has the classes {has}; the detector {stage.name} finds {finds}")
     pictures = TestPictures(data.test, options.batch_size, runtime.device)
     model = load_model(stage.folder, factory).to(runtime.device)
     found = average_precision(model, pictures, spec.classes, runtime=runtime)

@@ -1,7 +1,7 @@
 """What a run's ``summary.json`` says, as far as a report uses it: checked when it is read."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -283,6 +283,11 @@ class RunRecord(SummaryPart):
         """Everything trained so far, by name: the unpruned networks and the arms."""
         bases = {"large": self.large, "sparse": self.sparse}
         return {name: entry for name, entry in bases.items() if entry is not None} | self.arms
+
+    def without_transfer(self) -> Self:
+        """Return the run as if its networks had been transferred to nothing: their classification is the same."""
+        settings = {name: value for name, value in (self.study.settings or {}).items() if name != "transfer"}
+        return self.model_copy(update={"transfer": {}, "study": self.study.model_copy(update={"settings": settings})})
 
     @property
     def params_unpruned(self) -> int | None:

@@ -271,7 +271,7 @@ def plan_content(
 
     What follows from a pruned network that is not known yet is None.
     """
-    planned = {spec.title: spec for spec in stages}
+    planned = {spec.title: spec for spec in (*stages, *detection)}
     titles = {name: spec.title for spec in stages for name in spec.names if known_arm(name)}
     pruned = target.cost if target.known else None
     bases = {}
@@ -307,14 +307,15 @@ def plan_content(
             }
             for name, title in titles.items()
         },
-        **({"transfer": {spec.title: _planned_detector(spec) for spec in detection}} if detection else {}),
+        **({"transfer": {spec.title: _planned_detector(spec, planned) for spec in detection}} if detection else {}),
         "budget": budget.ledger(pruned),
     }
 
 
-def _planned_detector(spec: StageSpec) -> dict[str, Any]:
+def _planned_detector(spec: StageSpec, planned: Mapping[str, StageSpec]) -> dict[str, Any]:
     cost = {"params": None, "macs": None} if spec.cost is None else asdict(spec.cost)
-    return {**_length(spec.optimizer), "train_flops": spec.train_flops, **cost, "starts_from": spec.parent}
+    flops = {"train_flops": spec.train_flops, "train_flops_total": _planned_total(planned, spec.title)}
+    return {**_length(spec.optimizer), **flops, **cost, "starts_from": spec.parent}
 
 
 def _planned_total(planned: Mapping[str, StageSpec], title: str) -> int | None:

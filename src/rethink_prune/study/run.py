@@ -90,7 +90,7 @@ def run_study(
     log.info("%s, precision %s%s", describe_device(study.runtime.device), study.runtime.precision, auto)
     planned = {spec.title: spec for spec in add_keys(stages, study.parts, {})}
     at_once = arms_at_once(config.together, study.runtime.device, processes, study.inputs.train_batches)
-    runner = Runner(study, run_dir, interrupts, list(planned.values()))
+    runner = Runner(study, run_dir, interrupts, [*planned.values(), *detection])
     summary = Summary(run_dir, study, experiment)
     done: dict[str, Done] = {}
 
@@ -131,7 +131,8 @@ def run_study(
     shuffled = shuffled_architecture(study, pruned)
     arms = plan_arms(study.budget, config.arms, pruned.architecture, pruned.cost, shuffled=shuffled)
     arms = add_keys(arms, study.parts, _stage_names(done))
-    runner.replan(arms)
+    detection = study.plan_transfer(arms, pruned.architecture)
+    runner.replan([*arms, *detection])
     if pruned.cost is not None and not study.target.known:
         lengths = ", ".join(f"{spec.title} {spec.optimizer.epochs} epochs" for spec in arms if spec.optimizer)
         log.info("pruned: %s parameters, %.4g MACs; %s", f"{pruned.cost.params:,}", pruned.cost.macs, lengths)
@@ -144,7 +145,7 @@ def run_study(
     train_together([partial(run_arm, spec) for spec in arms], at_once=at_once, device=study.runtime.device)
 
     # What these networks are worth as the start of a detector.
-    for spec in study.plan_transfer(arms, pruned.architecture):
+    for spec in detection:
         summary.add_transfer(spec.title, run_detection(study, spec, done, run))
     summary.finish()
     return summary.content

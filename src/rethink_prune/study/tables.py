@@ -73,9 +73,9 @@ def transfer_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     --------
     >>> entry = {"map": 71.5, "map_best": 72.0, "params": 500, "macs": 2e6, "epochs": 7, "train_flops": 1e15}
     >>> print(transfer_table({"unpruned": {**entry, "train_flops_total": 3e15, "seconds": 60.0}}))
-    | detector | mAP % | best | parameters |   MACs | epochs | training FLOPs | total FLOPs | seconds |
-    | -------- | ----: | ---: | ---------: | -----: | -----: | -------------: | ----------: | ------: |
-    | unpruned | 71.50 | 72.0 |        500 | 2.00 M |      7 |          1e+15 |       3e+15 |    60.0 |
+    | detector | mAP % |  best | parameters |   MACs | epochs | training FLOPs | total FLOPs | seconds |
+    | -------- | ----: | ----: | ---------: | -----: | -----: | -------------: | ----------: | ------: |
+    | unpruned | 71.50 | 72.00 |        500 | 2.00 M |      7 |          1e+15 |       3e+15 |    60.0 |
     """
     rows = []
     for name, entry in entries.items():
@@ -85,7 +85,7 @@ def transfer_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
         costs = (_number(entry["params"]), _millions(entry["macs"]), _number(entry["epochs"]))
         flops = (_flops(entry["train_flops"]), _flops(entry["train_flops_total"]))
         rows.append(
-            [name, f"{entry['map']:.2f}", f"{entry['map_best']:.1f}", *costs, *flops, f"{entry['seconds']:.1f}"]
+            [name, f"{entry['map']:.2f}", f"{entry['map_best']:.2f}", *costs, *flops, f"{entry['seconds']:.1f}"]
         )
     return markdown(TRANSFER_COLUMNS, rows)
 
@@ -171,7 +171,9 @@ def _plan_rows(plan: Mapping[str, Any]) -> list[list[str]]:
         rows.append([", ".join(names), _number(arm["epochs"]), milestones, _flops(own), _flops(total)])
     for name, spec in plan.get("transfer", {}).items():
         milestones = " ".join(map(str, spec["milestones"]))
-        rows.append([name, str(spec["epochs"]), milestones, _flops(spec["train_flops"]), ""])
+        rows.append(
+            [name, str(spec["epochs"]), milestones, *map(_flops, (spec["train_flops"], spec["train_flops_total"]))]
+        )
     return rows
 
 
