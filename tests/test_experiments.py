@@ -385,7 +385,7 @@ def test_detection_of_digits_needs_no_download(planned: Planned) -> None:
     config, plan = planned(name)
     assert (config.dataset.name, config.transfer and config.transfer.name) == ("digits", "digit_scenes")
     assert len(plan["transfer"]) == 5
-    assert {entry["epochs"] for entry in plan["transfer"].values()} == {12}
+    assert {entry["epochs"] for entry in plan["transfer"].values()} == {8}
     assert plan["transfer"]["detect_prune_d"]["macs"] < plan["transfer"]["detect_unpruned"]["macs"] / 2
     assert "Not a row of the paper." in header(name)
     assert header(name).endswith(f"experiment={name}")
