@@ -104,6 +104,7 @@ from rethink_prune.outputs import loss_and_correct
 from rethink_prune.pruning import PRUNERS, find_pruner
 from rethink_prune.surgery import cut
 from rethink_prune.surgery.channels import analyse
+from rethink_prune.training import task
 from rethink_prune.training import train as loop
 from rethink_prune.training.evaluate import build_score, evaluate
 from rethink_prune.training.hooks import TrainingHooks
@@ -233,7 +234,7 @@ def empty_side(model: nn.Module, split: ImageArray, device: torch.device, precis
 
     def run_empty() -> object:
         with (
-            mock.patch.object(loop, "build_step", side_effect=lambda *parts, **options: no_step),
+            mock.patch.object(task, "build_step", side_effect=lambda *parts, **options: no_step),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # that the schedule advances without the optimiser
