@@ -150,6 +150,7 @@ class VGG11BatchNorm1d(PlainNetwork):
 
 NETWORKS = {
     **{name: partial(VGG, layers) for name, layers in LAYERS.items()},
+    "vgg5": partial(VGG, LAYERS["vgg5"], head="linear"),
     "vgg16_gap": VGG16GAP,
     "vgg11_bn1d": VGG11BatchNorm1d,
 }

@@ -17,7 +17,6 @@ from rethink_prune.config import StudyConfig
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_json
 from rethink_prune.store.stage import Done, Failed
-from rethink_prune.study.detect import join_detection_stage, run_detection
 from rethink_prune.study.keys import add_keys, shared_by_processes
 from rethink_prune.study.plan import StageSpec, plan_arms, plan_between, plan_content
 from rethink_prune.study.prepare import check_config, prepare_study
@@ -146,6 +145,9 @@ def run_study(
 
     # What these networks are worth as the start of a detector.
     for spec in detection:
+        # Imported here and below: torchvision is slow to import, and most studies have no second task.
+        from rethink_prune.study.detect import run_detection
+
         summary.add_transfer(spec.title, run_detection(study, spec, done, run))
     summary.finish()
     return summary.content
@@ -171,6 +173,8 @@ def join_study(interrupts: Interrupts, processes: Processes) -> None:
                 raise UserError(f"{name}: {value} here, {order.shared[name]} in the first process; all have to agree")
         assert order.spec.architecture is not None
         if order.spec.kind == "detect":
+            from rethink_prune.study.detect import join_detection_stage
+
             with suppress(Diverged):
                 join_detection_stage(study, order.spec, interrupts)
             continue

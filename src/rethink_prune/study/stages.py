@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torchvision.io import encode_png
-
 from rethink_prune.errors import Interrupted
 from rethink_prune.files import DETECTIONS_FILE, write_atomically
 from rethink_prune.store.metrics import read_metrics, steady_pace, write_metrics
@@ -26,7 +24,6 @@ from rethink_prune.store.stage import (
 )
 from rethink_prune.store.weights import save_weights
 from rethink_prune.study.arms import file_name, known_arm
-from rethink_prune.study.detect import detector_spec
 from rethink_prune.study.keys import stage_name
 from rethink_prune.study.plan import StageSpec
 from rethink_prune.study.prepare import PreparedStudy
@@ -129,6 +126,8 @@ class Runner:
         config = {"network": network, "images": images, "key": dict(spec.key or {}), "title": spec.title}
         config["seed"] = self._study.config.seed
         if spec.kind == "detect":
+            from rethink_prune.study.detect import detector_spec  # needs torchvision, which is slow to import
+
             config["detector"] = detector_spec(self._study).plain()
         if spec.optimizer is not None:
             config["computed"] = self._how_computed(spec.optimizer, is_detector=spec.kind == "detect")
@@ -148,6 +147,8 @@ class Runner:
             save_weights(stage.model_file, product.weights)
             save_weights(stage.folder / SAMPLE_FILE, {"logits": product.sample})
             if product.picture is not None:
+                from torchvision.io import encode_png  # slow to import
+
                 write_atomically(stage.folder / DETECTIONS_FILE, encode_png(product.picture).numpy().tobytes())
             product.architecture.save(stage.folder)
         except Diverged as failure:

@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from rethink_prune.config import TransferConfig
 from rethink_prune.cost import Cost
-from rethink_prune.detection.detector import DetectorSpec, build_detector, detector_cost
 from rethink_prune.detection.load import load_detection
 from rethink_prune.detection.pictures import DetectionData
 from rethink_prune.errors import UserError
@@ -28,6 +27,10 @@ from rethink_prune.study.keys import KeyParts, architecture_key, optimizer_key
 from rethink_prune.study.plan import UNPRUNED, StageSpec
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.training.schedule import OptimizerSpec
+
+# torchvision, which detectors need, is slow to import: only studies with a transfer wait for it.
+if TYPE_CHECKING:
+    from rethink_prune.detection.detector import DetectorSpec
 
 PREFIX = "detect_"
 UNPRUNED_ENTRY, PRUNE_C, PRUNE_D = "unpruned", "prune_c", "prune_d"
@@ -139,8 +142,10 @@ class Transfer:
             warmup=options.warmup,
         )
 
-    def spec(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> DetectorSpec:
+    def spec(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> "DetectorSpec":
         """Return what detectors are built for; without how images are normalised, to count or to try."""
+        from rethink_prune.detection.detector import DetectorSpec
+
         ones = (1.0,) * self.input_shape[0]
         return DetectorSpec(
             self.options, self._facts.classes, tuple(mean or ones), tuple(std or ones), self.input_shape
@@ -148,6 +153,8 @@ class Transfer:
 
     def cost(self, classifier: nn.Module, architecture: Architecture) -> Cost:
         """Return the cost of a detector around a classifier, which becomes a part of it."""
+        from rethink_prune.detection.detector import build_detector, detector_cost
+
         spec = self.spec()
         sizes = [_resized(size, self.options) for size in self._facts.sizes]
         mean = tuple(round(sum(sides) / len(sizes)) for sides in zip(*sizes, strict=True))
@@ -186,6 +193,8 @@ class Transfer:
                 f"transfer: {PRUNE_D} prunes the detector's channels by their scores, or to known widths, and "
                 f"pruner={pruner.options.name} has neither; leave it out: transfer.entries=[{others}]"
             )
+        from rethink_prune.detection.detector import build_detector
+
         with seeded(0):
             build_detector(classifier, self.spec())
 

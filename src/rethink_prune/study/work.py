@@ -21,7 +21,6 @@ from rethink_prune.state import copied_state, full_state, load_full_state, same_
 from rethink_prune.store.stage import Done
 from rethink_prune.store.weights import load_stage_weights
 from rethink_prune.study.arms import arm_of
-from rethink_prune.study.detect import train_detection_stage
 from rethink_prune.study.keys import shared_by_processes, stage_name
 from rethink_prune.study.plan import UNPRUNED, StageSpec
 from rethink_prune.study.prepare import PreparedStudy
@@ -62,6 +61,8 @@ def do_stage(
     if spec.given:
         return take_given(study)
     if spec.kind == "detect":
+        from rethink_prune.study.detect import train_detection_stage  # needs torchvision, which is slow to import
+
         return train_detection_stage(study, interrupts, spec, parents, access, partial(_order, study))
     needed = {title: load_stage_weights(done.stage) for title, done in zip(spec.needs, parents, strict=True)}
     weights = needed[spec.parent] if spec.parent else None
