@@ -1,6 +1,5 @@
 """Detection as a task of the training loop: the step of a detector, and its average precision."""
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from rethink_prune.training.recording import warn_not_recorded
 from rethink_prune.training.runtime import Runtime
 from rethink_prune.training.step import Step, translate_refused_operations, update
 from rethink_prune.training.task import Judge
-
-log = logging.getLogger(__name__)
 
 # The prefix of the columns with the average precision of a class.
 AP = "ap/"

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from rethink_prune.config import TARGET_OPTIONS, PrunerOptions
 from rethink_prune.cost import Cost
-from rethink_prune.data import Epoch
 from rethink_prune.detection.batches import TestPictures, TrainPictures
 from rethink_prune.detection.detector import (
     DetectorSpec,
@@ -22,7 +21,7 @@ from rethink_prune.detection.detector import (
 from rethink_prune.detection.drawing import draw_detections
 from rethink_prune.detection.task import AP, Detection, DetectorHooks
 from rethink_prune.errors import UserError
-from rethink_prune.seeds import derive_generator, derive_seed, seeded
+from rethink_prune.seeds import derive_seed, seeded
 from rethink_prune.state import full_state, load_full_state, sample_logits
 from rethink_prune.store.stage import Done, Failed
 from rethink_prune.store.weights import load_stage_weights
@@ -161,14 +160,7 @@ def _pruned_detector(
     pruner.seed = study.config.seed
     example = torch.zeros(1, *study.inputs.image_shape)
     target = pruner.target(classifier, example, study.config.model.name)
-    seed = derive_seed(study.config.seed, "prune")
-    with seeded(seed):
-        pruned = pruner.prune(
-            classifier.eval(),
-            target,
-            data=Epoch(study.inputs.train_batches, 0),
-            generator=derive_generator(study.config.seed, "prune"),
-        )
+    pruned = study.prune_with(pruner, classifier, target)
     if pruned.architecture.modules != expected.modules:
         raise UserError(f"transfer: {PRUNE_D}: the detector was pruned to other widths than the study's networks")
     of = detector_spec(study)

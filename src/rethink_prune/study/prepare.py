@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rethink_prune.config import StudyConfig, parse_config
+from rethink_prune.data import Epoch
 from rethink_prune.errors import UserError
-from rethink_prune.pruning import Pruner, Target, find_pruner
+from rethink_prune.pruning import Pruner, PruneResult, Target, find_pruner
 from rethink_prune.pruning.rounds import Rounds, plan_rounds
+from rethink_prune.seeds import derive_generator, derive_seed, seeded
 from rethink_prune.store.store import Store
 from rethink_prune.study.arms import arm_of, draws_anew
 from rethink_prune.study.budget import Budget
@@ -82,6 +85,17 @@ class PreparedStudy:
         if self.transfer is None:
             return ()
         return plan_transfer(self.transfer, lambda left: reshape(self.networks.large(), left), arms, pruned)
+
+    def prune_with(self, pruner: Pruner, model: nn.Module, target: Target, *purpose: int) -> PruneResult:
+        """Have a network pruned: on the images of the first epoch, in its order, with the draws of a purpose."""
+        seed = self.config.seed
+        with seeded(derive_seed(seed, "prune", *purpose)):
+            return pruner.prune(
+                model.eval(),
+                target,
+                data=Epoch(self.inputs.train_batches, 0),
+                generator=derive_generator(seed, "prune", *purpose),
+            )
 
     @cached_property
     def parts(self) -> KeyParts:

@@ -13,15 +13,7 @@ from typing import Any
 from rethink_prune.errors import Interrupted
 from rethink_prune.files import DETECTIONS_FILE, write_atomically
 from rethink_prune.store.metrics import read_metrics, steady_pace, write_metrics
-from rethink_prune.store.stage import (
-    MODEL_FILE,
-    SAMPLE_FILE,
-    Done,
-    Failed,
-    Stage,
-    start_of,
-    total_flops,
-)
+from rethink_prune.store.stage import MODEL_FILE, SAMPLE_FILE, Done, Failed, Stage, start_of, total_flops
 from rethink_prune.store.weights import save_weights
 from rethink_prune.study.arms import file_name, known_arm
 from rethink_prune.study.keys import stage_name

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from rethink_prune.cost import Cost, count_cost
-from rethink_prune.data import Epoch
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import PRUNERS, PruneResult
 from rethink_prune.pruning.pruner import LayerWidth
@@ -251,22 +250,14 @@ def prune_network(
 
 
 def _ask_pruner(study: PreparedStudy, number: int, model: nn.Module, before: Architecture) -> PruneResult:
-    seed, pruner, target = study.config.seed, study.rounds.pruners[number - 1], study.target
+    pruner, target = study.rounds.pruners[number - 1], study.target
     if len(study.rounds.pruners) > 1:
         # A round has a target of its own: what goes from the network as it is by now.
         masks = {"masks": before.masks} if before.masks else {}
         example = torch.zeros(1, *study.inputs.image_shape)
         target = pruner.target(model, example, study.config.model.name, **masks)
     # The first round draws what a single one does.
-    purpose = ("prune",) if number == 1 else ("prune", number)
-    with seeded(derive_seed(seed, *purpose)):
-        return pruner.prune(
-            model.eval(),
-            target,
-            # The images of the first epoch, in its order.
-            data=Epoch(study.inputs.train_batches, 0),
-            generator=derive_generator(seed, *purpose),
-        )
+    return study.prune_with(pruner, model, target, *(() if number == 1 else (number,)))
 
 
 def _check_positions(architecture: Architecture, parents: Sequence[Done]) -> None:
