@@ -131,6 +131,10 @@ def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]
             tensors = tensors or [t for t in (module.running_mean,) if isinstance(t, torch.Tensor)]
             for tensor in tensors:
                 tensor[_dropped_positions(kept, len(tensor))] = 0
+        tensors = {**dict(masked.named_buffers()), **dict(masked.named_parameters())}
+        for name, dims in plan.parameters.items():  # no layer has them
+            dim, kept = next(iter(dims.items()))
+            tensors[name].index_fill_(dim, torch.tensor(_dropped_positions(kept, tensors[name].shape[dim])), 0)
         for name in plan.selections.keys() & plan.inputs.keys():
             # Others read the whole stream; this layer's weights for what it does not select are zero.
             weight = masked.get_parameter(f"{name}.weight")

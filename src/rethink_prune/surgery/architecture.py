@@ -30,9 +30,13 @@ _FORMAT = "rethink-prune architecture 2"
 # The attributes an architecture may set, by what they count. A file that names any other is not applied.
 OUTPUT_WIDTHS = ("out_channels", "out_features", "num_features", "num_parameters")
 INPUT_WIDTHS = ("in_channels", "in_features")
-_ATTRIBUTES = (*OUTPUT_WIDTHS, *INPUT_WIDTHS, "groups", "padding")
+_ATTRIBUTES = (*OUTPUT_WIDTHS, *INPUT_WIDTHS, "groups", "padding", "normalized_shape")
+# Attributes that hold several numbers.
+_SHAPES = ("padding", "normalized_shape")
 # The buffer with the channels that a module selects.
 SELECTED = "selected"
+# The fields that files have only where they are not empty.
+_OPTIONAL = ("parameters", "exported")
 # The fields that hold tensors. Files of earlier versions have no positions.
 _POSITIONS = ("outputs", "inputs")
 _TENSOR_FIELDS = ("selections", "masks", *_POSITIONS)
@@ -58,9 +62,14 @@ class Architecture:
         Last modules of the residual branches that are gone; see `branches.remove_branches`.
     masks : mapping of str to torch.Tensor
         For parameters of which single weights are gone: True where a weight remains, in the parameter's shape.
+    parameters : mapping of str to mapping of str to int
+        New sizes of parameters that no layer owns, by dimension: ``{"cls_token": {"2": 96}}``.
+    exported : tuple of int
+        Where ``torch.export`` made the graph that the network runs: the shape of a batch of its images. Else empty.
     outputs, inputs : mapping of str to torch.Tensor
         Where the output and input channels of each changed module were in the unpruned network, int64, if that is
-        known. Two architectures that differ in nothing else are equal: shapes and cost do not depend on it.
+        known; what remains of a parameter under its name and dimension, as in ``cls_token/2``. Two architectures that
+        differ in nothing else are equal: shapes and cost do not depend on it.
 
     Examples
     --------
@@ -76,13 +85,15 @@ class Architecture:
     selections: Mapping[str, torch.Tensor] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    exported: tuple[int, ...] = ()
     outputs: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def has_positions(self) -> bool:
         """Whether it says which channels remain, so that other weights of the network can be cut like those pruned."""
-        return bool(self.outputs or self.inputs) or not self.modules
+        return bool(self.outputs or self.inputs) or not (self.modules or self.parameters)
 
     def without_positions(self) -> Architecture:
         """Return the same architecture of which it is not known which channels remain."""
@@ -111,12 +122,15 @@ class Architecture:
         """
         modules = {name: {**first.modules.get(name, {}), **values} for name, values in self.modules.items()}
         masks = {name: _join_masks(first, self, name) for name in {**first.masks, **self.masks}}
+        sizes = {name: {**first.parameters.get(name, {}), **values} for name, values in self.parameters.items()}
         return Architecture(
             {**first.modules, **modules},
             {**first.edits, **self.edits},
             {**first.selections, **self.selections},
             tuple(dict.fromkeys((*first.removed, *self.removed))),
             masks,
+            {**first.parameters, **sizes},
+            first.exported or self.exported,
             _join_positions(first.outputs, self.outputs),
             _join_positions(first.inputs, self.inputs),
         )
@@ -125,6 +139,7 @@ class Architecture:
         """Write ``architecture.json``, and ``architecture.safetensors`` if it has tensors, into `folder`."""
         tables = {kind: getattr(self, kind) for kind in _TENSOR_FIELDS}
         content = {"format": _FORMAT, "modules": self.modules, "edits": self.edits, "removed": list(self.removed)}
+        content |= {kind: getattr(self, kind) for kind in _OPTIONAL if getattr(self, kind)}
         names = {kind: sorted(table) for kind, table in tables.items() if table or kind not in _POSITIONS}
         text = json.dumps(content | names, sort_keys=True, indent=1)
         (folder / "architecture.json").write_text(text + "\n", encoding="utf-8")
@@ -149,16 +164,18 @@ class Architecture:
                 raise UserError(f"{path}: not a file of the format {_FORMAT!r}")
             modules, edits = content["modules"], content["edits"]
             # These decide attributes of modules and calls of the graph, so their form is checked before use.
-            for table in (modules, edits):
+            parameters = content.get("parameters", {})
+            for table in (modules, edits, parameters):
                 if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
-                    raise ValueError("modules and edits must be tables")
+                    raise ValueError("modules, edits and parameters must be tables")
             names = {kind: content[kind] for kind in _TENSOR_FIELDS if kind in content or kind not in _POSITIONS}
             tensors = load_file(folder / "architecture.safetensors") if any(names.values()) else {}
             tables = {kind: {n: tensors[f"{kind}/{n}"] for n in names[kind]} for kind in names}
             removed = tuple(map(str, content["removed"]))
+            exported = tuple(map(int, content.get("exported", ())))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{path}: damaged or incomplete: {error!r}") from error
-        return cls(modules, edits, removed=removed, **tables)
+        return cls(modules, edits, removed=removed, parameters=parameters, exported=exported, **tables)
 
     def check_fits(self, model: nn.Module) -> None:
         """Check that this is an architecture of a network, given at full width.
@@ -180,10 +197,20 @@ class Architecture:
                 full = getattr(modules.get(name), attribute, None)
                 if attribute not in _ATTRIBUTES or full is None:
                     raise UserError(f"{network}: has no {name}.{attribute}, which the architecture changes")
-                if attribute != "padding" and not (isinstance(value, int) and 1 <= value <= full):
+                if attribute not in _SHAPES and not (isinstance(value, int) and 1 <= value <= full):
                     raise UserError(f"{name}.{attribute}={value}: must be between 1 and {full}, its full width")
+        tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        for name, sizes in self.parameters.items():
+            shape = tensors[name].shape if name in tensors else ()
+            for dim, size in sizes.items():
+                full = shape[int(dim)] if dim.isdigit() and int(dim) < len(shape) else 0
+                if not (isinstance(size, int) and 1 <= size <= full):
+                    raise UserError(
+                        f"{name}: dimension {dim} of size {size}: must be between 1 and {full}, its full size"
+                    )
         for name, positions in [*self.outputs.items(), *self.inputs.items()]:
-            self._check_positions(name, positions, modules)
+            if "/" not in name:
+                self._check_positions(name, positions, modules)
         unknown = [name for name in (*self.selections, *self.removed) if name not in modules]
         unknown += [name for name in self.masks if name not in dict(model.named_parameters())]
         if unknown:

@@ -11,7 +11,14 @@ from torch.nn.modules.conv import _ConvNd
 from rethink_prune.copying import copy_network
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
-from rethink_prune.surgery.graph import operation_name, overwrites_operand, run_graph, trace, why_uneditable
+from rethink_prune.surgery.graph import (
+    keep_constants,
+    operation_name,
+    overwrites_operand,
+    run_graph,
+    trace,
+    why_uneditable,
+)
 
 
 def remove_branches(model: nn.Module, ends: Sequence[str]) -> nn.Module:
@@ -77,7 +84,7 @@ def remove_branches(model: nn.Module, ends: Sequence[str]) -> nn.Module:
         for node in _erase_unread(graph, unread_before, modules):
             problem = f"its branch cannot be removed, because it overwrites {node.name}, which others read"
             raise UserError(f"{network}: {end}: {problem}")
-    result = run_graph(model, graph, shapes)
+    result = run_graph(keep_constants(model, shapes, graph), graph)
     for name in sorted(used_before - _used_names(graph), reverse=True):  # what a module holds before the module
         owner, _, attribute = name.rpartition(".")
         if hasattr(result.get_submodule(owner), attribute):  # not so for constants that only the tracer knows

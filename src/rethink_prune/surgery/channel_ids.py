@@ -16,6 +16,21 @@ from torch import fx, nn
 Ids = npt.NDArray[np.int64]
 
 
+# The mark of a node that stands in the graph of training mode, where that is another than the one of evaluation mode.
+TRAINING = "training/"
+
+
+def count_from_end(dim: int, ndim: int) -> int:
+    """Return a dimension as broadcasting counts it.
+
+    Examples
+    --------
+    >>> count_from_end(1, 4), count_from_end(-1, 4)
+    (-3, -1)
+    """
+    return dim - ndim if dim >= 0 else dim
+
+
 class NoRule(Exception):
     """Raised by a rule that cannot say where channels go; the message, if any, says what is in the way."""
 
@@ -32,11 +47,14 @@ class ChannelStream:
         The channel dimension, counted from the end (negative), as broadcasting counts.
     zero : bool
         Whether a channel is zero here when all that makes it is masked. False after a sigmoid, for example.
+    own : bool
+        Whether it is computed from parameters that no layer owns, and nothing else.
     """
 
     ids: Ids
     axis: int
     zero: bool = True
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,9 +64,24 @@ class ChannelCount:
     ids: Ids
 
 
+@dataclass(frozen=True)
+class OwnTensor:
+    """A parameter that the network reads by itself, outside of any layer: a class token, a table of biases, a scale.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the state dict.
+    shape : tuple of int
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+
 # What travels along an edge of the graph. None is what no channel can be removed from: the input image, a
 # parameter, a number, or the result of an operation without a rule.
-Flow = Union[ChannelStream, ChannelCount, Sequence["Flow"], None]  # noqa: UP007  (a string cannot be an operand of |)
+Flow = Union[ChannelStream, ChannelCount, OwnTensor, Sequence["Flow"], None]  # noqa: UP007  (a string cannot be an operand of |)
 
 
 @dataclass(frozen=True)
@@ -124,7 +157,7 @@ class Constant:
     ----------
     node : str
         Name of the graph node.
-    kind : {"slice", "narrow", "split", "pad", "size"}
+    kind : {"slice", "narrow", "split", "pad", "size", "scale"}
         How the numbers are written; see `cut`.
     position : int
         Where in the argument they stand.
@@ -142,6 +175,30 @@ class Constant:
     stream: Ids
     pieces: tuple[Ids, ...]
     unedited: Counts
+
+
+@dataclass(frozen=True)
+class ChannelSplit:
+    """Channels that a view lays along several dimensions, as attention does with its heads.
+
+    The view stays a view only if the same goes from each row: what lies along the other dimensions goes together.
+
+    Attributes
+    ----------
+    place : str
+        Where it stands; see `ChannelIds.place`.
+    ids : ndarray
+        One id for each position along the dimension that may become shorter.
+    all : ndarray
+        All ids, of any shape.
+    choices : int
+        How many dimensions could be the one.
+    """
+
+    place: str
+    ids: Ids
+    all: Ids
+    choices: int
 
 
 @dataclass(frozen=True)
@@ -163,8 +220,16 @@ class ChannelIds:
         All modules of the network, at full width.
     input_shape : tuple of int
         The shape the network is analysed with, batch dimension included.
+    parameters : mapping of str to str
+        From every name of each parameter to its first one.
     uneditable : str
         Why constants in the graph may not be rewritten; empty if they may.
+    attention : {"heads", "widths"}
+        Whether whole heads may go, or the same number of dimensions in all heads.
+    approximate : bool
+        Whether channels may go that a layer norm normalises together.
+    choices : mapping of str to int
+        Which dimension of a `ChannelSplit` may become shorter, by its place; the first of its candidates otherwise.
     count : int
         How many ids there are: 0, 1, ... ``count - 1``.
     outputs, inputs : dict of str to ndarray
@@ -180,8 +245,18 @@ class ChannelIds:
         Ids that must stay, and why.
     coupled : list of ndarray
         Ids that an addition or a padding ties.
+    tensors : dict of str to dict of int to ndarray
+        Ids along the dimensions of parameters that no layer owns.
+    splits : list of ChannelSplit
+        Views that lay channels along several dimensions.
+    confirmed : list of ndarray
+        Ids that attention reads head by head, so that a split is what it looks like.
+    statistics : list of str
+        Where a normalisation computes other statistics once channels go; only if `approximate`.
     constants : list of Constant
         Numbers in the graph that count channels.
+    training : bool
+        Whether a graph of training mode is being followed, which differs from that of evaluation mode.
     paddings : dict of str to (int, pair of ndarray)
         Modules that add channels, by name: where in the padding their numbers start, the ids before and after a stream.
     selected : dict of str to list of int
@@ -196,7 +271,12 @@ class ChannelIds:
 
     modules: Mapping[str, nn.Module]
     input_shape: tuple[int, ...]
+    parameters: Mapping[str, str] = field(default_factory=dict)
     uneditable: str = ""
+    attention: str = "heads"
+    approximate: bool = False
+    choices: Mapping[str, int] = field(default_factory=dict)
+    training: bool = False
     count: int = 0
     outputs: dict[str, Ids] = field(default_factory=dict)
     inputs: dict[str, Ids] = field(default_factory=dict)
@@ -205,6 +285,10 @@ class ChannelIds:
     tied: list[tuple[Ids, Ids]] = field(default_factory=list)
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
     coupled: list[Ids] = field(default_factory=list)
+    tensors: dict[str, dict[int, Ids]] = field(default_factory=dict)
+    splits: list[ChannelSplit] = field(default_factory=list)
+    confirmed: list[Ids] = field(default_factory=list)
+    statistics: list[str] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
     paddings: dict[str, tuple[int, tuple[Ids, Ids]]] = field(default_factory=dict)
     selected: dict[str, list[int]] = field(default_factory=dict)
@@ -234,6 +318,38 @@ class ChannelIds:
             self.freeze(flow.ids, f"{call.label}: {reason}")
         self.warnings.append(f"{call.label}: {reason}; the channels it reads stay whole")
 
+    def place(self, call: Call) -> str:
+        """Return where a call stands: the node's name, marked if only training mode runs this graph."""
+        return TRAINING + call.node.name if self.training else call.node.name
+
+    def is_split(self, stream: ChannelStream) -> bool:
+        """Tell whether a view laid these channels along several dimensions, as heads are."""
+        return any(np.isin(split.ids, stream.ids).any() for split in self.splits)
+
+    def along(self, tensor: OwnTensor, axis: int) -> ChannelStream | None:
+        """Return the channels of a parameter along one dimension, counted from the end; None if it has none there."""
+        dim = len(tensor.shape) + axis
+        if dim < 0 or tensor.shape[dim] == 1:
+            return None
+        known = self.tensors.setdefault(tensor.name, {})
+        if dim not in known:
+            known[dim] = self.fresh(tensor.shape[dim])
+        return ChannelStream(known[dim], axis, own=True)
+
+    def call_layer(self, name: str, inputs: Ids, outputs: int) -> Ids:
+        """Return the ids of a layer's outputs, and record what it reads; layers may run several times."""
+        if name in self.outputs:
+            self.tied.append((self.inputs[name], inputs))
+        else:
+            self.inputs[name], self.outputs[name] = inputs, self.fresh(outputs)
+        return self.outputs[name]
+
+    def as_stream(self, flow: Any, axis: int) -> ChannelStream | None:
+        """Return a flow as a stream along a dimension, counted from the end; None if no channels run there."""
+        if isinstance(flow, OwnTensor):
+            return self.along(flow, axis)
+        return flow if isinstance(flow, ChannelStream) and flow.axis == axis else None
+
     def need_zero(self, stream: ChannelStream, call: Call) -> None:
         """Freeze the channels of `stream` if masking does not make them zero, so `call` would miss them."""
         if not stream.zero:
@@ -244,7 +360,7 @@ class ChannelIds:
         stream = call.subject.ids
         # An edited constant stands in a traced graph, which then is all that the network runs, in both modes.
         if not self.uneditable:
-            self.constants.append(Constant(call.label, kind, position, stream, pieces, unedited))
+            self.constants.append(Constant(self.place(call), kind, position, stream, pieces, unedited))
             return
         for ids in (stream, *pieces):
             self.freeze(ids, f"{call.label}: counts channels, and {self.uneditable}")

@@ -23,14 +23,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.surgery.architecture import SELECTED, selecting_module, selects
-from rethink_prune.surgery.channel_ids import ChannelIds, FollowedNode, Ids
+from rethink_prune.surgery.channel_ids import ChannelIds, ChannelSplit, FollowedNode, Ids
+from rethink_prune.surgery.exported import Graphs, trace_modes
 from rethink_prune.surgery.follow import follow_channels, tie_shared_parameters
-from rethink_prune.surgery.graph import draws_numbers, have_same_calls, trace, why_uneditable
+from rethink_prune.surgery.graph import draws_numbers, trace, why_uneditable
 
-Kind = Literal["conv", "linear", "selection"]
+Kind = Literal["conv", "linear", "heads", "selection"]
+Attention = Literal["heads", "widths"]
 Positions = tuple[int, ...]
 # How often a forward pass is traced that draws random numbers.
 _DRAWN_TRACES = 16
+# Kinds of constants that say what there was before the cut.
+_REMEMBERED = ("infer", "scale")
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class ChannelGroup:
     name : str
         Name of the first layer in order of execution, followed by ``#2``, ``#3``, ... for further groups that
         start with the same layer, such as the second half of an output that is split in two.
-    kind : {"conv", "linear", "selection"}
-        What the first layer is.
+    kind : {"conv", "linear", "heads", "selection"}
+        What the first layer is; "heads" where attention reads the channels head by head, be they heads or widths.
     layers : tuple of str
         The convolutions and linear layers whose output channels it covers, each unit some of all; or the one
         selection, named ``<module>.selected``.
@@ -90,15 +94,21 @@ class CutPlan:
         The attributes to set: ``out_channels``, ``in_channels``, ``groups``, ``num_features``, ...
     edits : mapping of str to mapping
         New numbers for constants in the graph that count channels, by node name; see `cut`.
+    parameters : mapping of str to mapping of int to tuple of int
+        Kept positions along the dimensions of parameters that no layer owns.
+    graphs : Graphs
+        What the network runs.
     """
 
     input_shape: tuple[int, ...]
     operations: dict[str, tuple[str, tuple[int, ...]]] = field(repr=False)
+    graphs: Graphs = field(repr=False)
     outputs: dict[str, Positions] = field(default_factory=dict)
     inputs: dict[str, Positions] = field(default_factory=dict)
     selections: dict[str, Positions] = field(default_factory=dict)
     attributes: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     edits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    parameters: dict[str, dict[int, Positions]] = field(default_factory=lambda: defaultdict(dict))
 
 
 class Channels:
@@ -112,8 +122,8 @@ class Channels:
         Operations that are not known, and other reasons why the analysis left more whole than it might.
     """
 
-    def __init__(self, ids: ChannelIds) -> None:
-        self._ids = ids
+    def __init__(self, ids: ChannelIds, graphs: Graphs) -> None:
+        self._ids, self._graphs = ids, graphs
         # From ids to units: ids that go together get the same number. The rules only collect pairs; SciPy finds the
         # connected components of all of them at once.
         self._unit_of = _components(ids.count, [*ids.united, *ids.tied])
@@ -189,6 +199,11 @@ class Channels:
         names = [name for name in self._ids.inputs if any(name in places for places in read)]
         return {n: tuple(places.get(n, ()) for places in read) for n in names if n not in group.layers}
 
+    def can_go(self, split: ChannelSplit) -> bool:
+        """Tell whether channels that a view lays along several dimensions reach attention, and can go."""
+        confirmed = np.concatenate([np.empty(0, dtype=np.int64), *self._ids.confirmed])
+        return bool(np.isin(split.ids, confirmed).any() and self._free[self._unit_of[split.ids]].any())
+
     def plan(self, drop: Mapping[str, Iterable[int]]) -> CutPlan:
         """Return what each module keeps if units are dropped.
 
@@ -221,7 +236,7 @@ class Channels:
             if len(chosen) == group.size:
                 raise UserError(f"{name}: would lose all of its {group.size} channels; keep at least 1")
             keep[[units[index] for index in chosen]] = False
-        return _plan_cut(keep[self._unit_of], self._ids)
+        return _plan_cut(keep[self._unit_of], self._ids, self._graphs)
 
     @cached_property
     def _inputs_of(self) -> dict[int, dict[str, Positions]]:
@@ -236,6 +251,7 @@ class Channels:
         # layer or decides a shape. (The streams of a ResNet with padded shortcuts: 16, 16 more and 32 more channels;
         # the halves of an output that is split between two branches.)
         reached = self._reached()
+        heads = {unit for split in self._ids.splits for unit in self._unit_of[split.ids].tolist()}
         members: defaultdict[tuple[bool, tuple[str, ...], frozenset[tuple[int, int]]], list[int]] = defaultdict(list)
         for unit, places in layers_of.items():
             members[unit in self._coupled, tuple(places), frozenset(reached[unit].items())].append(unit)
@@ -245,6 +261,7 @@ class Channels:
             name = f"{layers[0]}#{same + 1}" if same else layers[0]
             linear = isinstance(self._ids.modules.get(layers[0]), nn.Linear)
             kind: Kind = "selection" if selecting_module(layers[0]) else "linear" if linear else "conv"
+            kind = "heads" if heads.intersection(units) else kind
             passed = dict.fromkeys(norm for unit in units for norm in norms_of.get(unit, ()))
             norms = {norm: tuple(norms_of.get(unit, {}).get(norm, ()) for unit in units) for norm in passed}
             group = ChannelGroup(name, kind, layers, tuple(layers_of[unit] for unit in units), norms)
@@ -258,6 +275,7 @@ class Channels:
             *(values for table in (ids.outputs, ids.inputs, ids.features) for values in table.values()),
             *(side for _, sides in ids.paddings.values() for side in sides),
             *(piece for constant in ids.constants for piece in (constant.stream, *constant.pieces)),
+            *(values for table in ids.tensors.values() for values in table.values()),
             *(node.stream.ids for node in ids.nodes.values() if node.stream is not None),
         ]
         reached: defaultdict[int, Counter[int]] = defaultdict(Counter)
@@ -277,19 +295,32 @@ class Channels:
         return places
 
 
-def analyse(model: nn.Module, example: torch.Tensor, *, selecting: Literal["norm", "conv"] | None = None) -> Channels:
+def analyse(
+    model: nn.Module,
+    example: torch.Tensor,
+    *,
+    selecting: Literal["norm", "conv"] | None = None,
+    attention: Attention = "heads",
+    approximate: bool = False,
+) -> Channels:
     """Find out which channels of a network can be pruned.
 
     Parameters
     ----------
     model : nn.Module
-        Any module that ``torch.fx`` can trace. Stays as it is: mode, buffers and random state included.
+        Any module that ``torch.fx`` or ``torch.export`` can follow. Stays as it is: mode, buffers and random state
+        included.
     example : torch.Tensor
         A batch of inputs; only its shape is used.
     selecting : {"norm", "conv"}, optional
         Let the batch norms, or the convolutions that start a residual branch, which read a stream with other
         readers (of a sum or concatenation, say) select channels of it: these are groups of their own, and the
         stream stays whole.
+    attention : {"heads", "widths"}
+        What can go of attention: whole heads, or the same dimensions of queries and keys, or of values, in all heads.
+    approximate : bool
+        Let channels go that a layer norm normalises together. The other channels' statistics change, so the result is
+        not what the network computes with these channels set to zero.
 
     Returns
     -------
@@ -309,24 +340,48 @@ def analyse(model: nn.Module, example: torch.Tensor, *, selecting: Literal["norm
     >>> channels.frozen
     {'3': 'network output'}
     """
-    # The tracer puts constants into what it traces, so each trace has a copy.
-    network, training_network = on_meta(model).eval(), on_meta(model).eval()
-    ids = ChannelIds(dict(network.named_modules()), tuple(example.shape))
-    graph = trace(network)
-    try:
-        training_graph = trace(training_network, training=True)
-    except UserError as error:
-        training_graph = None
-        ids.warnings.append(f"only evaluation mode was followed; in training mode, {error}")
-    same = training_graph is not None and have_same_calls(graph, training_graph)
-    ids.uneditable = why_uneditable(graph, training_graph)
+    graphs = trace_modes(model, tuple(example.shape))
+    choices: dict[str, int] = {}
+    while True:
+        ids = _follow_modes(model, graphs, tuple(example.shape), selecting, attention, approximate, choices)
+        channels = Channels(ids, graphs)
+        # Where a view lays channels along several dimensions, what follows tells which of them are the heads.
+        refuted = [split for split in ids.splits if not channels.can_go(split)]
+        others = [s.place for s in refuted if choices.get(s.place, 0) + 1 < s.choices]
+        if not others:
+            break
+        choices |= {place: choices.get(place, 0) + 1 for place in others}
+    for split in refuted:
+        ids.freeze(split.all, f"{split.place}: lays channels along several dimensions, for no attention that is known")
+    return Channels(ids, graphs) if refuted else channels
+
+
+def _follow_modes(
+    model: nn.Module,
+    graphs: Graphs,
+    input_shape: tuple[int, ...],
+    selecting: str | None,
+    attention: Attention,
+    approximate: bool,
+    choices: Mapping[str, int],
+) -> ChannelIds:
+    """Return what the rules find out in both modes; see `analyse`, and `ChannelIds` for the choices."""
+    network = graphs.network
+    known: dict[int, str] = {}
+    names = {name: known.setdefault(id(p), name) for name, p in network.named_parameters(remove_duplicate=False)}
+    ids = ChannelIds(dict(network.named_modules()), input_shape, names)
+    ids.attention, ids.approximate, ids.choices = attention, approximate, choices
+    ids.warnings += graphs.warnings
+    ids.uneditable = why_uneditable(graphs.evaluation, graphs.training, alike=False)
     # The rules try activations on zeros, and some of these draw random numbers.
     with torch.random.fork_rng(devices=[]):
-        ids.nodes = follow_channels(graph, network, ids, selecting)
-        if training_graph is not None and not same:
+        ids.nodes = follow_channels(graphs.evaluation, network.eval(), ids, selecting)
+        if graphs.training is not None and graphs.differ:
             # What only training mode runs, such as an auxiliary head, reads the same layers and is cut with them.
-            follow_channels(training_graph, training_network.eval(), ids, selecting)
-        for mode, first in ((False, graph), (True, training_graph)):
+            ids.training = True
+            follow_channels(graphs.training, graphs.training_network.eval(), ids, selecting)
+            ids.training = False
+        for mode, first in ((False, graphs.evaluation), (True, graphs.training)):
             # Which operations run may depend on the draws: a block that is skipped at random, say.
             for seed in range(1, _DRAWN_TRACES) if first is not None and draws_numbers(first) else ():
                 drawn_network = on_meta(model)
@@ -336,10 +391,10 @@ def analyse(model: nn.Module, example: torch.Tensor, *, selecting: Literal["norm
     for name, module in model.named_modules():
         if selects(module) and not module.get_buffer(SELECTED).is_meta:
             ids.selected[name] = module.get_buffer(SELECTED).tolist()
-    return Channels(ids)
+    return ids
 
 
-def _plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds) -> CutPlan:
+def _plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds, graphs: Graphs) -> CutPlan:
     """Return what each module keeps.
 
     Parameters
@@ -355,8 +410,12 @@ def _plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds) -> CutPlan:
         If a module would be left without channels.
     """
     operations = {name: (node.call, _shape_after(node, keep)) for name, node in ids.nodes.items()}
-    plan = CutPlan(ids.input_shape, operations)
+    plan = CutPlan(ids.input_shape, operations, graphs)
+    # The projections of nn.MultiheadAttention are parameters of it, which are cut by their own names below.
+    joint = {name for name, module in ids.modules.items() if isinstance(module, nn.MultiheadAttention)}
     for name, kept in _find_cut(ids.outputs, keep):
+        if name in joint:
+            continue
         module = selecting_module(name)
         if module is None:
             plan.outputs[name] = kept
@@ -367,6 +426,8 @@ def _plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds) -> CutPlan:
             before = ids.selected.get(module)
             plan.selections[module] = kept if before is None else tuple(before[position] for position in kept)
     for name, kept in _find_cut(ids.inputs, keep):
+        if name in joint:
+            continue
         layer = ids.modules[name]
         plan.attributes[name]["in_features" if isinstance(layer, nn.Linear) else "in_channels"] = len(kept)
         groups = getattr(layer, "groups", 1)
@@ -377,8 +438,15 @@ def _plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds) -> CutPlan:
     # A batch norm's channels, or the slopes of a PReLU with one for each channel.
     for name, kept in _find_cut(ids.features, keep):
         plan.outputs[name] = kept
-        norm = isinstance(ids.modules[name], _BatchNorm)
-        plan.attributes[name]["num_features" if norm else "num_parameters"] = len(kept)
+        if isinstance(ids.modules[name], nn.LayerNorm):
+            plan.attributes[name]["normalized_shape"] = [len(kept)]
+        else:
+            norm = isinstance(ids.modules[name], _BatchNorm)
+            plan.attributes[name]["num_features" if norm else "num_parameters"] = len(kept)
+    for name, table in ids.tensors.items():
+        for dim, values in table.items():
+            for _, kept in _find_cut({name: values}, keep):
+                plan.parameters[name][dim] = kept
     for name, (position, added) in ids.paddings.items():
         full: Any = ids.modules[name].padding
         counts = [int(keep[side].sum()) for side in added]
@@ -386,6 +454,11 @@ def _plan_cut(keep: npt.NDArray[np.bool_], ids: ChannelIds) -> CutPlan:
             plan.attributes[name]["padding"] = [*full[:position], *counts, *full[position + 2 :]]
     for constant in ids.constants:
         counts = [int(keep[piece].sum()) for piece in constant.pieces]
+        if constant.kind in _REMEMBERED:
+            counts = [] if counts == [len(piece) for piece in constant.pieces] else [len(p) for p in constant.pieces]
+            if counts:
+                plan.edits[constant.node] = {"kind": constant.kind, "position": constant.position, "counts": counts}
+            continue
         # An operation such as x[:, 4:] or chunk arrives at other counts by itself.
         if counts != list(constant.unedited(int(keep[constant.stream].sum()))):
             plan.edits[constant.node] = {"kind": constant.kind, "position": constant.position, "counts": counts}

@@ -6,6 +6,7 @@ with a list of widths.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from rethink_prune.surgery.architecture import (
     selects,
 )
 from rethink_prune.surgery.branches import remove_branches
+from rethink_prune.surgery.channel_ids import TRAINING
 from rethink_prune.surgery.channels import CutPlan
-from rethink_prune.surgery.graph import describe_call, infer_values, run_graph, trace
+from rethink_prune.surgery.exported import Graphs, trace_modes
+from rethink_prune.surgery.graph import describe_call, infer_values, keep_constants, operation_name, run_graph, trace
 
 _Kept = Mapping[str, Iterable[int]]
 
@@ -68,13 +71,28 @@ def apply(model: nn.Module, plan: CutPlan) -> tuple[nn.Module, Architecture]:
     outputs, inputs = (
         {name: torch.tensor(kept) for name, kept in table.items()} for table in (plan.outputs, plan.inputs)
     )
-    architecture = Architecture(dict(plan.attributes), plan.edits, selections, outputs=outputs, inputs=inputs)
+    sizes = {name: {str(dim): len(kept) for dim, kept in dims.items()} for name, dims in plan.parameters.items()}
+    outputs |= {
+        f"{name}/{dim}": torch.tensor(kept) for name, dims in plan.parameters.items() for dim, kept in dims.items()
+    }
+    exported = plan.input_shape if plan.graphs.exported and plan.attributes else ()
+    architecture = Architecture(
+        dict(plan.attributes),
+        plan.edits,
+        selections,
+        parameters=sizes,
+        exported=exported,
+        outputs=outputs,
+        inputs=inputs,
+    )
     pruned = _cut(model, plan.outputs, plan.inputs, architecture)
-    shapes = on_meta(pruned).eval()
-    graph = _edit_graph(shapes, plan.edits)
-    # A forward pass may compute with a width (x * self.conv.out_channels), which no trace of the full network shows.
-    _check_operations(graph, shapes, plan, model)
-    return run_graph(pruned, graph, shapes) if plan.edits else pruned, architecture
+    # A forward pass may compute with a width (x * self.conv.out_channels), which only a trace of the pruned network
+    # shows; an exported graph has the width of the full one, which is right.
+    graphs = plan.graphs if exported else trace_modes(pruned, plan.input_shape, exported=False)
+    graphs = _edit_graphs(graphs, plan.edits)
+    shapes = keep_constants(on_meta(pruned), graphs.network, graphs.evaluation) if exported else graphs.network
+    _check_operations(graphs.evaluation, shapes.eval(), plan, model)
+    return _run_graphs(pruned, graphs) if plan.edits or exported else pruned, architecture
 
 
 def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
@@ -115,13 +133,17 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
     inputs: _Kept = {name: range(value) for name, key, value in widths if key in INPUT_WIDTHS and name not in grouped}
     if architecture.outputs or architecture.inputs:
         outputs, inputs = (
-            {name: kept.tolist() for name, kept in table.items()}
+            {name: kept.tolist() for name, kept in table.items() if "/" not in name}
             for table in (architecture.outputs, architecture.inputs)
         )
     reshaped = _cut(model, outputs, inputs, architecture)
-    if architecture.edits:
-        shapes = on_meta(reshaped).eval()
-        reshaped = run_graph(reshaped, _edit_graph(shapes, architecture.edits), shapes)
+    if architecture.exported:
+        # The code of the pruned network cannot be followed: it computes with the widths of the full one.
+        full = trace_modes(model, architecture.exported, exported=True)
+        reshaped = _run_graphs(reshaped, _edit_graphs(full, architecture.edits))
+    elif architecture.edits:
+        traced = trace_modes(reshaped, (), exported=False)
+        reshaped = _run_graphs(reshaped, _edit_graphs(traced, architecture.edits))
     return remove_branches(reshaped, architecture.removed) if architecture.removed else reshaped
 
 
@@ -130,24 +152,24 @@ def _cut(model: nn.Module, outputs: _Kept, inputs: _Kept, architecture: Architec
     # The copy takes from `memo` what is already copied. With the cut tensors there, the full ones are never
     # copied, and a tensor with two owners stays one tensor.
     memo: dict[int, Any] = {}
+    named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    for name, sizes in architecture.parameters.items():
+        kept_along = {
+            int(dim): architecture.outputs.get(f"{name}/{dim}", torch.arange(size)) for dim, size in sizes.items()
+        }
+        memo[id(named[name])] = _cut_tensor(named[name], kept_along)
     for name in outputs.keys() | inputs.keys():
         module = model.get_submodule(name)
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             # A batch norm's step count; what is set below.
             if tensor.ndim == 0 or (key == SELECTED and selects(module)):
                 continue
-            cut = tensor.detach()
-            for dim, kept in enumerate((outputs.get(name), inputs.get(name) if key == "weight" else None)):
-                if kept is not None:
-                    cut = cut.index_select(dim, torch.tensor(list(kept), device=tensor.device))
-            # index_select returns a contiguous tensor; channels_last would be lost.
-            if tensor.ndim == 4 and not tensor.is_contiguous():
-                cut = cut.contiguous(memory_format=torch.channels_last)
-            # A parameter cannot change its shape in place, so these are new: an optimiser built before the cut
-            # would go on with the old ones.
-            if isinstance(tensor, nn.Parameter):
-                cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
-            memo[id(tensor)] = cut
+            kept_along = {
+                dim: torch.tensor(list(kept))
+                for dim, kept in enumerate((outputs.get(name), inputs.get(name) if key == "weight" else None))
+                if kept is not None
+            }
+            memo[id(tensor)] = _cut_tensor(tensor, kept_along)
     result = copy_network(model, memo)
     for name, values in architecture.modules.items():
         for attribute, value in values.items():
@@ -160,22 +182,58 @@ def _cut(model: nn.Module, outputs: _Kept, inputs: _Kept, architecture: Architec
     return result
 
 
-def _edit_graph(shapes: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> fx.Graph:
-    """Return the trace of a network with constants rewritten.
+def _cut_tensor(tensor: torch.Tensor, kept_along: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """Return these positions along some dimensions of a tensor; a parameter if it is one."""
+    cut = tensor.detach()
+    for dim, kept in kept_along.items():
+        cut = cut.index_select(dim, kept.to(tensor.device))
+    # index_select returns a contiguous tensor; channels_last would be lost.
+    if tensor.ndim == 4 and not tensor.is_contiguous():
+        cut = cut.contiguous(memory_format=torch.channels_last)
+    # A parameter cannot change its shape in place, so these are new: an optimiser built before the cut
+    # would go on with the old ones.
+    return nn.Parameter(cut, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
+
+
+def _run_graphs(model: nn.Module, graphs: Graphs) -> nn.Module:
+    """Return `model` with edited graphs as its forward pass; changed in place."""
+    model = keep_constants(model, graphs.network, graphs.evaluation)
+    if not graphs.differ or graphs.training is None:
+        return run_graph(model, graphs.evaluation)
+    return run_graph(
+        keep_constants(model, graphs.training_network, graphs.training), graphs.evaluation, graphs.training
+    )
+
+
+def _edit_graphs(graphs: Graphs, edits: Mapping[str, Mapping[str, Any]]) -> Graphs:
+    """Return copies of a network's graphs with constants rewritten; see `_edit_graph`."""
+    name, training = type(graphs.network).__name__, graphs.training
+    marked = {key.removeprefix(TRAINING): edit for key, edit in edits.items() if key.startswith(TRAINING)}
+    evaluated = {key: edit for key, edit in edits.items() if not key.startswith(TRAINING)}
+    if training is not None and graphs.differ:
+        training = _edit_graph(training, marked, name)
+    return replace(graphs, evaluation=_edit_graph(graphs.evaluation, evaluated, name), training=training)
+
+
+def _edit_graph(full: fx.Graph, edits: Mapping[str, Mapping[str, Any]], network: str) -> fx.Graph:
+    """Return a copy of a graph with constants rewritten.
 
     Parameters
     ----------
-    shapes : nn.Module
-        A copy `cost.on_meta`, in evaluation mode.
+    full : fx.Graph
     edits : mapping of str to mapping
         For a graph node's name:
 
-        ``kind`` : {"slice", "narrow", "split", "pad", "size"}
-            The operation: an index with a slice, ``narrow``, ``split`` or ``chunk``, ``pad``, ``view`` and its like.
+        ``kind`` : {"slice", "narrow", "split", "pad", "size", "infer", "scale", "normalized"}
+            The operation: an index with a slice, ``narrow``, ``split`` or ``chunk``, ``pad``, ``view`` and its like, a
+            view with a size that the network computes, attention, ``layer_norm``.
         ``position`` : int
             Where the numbers stand in the index, padding or size.
         ``counts`` : list of int
-            Channels before and inside the slice; of each part; before and after a padded stream; of the result.
+            Channels before and inside the slice; of each part; before and after a padded stream; of the result. The
+            width of unpruned heads, for attention.
+    network : str
+        Its name, for messages.
 
     Raises
     ------
@@ -187,15 +245,17 @@ def _edit_graph(shapes: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> fx
     >>> class Halves(nn.Module):
     ...     def forward(self, x):
     ...         return x.narrow(1, 0, 4)
-    >>> graph = _edit_graph(Halves(), {"narrow": {"kind": "narrow", "position": 0, "counts": [0, 3]}})
+    >>> edits = {"narrow": {"kind": "narrow", "position": 0, "counts": [0, 3]}}
+    >>> graph = _edit_graph(trace(Halves()), edits, "Halves")
     >>> [node.args for node in graph.nodes if node.name == "narrow"]
     [(x, 1, 0, 3)]
     """
-    graph = trace(shapes)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(full, {}))
     nodes = {node.name: node for node in graph.nodes}
     for name, edit in edits.items():
         if name not in nodes:
-            raise UserError(f"{type(shapes).__name__}: its graph has no {name}, which the architecture changes")
+            raise UserError(f"{network}: its graph has no {name}, which the architecture changes")
         _write_counts(nodes[name], edit["kind"], edit["position"], list(edit["counts"]))
     return graph
 
@@ -220,11 +280,18 @@ def _write_counts(node: fx.Node, kind: str, position: int, counts: list[int]) ->
             padding: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
             arguments = ([*padding[:position], *counts, *padding[position + 2 :]], *node.args[2:])
             options = {name: value for name, value in node.kwargs.items() if name != "pad"}
-        case "size":
-            # view(2, -1), view((2, -1)), reshape(x, shape=(2, -1))
-            sizes: Any = node.args[1:] or tuple(node.kwargs.values())
+        case "size" | "infer":
+            # view(2, -1), view((2, -1)), reshape(x, shape=(2, -1)), unflatten(x, 1, (2, -1))
+            leading = node.args[1:2] if operation_name(node) == "unflatten" else ()
+            sizes: Any = node.args[1 + len(leading) :] or tuple(node.kwargs.values())
             sizes = sizes[0] if isinstance(sizes[0], tuple | list) else sizes
-            arguments = ((*sizes[:position], counts[0], *sizes[position + 1 :]),)
+            size = counts[0] if kind == "size" else -1
+            arguments = (*leading, (*sizes[:position], size, *sizes[position + 1 :]))
+        case "scale":
+            # The default would be that of the width that is left.
+            arguments, options = node.args[1:], {**node.kwargs, "scale": counts[0] ** -0.5}
+        case "normalized":
+            arguments, options = (counts, *node.args[2:]), dict(node.kwargs)
         case _:
             raise UserError(f"{node.name}: unknown kind of edit {kind!r}")
     node.args, node.kwargs = (node.args[0], *arguments), options
@@ -252,7 +319,8 @@ def _check_operations(graph: fx.Graph, shapes: nn.Module, plan: CutPlan, model: 
     seen = {node.name: (node, value) for node, value in values.items() if isinstance(value, torch.Tensor)}
     network = type(shapes).__name__
     calls = {name: call for name, (call, _) in plan.operations.items()}
-    if any(describe_call(seen[name][0]) != call for name, call in calls.items() if name in seen):
+    unedited = {name: call for name, call in calls.items() if name in seen and name not in plan.edits}
+    if not plan.graphs.exported and any(describe_call(seen[name][0]) != call for name, call in unedited.items()):
         # A network that counts its forward passes may compute with another number by now.
         calls |= {node.name: describe_call(node) for node in trace(on_meta(model)).nodes}
     for name, (_, shape) in plan.operations.items():

@@ -16,19 +16,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rethink_prune.copying import uncopyable_attributes
-from rethink_prune.surgery import function_rules
+from rethink_prune.surgery import attention_rules, function_rules
 from rethink_prune.surgery.architecture import read_selected, selection_of, selects
-from rethink_prune.surgery.channel_ids import Call, ChannelIds, ChannelStream, Flow, FollowedNode, Ids, NoRule
+from rethink_prune.surgery.channel_ids import (
+    Call,
+    ChannelIds,
+    ChannelStream,
+    Flow,
+    FollowedNode,
+    Ids,
+    NoRule,
+    OwnTensor,
+)
 from rethink_prune.surgery.graph import called_module, describe_call, infer_values, operation_name
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _BATCH_NORM_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-_NOT_ELEMENTWISE = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU, nn.MultiheadAttention)
+# A parameter of these is no tensor that nobody owns.
+_OWNERS = (*_LAYERS, _BatchNorm, nn.GroupNorm, _InstanceNorm, nn.PReLU)
+_NOT_ELEMENTWISE = (nn.Softmax2d, nn.Softmin, nn.GLU, nn.MultiheadAttention)
 _RULES: dict[tuple[type[nn.Module], ...], function_rules.Rule] = {
     (nn.GroupNorm, nn.LayerNorm, _InstanceNorm): function_rules.follow_normalisation,
     (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.PReLU): function_rules.follow_unchanged,
     (nn.Flatten,): function_rules.follow_reshape,
+    (nn.Softmax, nn.LogSoftmax): attention_rules.follow_softmax,
 }
 # By the file of torch.nn.modules that defines the class.
 _FAMILY_RULES: dict[str, function_rules.Rule] = {
@@ -70,13 +82,15 @@ def follow_channels(
             if module is not None:
                 flow = _follow_module(ids, call, selecting)
             elif node.op == "get_attr":
-                ids.read_directly.add(str(node.target))
+                flow = _read_parameter(ids, node, call.result)
             elif node.op == "output":
                 # Classes, or features that another network reads: their number is not ours to change.
                 for stream in call.channel_flows():
                     ids.freeze(stream.ids, "network output")
-            elif call.channel_flows():
+            elif call.channel_flows() or name == "linear":
                 flow = function_rules.function_rule(node)(ids, call)
+            elif name in function_rules.RULES_BY_NAME:
+                flow = attention_rules.follow_own_tensor(ids, call, function_rules.RULES_BY_NAME[name])
             # A rule may not know every form of its operation; the shapes tell.
             if isinstance(flow, ChannelStream) and len(flow.ids) != call.result.shape[flow.axis]:
                 flow = None
@@ -87,14 +101,45 @@ def follow_channels(
             if isinstance(module, _LAYERS) and call.label not in ids.outputs:  # listed among those that stay whole
                 ids.outputs[call.label] = ids.fresh_frozen(module.weight.shape[0], reason)
         flows[node] = flow
-        if isinstance(call.result, torch.Tensor):
+        if isinstance(call.result, torch.Tensor) and node.op != "get_attr":
             followed = flow if isinstance(flow, ChannelStream) else None
             nodes[node.name] = FollowedNode(describe_call(node), tuple(call.result.shape), followed)
     return nodes
 
 
+def _read_parameter(ids: ChannelIds, node: fx.Node, value: Any) -> Flow:
+    """Let channels run along a parameter that no layer owns; a layer's, unless it stands for the layer, stays whole."""
+    name = str(node.target)
+    if _stands_for_layer(node):
+        return OwnTensor(name, tuple(value.shape))
+    owner = ids.modules.get(name.rpartition(".")[0])
+    if isinstance(owner, nn.Linear) and name.endswith(".bias"):  # it may reach the layer in a changed form
+        return OwnTensor(name, tuple(value.shape))
+    ids.read_directly.add(name)
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or isinstance(owner, _OWNERS):
+        return None
+    # Masks and the like are buffers of several dimensions.
+    known = ids.parameters.get(name, name if value.ndim == 1 else None)
+    return None if known is None else OwnTensor(known, tuple(value.shape))
+
+
+def _stands_for_layer(node: fx.Node) -> bool:
+    """Tell whether a parameter is read as weight or bias of a linear function only."""
+
+    def written(user: fx.Node) -> tuple[Any, ...]:
+        return (*user.args[1:3], user.kwargs.get("weight"), user.kwargs.get("bias"))
+
+    return all(
+        user.op == "call_function" and operation_name(user) == "linear" and node in written(user) for user in node.users
+    )
+
+
 def tie_shared_parameters(ids: ChannelIds) -> None:
     """Tie modules with a parameter in common; freeze modules whose parameter is read outside of them."""
+    for name, dims in ids.tensors.items():
+        layer, _, key = name.rpartition(".")
+        if key == "bias" and isinstance(ids.modules.get(layer), nn.Linear) and layer in ids.outputs:
+            ids.tied.append((dims[0], ids.outputs[layer]))
     owners: defaultdict[int, list[tuple[str, str, Any]]] = defaultdict(list)
     tables = (ids.outputs, ids.inputs, ids.features)
     for name, module in ids.modules.items():
@@ -163,16 +208,12 @@ def _follow_layer(ids: ChannelIds, call: Call, layer: Any) -> ChannelStream:
     inputs = _input_ids(ids, call, axis, groups * shape[1])
     if groups == 1 and call.channel_flows():  # with groups, the layer's own zero weights hide its input
         ids.need_zero(call.stream, call)
-    if name in ids.outputs:  # the layer runs a second time, with the same weights
-        ids.tied.append((ids.inputs[name], inputs))
-    else:
-        outputs = ids.fresh(shape[0])
-        ids.inputs[name], ids.outputs[name] = inputs, outputs
-        if groups > 1:
-            # Torch has no convolution with groups of different sizes, so a group goes as a whole.
-            members = np.hstack([inputs.reshape(groups, -1), outputs.reshape(groups, -1)])
-            ids.tied.append((np.broadcast_to(members[:, :1], members.shape).ravel(), members.ravel()))
-    return ChannelStream(ids.outputs[name], axis)
+    outputs = ids.call_layer(name, inputs, shape[0])
+    if groups > 1:
+        # Torch has no convolution with groups of different sizes, so a group goes as a whole.
+        members = np.hstack([inputs.reshape(groups, -1), outputs.reshape(groups, -1)])
+        ids.tied.append((np.broadcast_to(members[:, :1], members.shape).ravel(), members.ravel()))
+    return ChannelStream(outputs, axis)
 
 
 def _input_ids(ids: ChannelIds, call: Call, axis: int, count: int) -> Ids:

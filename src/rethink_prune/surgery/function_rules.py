@@ -14,19 +14,53 @@ import numpy as np
 import torch
 from torch import fx
 
-from rethink_prune.surgery.channel_ids import Call, ChannelCount, ChannelIds, ChannelStream, Counts, Flow, NoRule
+from rethink_prune.surgery import attention_rules
+from rethink_prune.surgery.channel_ids import (
+    Call,
+    ChannelCount,
+    ChannelIds,
+    ChannelSplit,
+    ChannelStream,
+    Counts,
+    Flow,
+    Ids,
+    NoRule,
+    OwnTensor,
+    count_from_end,
+)
 from rethink_prune.surgery.graph import operation_name, overwrites_operand
 
 Rule = Callable[[ChannelIds, Call], Flow]
-_TAKES_SIZES = ("view", "reshape")
+_TAKES_SHAPES = ("reshape_as", "view_as")
+_TAKES_SIZES = ("view", "reshape", "unflatten")
 
 
 def follow_normalisation(ids: ChannelIds, call: Call) -> Flow:
     """Leave whole what is normalised over several channels: without one, the statistics of the others change."""
+    stream = call.flow(0, "input")
+    shape = call.value(1, "normalized_shape") if call.module is None else getattr(call.module, "normalized_shape", None)
+    if call.name.casefold() in ("layernorm", "layer_norm") and isinstance(stream, ChannelStream) and shape is not None:
+        if stream.axis < -len(shape):  # each head is normalised by itself
+            return replace(stream, zero=False)
+        if ids.approximate and tuple(shape) == (len(stream.ids),):
+            return _normalise_approximately(ids, call, stream)
     # Instance norm does not mix channels, but no network that is pruned here has it, so it shares this rule.
     for flow in call.channel_flows():
         ids.freeze(flow.ids, f"{call.label}: normalised by {call.name}")
     return None
+
+
+def _normalise_approximately(ids: ChannelIds, call: Call, stream: ChannelStream) -> ChannelStream:
+    """Let channels go that a layer norm normalises together, although the others' statistics change."""
+    ids.statistics.append(call.label)
+    if call.module is None:
+        for tensor in (call.flow(2, "weight"), call.flow(3, "bias")):
+            if isinstance(tensor, OwnTensor) and (own := ids.along(tensor, -1)) is not None:
+                ids.united.append((stream.ids, own.ids))
+        ids.add_constant(call, "normalized", 0, (stream.ids,), lambda _: (len(stream.ids),))
+    else:
+        ids.tied.append((ids.features.setdefault(call.label, stream.ids), stream.ids))
+    return replace(stream, zero=True)
 
 
 def follow_unchanged(ids: ChannelIds, call: Call) -> Flow:
@@ -73,6 +107,17 @@ def follow_arithmetic(ids: ChannelIds, call: Call) -> Flow:
     streams = [operand for operand in (first, second) if isinstance(operand, ChannelStream)]
     if len(call.channel_flows()) != len(streams):
         raise NoRule(f"{call.name} with a channel count")
+    if len(streams) == 1:  # the other may be a parameter with a value for each channel
+        axis = streams[0].axis
+        other = ids.as_stream(second if streams[0] is first else first, axis)
+        if other is not None and len(other.ids) == len(streams[0].ids):
+            first, second = (flow if isinstance(flow, ChannelStream) else other for flow in (first, second))
+            streams = [first, second]
+    elif first.axis != second.axis and first.own != second.own:
+        # Channels along another dimension of a parameter, such as tokens, are not what is followed here.
+        (own,) = (stream for stream in streams if stream.own)
+        ids.freeze(own.ids, f"{call.label}: {call.name} along another dimension")
+        streams.remove(own)
     # A removed channel is zero, and something divided by zero is not.
     if call.name == "div" and isinstance(second, ChannelStream) and (second.zero or len(streams) == 1):
         raise NoRule("division by a channel")
@@ -103,11 +148,12 @@ def _unite_operands(ids: ChannelIds, call: Call, first: ChannelStream, second: C
             raise NoRule("division by a channel")
         return replace(wide, zero=wide.zero and not additive)
     ids.united.append((first.ids, second.ids))
-    if additive:
+    # A bias for each head is no shortcut.
+    if additive and not (first.own or second.own or ids.is_split(first) or ids.is_split(second)):
         ids.coupled += [first.ids, second.ids]
     # A sum of zeros is zero, and so is a product with a zero.
     zero = first.zero and second.zero if additive else first.zero or second.zero
-    return replace(first, zero=zero)
+    return replace(first, zero=zero, own=first.own and second.own)
 
 
 def _freeze_if_overwritten(ids: ChannelIds, call: Call, result: ChannelStream) -> ChannelStream:
@@ -118,7 +164,7 @@ def _freeze_if_overwritten(ids: ChannelIds, call: Call, result: ChannelStream) -
     """
     operand = call.node.args[0]
     if not result.zero and isinstance(operand, fx.Node) and overwrites_operand(call.node, ids.modules):
-        computed = _FUNCTION_RULES.get(operation_name(operand)) in (follow_arithmetic, follow_elementwise)
+        computed = RULES_BY_NAME.get(operation_name(operand)) in (follow_arithmetic, follow_elementwise)
         if len(operand.users) > 1 or not (computed or operand.op == "call_module"):
             ids.freeze(result.ids, f"{call.label}: overwrites a tensor with other readers")
     return result
@@ -127,9 +173,12 @@ def _freeze_if_overwritten(ids: ChannelIds, call: Call, result: ChannelStream) -
 def follow_concatenation(ids: ChannelIds, call: Call) -> Flow:
     """Join the ids, or unite them where streams are joined along another dimension."""
     parts, tensors = call.flow(0, "tensors"), call.value(0, "tensors")
-    axis = _count_from_end(call.dim(1, 0), call.result.ndim)
+    axis = count_from_end(call.dim(1, 0), call.result.ndim)
+    known = next(part.axis for part in parts if isinstance(part, ChannelStream))
+    parts = [ids.as_stream(part, known) if isinstance(part, OwnTensor) else part for part in parts]
     streams = [part for part in parts if isinstance(part, ChannelStream)]
-    if len(streams) != len(call.channel_flows()) or len({stream.axis for stream in streams}) != 1:
+    counts = any(isinstance(flow, ChannelCount) for flow in call.channel_flows())
+    if counts or len({stream.axis for stream in streams}) != 1:
         raise NoRule
     if streams[0].axis != axis:  # side by side in space: each channel of the result comes from all parts
         for stream in streams[1:]:
@@ -144,7 +193,7 @@ def follow_concatenation(ids: ChannelIds, call: Call) -> Flow:
     for part, tensor in zip(parts, tensors, strict=True):
         whole = not isinstance(part, ChannelStream)
         joined.append(ids.fresh_frozen(tensor.shape[axis], f"{call.label}: joined whole") if whole else part.ids)
-    return ChannelStream(np.concatenate(joined), axis)
+    return ChannelStream(np.concatenate(joined), axis, own=all(stream.own for stream in streams))
 
 
 def follow_getitem(ids: ChannelIds, call: Call) -> Flow:
@@ -154,6 +203,8 @@ def follow_getitem(ids: ChannelIds, call: Call) -> Flow:
         if isinstance(container, Sequence) and isinstance(index, int | slice):
             return container[index]
         raise NoRule
+    if any(isinstance(item, torch.Tensor) for item in (index if isinstance(index, tuple | list) else [index])):
+        return attention_rules.follow_index(ids, call)
     written = call.written(1, "index")
     # Each item with its position in the index; an ellipsis, or the end, stands for all dimensions without an item.
     items = list(enumerate(written if isinstance(written, tuple | list) else [written]))
@@ -184,7 +235,7 @@ def follow_narrow(ids: ChannelIds, call: Call) -> Flow:
     stream, start, length = call.stream, call.written(2, "start"), call.written(3, "length")
     if not isinstance(start, int) or not isinstance(length, int):
         raise NoRule
-    if _count_from_end(call.dim(1), call.result.ndim) != stream.axis:
+    if count_from_end(call.dim(1), call.result.ndim) != stream.axis:
         return stream
     return _cut_out(ids, call, stream, "narrow", 0, lambda n: (start if start >= 0 else start + n, length))
 
@@ -203,7 +254,7 @@ def follow_split(ids: ChannelIds, call: Call) -> Flow:
     how = call.written(1, "split_size_or_sections") if how is None else how
     if not all(isinstance(n, int) for n in (how if isinstance(how, tuple | list) else [how])):
         raise NoRule
-    if _count_from_end(call.dim(2, 0), call.args[0].ndim) != stream.axis:
+    if count_from_end(call.dim(2, 0), call.args[0].ndim) != stream.axis:
         return [stream] * len(call.result)
 
     def count(width: int) -> tuple[int, ...]:
@@ -252,30 +303,74 @@ def follow_padding(ids: ChannelIds, call: Call) -> Flow:
 
 def follow_reshape(ids: ChannelIds, call: Call) -> Flow:
     """Follow channels through flatten, view, reshape, squeeze and unsqueeze; a flatten repeats ids."""
-    stream = call.subject if call.name in _TAKES_SIZES else call.stream
-    if (layout := _find_layout(tuple(call.args[0].shape), stream.axis, tuple(call.result.shape))) is None:
+    counts = call.name in _TAKES_SIZES
+    stream = call.subject if counts or call.name in _TAKES_SHAPES else call.stream
+    if call.name in _TAKES_SHAPES:
+        like = call.flow(1, "other")
+        if not isinstance(like, ChannelStream) or call.channel_flows() != [stream, like]:
+            raise NoRule(f"{call.name} of something else")
+    dims = _find_factors(tuple(call.args[0].shape), stream.axis, tuple(call.result.shape))
+    if dims is None:
         raise NoRule(f"{call.name} splits the channels")
-    dim, outer, inner = layout
+    dim = next(iter(dims))
+    kept = stream.ids
+    if len(dims) > 1:
+        dim, kept = _split_channels(ids, call, stream.ids, {dim: factor for dim, (factor, _, _) in dims.items()})
+    _, outer, inner = dims[dim]
     # After a flatten, each channel stands for as many features as it has pixels.
-    result = replace(stream, ids=np.tile(np.repeat(stream.ids, inner), outer), axis=dim - call.result.ndim)
-    return _match_size(ids, call, result, dim) if call.name in _TAKES_SIZES else result
+    result = replace(stream, ids=np.tile(np.repeat(kept, inner), outer), axis=dim - call.result.ndim)
+    if call.name in _TAKES_SHAPES:
+        if (like.axis, len(like.ids)) != (result.axis, len(result.ids)):
+            raise NoRule(f"{call.name} of something else")
+        ids.united.append((result.ids, like.ids))
+    return _match_size(ids, call, result, dim) if counts else result
 
 
-def _find_layout(shape: tuple[int, ...], axis: int, new: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Return the dimension of `new` that holds the channels, and the outer and inner factors merged into it.
+def _find_factors(shape: tuple[int, ...], axis: int, new: tuple[int, ...]) -> dict[int, tuple[int, int, int]] | None:
+    """Return the dimensions of `new` that channels run along, each with three factors of its size.
 
-    Both shapes describe the same row of numbers, ``outer dimensions x channels x inner dimensions``. The
-    channels survive in a dimension of `new` if it starts inside the outer dimensions and ends inside the
-    inner ones.
+    Both shapes describe the same row of numbers, ``outer dimensions x channels x inner dimensions``. The factors of a
+    dimension are how many steps it takes along the channels, and what is merged into it from outside and inside. One
+    dimension has all channels as a rule; several share them where heads are laid apart. None if channels are cut up.
     """
-    # Any view that keeps channels apart is followed, and only those: a shuffle of channels (ShuffleNet) splits them.
-    before, channels, after = prod(shape[:axis]), shape[axis], prod(shape[axis:]) // max(1, shape[axis])
+    # Any view that keeps channels apart is followed, and only those.
+    begin = prod(shape[:axis])
+    end = begin * shape[axis]
+    found: dict[int, tuple[int, int, int]] = {}
     for dim, size in enumerate(new):
-        lead, tail = prod(new[:dim]), prod(new[dim + 1 :])
-        outer, inner = before // lead, after // tail
-        if (lead * outer, inner * tail, outer * channels * inner) == (before, after, size):
-            return dim, outer, inner
-    return None
+        lead = prod(new[:dim])
+        first, last = max(lead, begin), min(lead * size, end)
+        if first >= last:
+            continue
+        if first % lead or last % first or (lead * size) % last:
+            return None
+        found[dim] = last // first, first // lead, lead * size // last
+    covered = prod(factor for factor, _, _ in found.values())
+    if covered == shape[axis] == 1 and not found:  # a single channel stays where the outer dimensions end
+        single = [dim for dim, size in enumerate(new) if prod(new[:dim]) == begin and size == 1]
+        return {single[0]: (1, 1, 1)} if single else None
+    return found if covered == shape[axis] else None
+
+
+def _split_channels(ids: ChannelIds, call: Call, channels: Ids, factors: Mapping[int, int]) -> tuple[int, Ids]:
+    """Choose the dimension, of several that share the channels, that may become shorter; return its ids."""
+    dims, table = list(factors), channels.reshape(*factors.values())
+    # Along some dimensions the channels may only be repeated.
+    varying = [axis for axis, size in enumerate(table.shape) if size > 1 and np.any(np.diff(table, axis=axis))]
+    if len(varying) == 1:
+        kept = np.moveaxis(table, varying[0], 0).reshape(table.shape[varying[0]], -1)[:, 0]
+        return dims[varying[0]], kept
+    if not varying:
+        raise NoRule(f"{call.name} splits the channels")
+    # Heads stand before their widths; in some networks, queries, keys and values between the two.
+    order = [varying[-1]] if ids.attention == "widths" else [*reversed(varying[:-1]), varying[-1]]
+    place = ids.place(call)
+    axis = order[min(ids.choices.get(place, 0), len(order) - 1)]
+    rows = np.moveaxis(table, axis, 0).reshape(table.shape[axis], -1)
+    kept = rows[:, 0]
+    ids.tied.append((np.repeat(kept, rows.shape[1]), rows.ravel()))
+    ids.splits.append(ChannelSplit(place, kept, channels, len(order)))
+    return dims[axis], kept
 
 
 def follow_expand(ids: ChannelIds, call: Call) -> Flow:
@@ -297,12 +392,15 @@ def follow_expand_as(ids: ChannelIds, call: Call) -> Flow:
 
 def _match_size(ids: ChannelIds, call: Call, result: ChannelStream, dim: int) -> ChannelStream:
     """Check the sizes written in a view or expand: a number that counts channels has to follow them."""
-    # view(2, -1), view((2, -1)), reshape(x, shape=(2, -1))
-    sizes = call.node.args[1:] or tuple(call.node.kwargs.values())
-    flows = call.flow_args[1:] or tuple(call.flow_kwargs.values())
+    # view(2, -1), view((2, -1)), reshape(x, shape=(2, -1)), unflatten(x, 1, (2, -1))
+    skipped = 2 if call.name == "unflatten" else 1
+    sizes = call.node.args[skipped:] or tuple(call.node.kwargs.values())
+    flows = call.flow_args[skipped:] or tuple(call.flow_kwargs.values())
     if isinstance(sizes[0], tuple | list):
         sizes, flows = tuple(sizes[0]), flows[0]
-    if dim >= len(sizes):
+    if call.name == "unflatten":
+        dim -= call.args[0].ndim + count_from_end(call.args[1], call.args[0].ndim)
+    if not 0 <= dim < len(sizes):
         raise NoRule
     size, width = sizes[dim], flows[dim]
     if len(call.channel_flows()) > 1 + isinstance(width, ChannelCount):
@@ -310,7 +408,10 @@ def _match_size(ids: ChannelIds, call: Call, result: ChannelStream, dim: int) ->
     if isinstance(width, ChannelCount) and len(width.ids) == len(result.ids):
         ids.united.append((width.ids, result.ids))
     elif not isinstance(size, int):
-        raise NoRule(f"{call.name} to a computed size")
+        # A size that the network computes may count channels in any way; what is left over counts them right.
+        if -1 in sizes:
+            raise NoRule(f"{call.name} to a computed size")
+        ids.add_constant(call, "infer", dim, (result.ids,), lambda n: (n,))
     elif size != -1:
         ids.add_constant(call, "size", dim, (result.ids,), lambda _: (size,))
     return result
@@ -331,14 +432,10 @@ def follow_reduction(ids: ChannelIds, call: Call) -> Flow:
     if dims is None or not isinstance(call.result, torch.Tensor):
         raise NoRule
     ndim = call.args[0].ndim
-    reduced = {_count_from_end(dim, ndim) for dim in (dims if isinstance(dims, Sequence) else [dims])}
+    reduced = {count_from_end(dim, ndim) for dim in (dims if isinstance(dims, Sequence) else [dims])}
     if stream.axis in reduced:
         raise NoRule(f"{call.name} over the channels")
     return stream if keep_dims else replace(stream, axis=stream.axis + sum(dim > stream.axis for dim in reduced))
-
-
-def _count_from_end(dim: int, ndim: int) -> int:
-    return dim - ndim if dim >= 0 else dim
 
 
 def follow_size(ids: ChannelIds, call: Call) -> Flow:
@@ -375,15 +472,15 @@ _NAMES: dict[Rule, str] = {
     follow_expand: "expand",
     follow_expand_as: "expand_as",
     follow_getattr: "getattr",
-    follow_permutation: "permute transpose swapaxes swapdims",
+    follow_permutation: "permute transpose swapaxes swapdims movedim",
     follow_reduction: "amax amin mean sum",
-    follow_reshape: "flatten reshape squeeze unsqueeze view",
-    follow_size: "size",
+    follow_reshape: "flatten reshape reshape_as squeeze unflatten unsqueeze view view_as",
+    follow_size: "size sym_size",
     follow_concatenation: "cat concat concatenate",
     follow_getitem: "getitem",
     follow_narrow: "narrow",
     follow_padding: "pad",
-    follow_split: "chunk split",
+    follow_split: "chunk split split_with_sizes",
     follow_arithmetic: "add sub mul div",
     follow_elementwise: """
         abs atan celu clamp clamp_max clamp_min cos elu erf exp expm1 gelu hardshrink hardsigmoid hardswish hardtanh
@@ -394,15 +491,27 @@ _NAMES: dict[Rule, str] = {
         adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
         adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d max_pool1d max_pool2d max_pool3d
     """,
-    follow_resampling: "interpolate upsample",
+    follow_resampling: "interpolate upsample upsample_bicubic2d upsample_bilinear2d upsample_nearest2d",
+    attention_rules.follow_attention: "scaled_dot_product_attention",
+    attention_rules.follow_einsum: "einsum",
+    attention_rules.follow_index: "index",
+    attention_rules.follow_linear: "linear",
+    attention_rules.follow_masked_fill: "masked_fill",
+    attention_rules.follow_matmul: "bmm matmul",
+    attention_rules.follow_normalize: "normalize",
+    attention_rules.follow_repeat: "repeat",
+    attention_rules.follow_roll: "roll",
+    attention_rules.follow_softmax: "log_softmax softmax",
+    attention_rules.follow_unbind: "unbind",
+    attention_rules.follow_vector_norm: "linalg_vector_norm",
     follow_unchanged: """
         bfloat16 clone contiguous cpu cuda detach double dropout dropout1d dropout2d dropout3d feature_dropout
-        float half stochastic_depth to type
+        float half stochastic_depth to type zero
     """,
     follow_normalisation: "group_norm instance_norm layer_norm",
-    _read_no_channels: "dim get_device is_floating_point ndimension",
+    _read_no_channels: "dim get_device is_floating_point ndimension new_empty new_full new_ones new_zeros",
 }
-_FUNCTION_RULES: Mapping[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+RULES_BY_NAME: Mapping[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 
 def function_rule(node: fx.Node) -> Rule:
@@ -422,6 +531,6 @@ def function_rule(node: fx.Node) -> Rule:
     if hasattr(node.target, "_fields"):
         return _build_named_tuple
     name = operation_name(node)
-    if name not in _FUNCTION_RULES:
+    if name not in RULES_BY_NAME:
         raise NoRule(f"unknown operation {name}")
-    return _FUNCTION_RULES[name]
+    return RULES_BY_NAME[name]

@@ -4,7 +4,7 @@ import inspect
 import pickle
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,8 @@ _IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv")
 # What a trace did not record, in the meta data of its first node.
 _UNRECORDED = "unrecorded"
 _DRAWS = "draws random numbers"
+SETS_ATTRIBUTES = "sets attributes"
+OWN_TENSORS = "computes with its tensors alone"
 _ALIASES = {**{name: name[1:] for name in _IN_PLACE_OPERATORS}, "itruediv": "div", "truediv": "div", "multiply": "mul"}
 
 
@@ -43,6 +45,11 @@ class _Tracer(fx.Tracer):
         # Subclasses of batch norm (timm has some with an activation inside) stay one call: their scale and shift
         # can be cut like any batch norm's, whatever else their forward does.
         return isinstance(module, _BatchNorm) or super().is_leaf_module(module, qualified_name)
+
+
+class _BufferTracer(_Tracer):
+    # What is computed from buffers alone stays in the graph, instead of being computed once, without values.
+    proxy_buffer_attributes = True
 
 
 def trace(model: nn.Module, *, training: bool = False, seed: int = 0) -> fx.Graph:
@@ -67,21 +74,15 @@ def trace(model: nn.Module, *, training: bool = False, seed: int = 0) -> fx.Grap
     >>> [node.name for node in trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).nodes]
     ['input_1', '_0', '_1', 'output']
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError(f"{type(model).__name__}: is a script, which torch.fx cannot trace; give the network itself")
-    if "forward" in vars(model):
-        raise UserError(f"{type(model).__name__}: its forward was replaced on the instance, which torch.fx ignores")
+    check_own_forward(model)
     model.train(training)
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     tracer = _Tracer()
-    held = _held_values(model)
     try:
         # A forward pass that draws random numbers draws them while it is traced, too.
-        with seeded(seed), _autograd_functions_as_calls():
-            before = _random_states()
+        with seeded(seed), _autograd_functions_as_calls(), hidden_steps(model) as hidden:
             graph = tracer.trace(model, concrete_args=defaults or None)
-            draws = _random_states() != before
     except Exception as error:  # a user's forward may raise anything when it is given proxies
         name, reason = type(model).__name__, first_line(error)
         raise UserError(f"{name}: torch.fx cannot trace it, so its channels cannot be followed: {reason}") from error
@@ -92,16 +93,50 @@ def trace(model: nn.Module, *, training: bool = False, seed: int = 0) -> fx.Grap
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
     constants = [getattr(model, str(node.target), None) for node in graph.nodes if node.op == "get_attr"]
     own = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    reasons = {
-        _DRAWS: draws,
-        "runs parts without gradients or in another precision": tracer.changes_modes,
-        "sets attributes": any(held[name] != mark for name, mark in _held_values(model).items() if name in held),
-        "computes with its tensors alone": any(
-            isinstance(c, torch.Tensor) and c.is_meta and id(c) not in own for c in constants
-        ),
-    }
-    next(iter(graph.nodes)).meta[_UNRECORDED] = next((reason for reason, found in reasons.items() if found), "")
+    if tracer.changes_modes:
+        hidden.append("runs parts without gradients or in another precision")
+    if any(isinstance(c, torch.Tensor) and c.is_meta and id(c) not in own for c in constants):
+        hidden.append(OWN_TENSORS)
+    mark_unrecorded(graph, next(iter(hidden), ""))
     return graph
+
+
+def check_own_forward(model: nn.Module) -> None:
+    """Raise `UserError` if what a network runs is not the forward pass of its class."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(f"{type(model).__name__}: is a script, which torch.fx cannot trace; give the network itself")
+    if "forward" in vars(model):
+        raise UserError(f"{type(model).__name__}: its forward was replaced on the instance, which torch.fx ignores")
+
+
+@contextmanager
+def hidden_steps(model: nn.Module) -> Iterator[list[str]]:
+    """Find out what a forward pass does beside operations on tensors; the list is filled when it has run.
+
+    Examples
+    --------
+    >>> with hidden_steps(nn.Linear(2, 1)) as found:
+    ...     numbers = torch.rand(1)
+    >>> found
+    ['draws random numbers']
+    """
+    held, before = _held_values(model), _random_states()
+    found: list[str] = []
+    yield found
+    if _random_states() != before:
+        found.append(_DRAWS)
+    if any(held[name] != mark for name, mark in _held_values(model).items() if name in held):
+        found.append(SETS_ATTRIBUTES)
+
+
+def mark_unrecorded(graph: fx.Graph, reason: str) -> None:
+    """Keep what a trace did not record; see `unrecorded`."""
+    next(iter(graph.nodes)).meta[_UNRECORDED] = reason
+
+
+def retrace(module: fx.GraphModule) -> fx.Graph:
+    """Return the graph of a module that runs a graph, as `trace` gives it."""
+    return _BufferTracer().trace(module)
 
 
 def _modes() -> tuple[bool, ...]:
@@ -183,6 +218,17 @@ def _autograd_functions_as_calls() -> Iterator[None]:
         torch.autograd.Function.apply = plain
 
 
+@contextmanager
+def told_of_tracing() -> Iterator[None]:
+    """Let ``torch.jit.is_tracing()`` be true: networks that keep values between passes compute them anew then."""
+    plain = torch.jit.is_tracing
+    torch.jit.is_tracing = lambda: True
+    try:
+        yield
+    finally:
+        torch.jit.is_tracing = plain
+
+
 class _ShapeInterpreter(fx.Interpreter):
     """Runs a graph on meta tensors; errors say which module or operation refused its operands."""
 
@@ -258,11 +304,13 @@ def describe_call(node: fx.Node) -> str:
 
 
 def _target_name(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):  # aten.add.Tensor
+        return node.target.overloadpacket.__name__
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
 
 
-def why_uneditable(graph: fx.Graph, training_graph: fx.Graph | None) -> str:
-    """Return why a network may not be replaced by a changed trace, which would then run in both modes; empty if it may.
+def why_uneditable(graph: fx.Graph, training_graph: fx.Graph | None, *, alike: bool = True) -> str:
+    """Return why a network may not be replaced by its changed traces; empty if it may.
 
     Parameters
     ----------
@@ -270,14 +318,18 @@ def why_uneditable(graph: fx.Graph, training_graph: fx.Graph | None) -> str:
         The trace in evaluation mode.
     training_graph : fx.Graph, optional
         The one in training mode; None if there is none.
+    alike : bool
+        Whether one graph has to do for both modes.
 
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     >>> why_uneditable(trace(model), None)
-    'training and evaluation mode run different operations'
+    'training mode cannot be traced'
     """
-    if training_graph is None or not have_same_calls(graph, training_graph):
+    if training_graph is None:
+        return "training mode cannot be traced"
+    if alike and not have_same_calls(graph, training_graph):
         return "training and evaluation mode run different operations"
     reason = unrecorded(graph) or unrecorded(training_graph)
     return f"its forward pass {reason}, which a trace does not record" if reason else ""
@@ -361,7 +413,33 @@ def overwrites_operand(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return name.endswith("_") or name in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace"))
 
 
-def run_graph(model: nn.Module, graph: fx.Graph, traced: nn.Module) -> nn.Module:
+def keep_constants(model: nn.Module, traced: nn.Module, graph: fx.Graph) -> nn.Module:
+    """Give a network the tensors that its forward pass creates, and return it; changed in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+    traced : nn.Module
+        The copy of it that was traced: the tracer put them there.
+    graph : fx.Graph
+        The trace.
+
+    Examples
+    --------
+    >>> class Shift(nn.Module):
+    ...     def forward(self, x):
+    ...         return x + torch.tensor(2.0)
+    >>> traced = Shift()
+    >>> dict(keep_constants(Shift(), traced, trace(traced)).named_buffers())
+    {'_tensor_constant0': tensor(2.)}
+    """
+    for node in graph.nodes:
+        if node.op == "get_attr" and hasattr(traced, node.target) and not hasattr(model, node.target):
+            model.register_buffer(node.target, getattr(traced, node.target), persistent=False)
+    return model
+
+
+def run_graph(model: nn.Module, graph: fx.Graph, training_graph: fx.Graph | None = None) -> nn.Module:
     """Return `model` with `graph` as its forward pass: of a class derived from its own, which keeps all else.
 
     Its own ``train()``, hooks, attributes, extra state and further methods stay, and so does ``isinstance``.
@@ -371,22 +449,30 @@ def run_graph(model: nn.Module, graph: fx.Graph, traced: nn.Module) -> nn.Module
     model : nn.Module
         The network with its weights; changed in place.
     graph : fx.Graph
-        A changed trace of `traced`.
-    traced : nn.Module
-        The copy of `model` that was traced.
+        A changed trace of it, or of a copy. Reads no tensors but those that `model` has.
+    training_graph : fx.Graph, optional
+        What runs in training mode, if that is another graph.
 
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(2, 1))
-    >>> result = run_graph(model, trace(model), model)
+    >>> result = run_graph(model, trace(model))
     >>> isinstance(result, nn.Sequential), list(result.state_dict())
     (True, ['0.weight', '0.bias'])
     """
-    for node in graph.nodes:
-        if node.op == "get_attr" and hasattr(traced, node.target) and not hasattr(model, node.target):
-            # A tensor that the forward pass creates; the tracer put it into the module it traced.
-            model.register_buffer(node.target, getattr(traced, node.target), persistent=False)
     # The graph's code reaches modules and tensors through the network it is a method of.
-    code, own = type(fx.GraphModule(model, graph)), type(model)
-    model.__class__ = type(own.__name__, (own,), {"forward": code.forward, "__module__": own.__module__})
+    own, evaluate = type(model), _forward(model, graph)
+    if training_graph is None:
+        forward = evaluate
+    else:
+        train = _forward(model, training_graph)
+
+        def forward(self: nn.Module, *args: Any) -> Any:
+            return train(self, *args) if self.training else evaluate(self, *args)
+
+    model.__class__ = type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
     return model
+
+
+def _forward(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    return vars(type(fx.GraphModule(model, graph)))["forward"]
