@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from harness import randomise
 from rethink_prune import build_model, prune
 from rethink_prune.errors import UserError
 from rethink_prune.models.blocks import DropPath, drop_paths
@@ -22,14 +23,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "convnext_atto": {"width": 8, "stages": 3},
 }
 IMAGES = (3, 16, 16)
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Give every parameter values that show in the logits, in double precision."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)
-    return model.double().eval()
 
 
 @pytest.mark.parametrize(
@@ -48,7 +41,7 @@ def randomised(model: nn.Module) -> nn.Module:
 )
 def test_the_networks_are_those_of_timm(name: str, options: dict[str, Any], theirs: dict[str, Any]) -> None:
     timm = pytest.importorskip("timm")
-    ours = randomised(build_model(name, **options))
+    ours = randomise(build_model(name, **options))
     if name.startswith("vit"):
         other = timm.models.VisionTransformer(num_classes=10, **theirs)
     else:
@@ -147,7 +140,7 @@ def test_a_narrower_network_is_drawn_anew_in_every_parameter(name: str) -> None:
 
 def test_a_vit_with_fewer_heads_runs_the_same_code() -> None:
     """Without its second head, the logits are those with the second head's part of the projection at zero."""
-    model = randomised(build_model("vit_tiny", **SMALL["vit_tiny"]))
+    model = randomise(build_model("vit_tiny", **SMALL["vit_tiny"]))
     images = torch.randn(2, *IMAGES, dtype=torch.float64)
     rest = torch.tensor([*range(8), *range(16, 32)])
     with torch.no_grad():

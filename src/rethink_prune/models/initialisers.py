@@ -207,7 +207,7 @@ def initialiser(name: str) -> Callable[[nn.Module], object]:
 def family_initialiser(model: nn.Module) -> str | None:
     """Return the name of the initialiser of `model`'s family, or None if the family is not known.
 
-    The class of a network names it in its attribute ``initialiser``; the families of torchvision and timm are listed here.
+    The class of a network names it in its attribute ``initialiser``; torchvision's and timm's are listed here.
 
     Examples
     --------

@@ -1,7 +1,7 @@
 """Vision transformers (Dosovitskiy et al. 2020, arXiv:2010.11929) for small images, in the names and form of timm.
 
-The widths are those of DeiT (Touvron et al. 2020, arXiv:2012.12877). A state dict of timm's ``VisionTransformer`` of the
-same size fits, and the other way round.
+The widths are those of DeiT (Touvron et al. 2020, arXiv:2012.12877). A state dict of timm's ``VisionTransformer`` of
+the same size fits, and the other way round.
 """
 
 from functools import partial
