@@ -127,6 +127,9 @@ class ModelConfig(Frozen):
         for name in ("num_classes", "in_channels"):
             if name in {**self.options, **self.args}:
                 raise ValueError(f"{name} comes from the data set")
+        # A factory of one's own may call something else so.
+        if "image_size" in self.options:
+            raise ValueError("image_size comes from the data set: dataset.image_size")
         return self
 
     @property

@@ -17,6 +17,9 @@ from rethink_prune.errors import UserError
 
 T = TypeVar("T")
 
+# Packages of networks that an extra of the same name installs.
+_EXTRAS = ("timm",)
+
 
 def import_object(path: str, what: str) -> Callable[..., Any]:
     """Import ``module:attribute``; modules in the current folder are found, as with ``python -m``.
@@ -61,6 +64,9 @@ def import_object(path: str, what: str) -> Callable[..., Any]:
     except Exception as error:
         # A package that is missing inside the user's module is a failure of that module, not a wrong path.
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            if error.name in _EXTRAS:
+                install = f'pip install "rethink-prune[{error.name}]"'
+                raise UserError(f"{what}={path}: needs {error.name}; install it with {install}") from error
             raise UserError(f"{what}={path}: no module named {error.name}, neither installed nor in {here}") from error
         reason = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
         raise UserError(f"{what}={path}: importing {module_name} failed with {reason}") from error

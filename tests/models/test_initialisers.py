@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,12 @@ from rethink_prune.models import MODELS
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser
 from rethink_prune.models.resnet import ResNet
 from rethink_prune.seeds import seeded
+
+SMALL_VIT = """
+from torchvision.models import VisionTransformer
+def small(num_classes):
+    return VisionTransformer(32, 8, num_layers=2, num_heads=4, hidden_dim=512, mlp_dim=1024, num_classes=num_classes)
+"""
 
 
 def test_vgg_initialisation() -> None:
@@ -84,14 +91,31 @@ def test_initialisation_over_fan_in() -> None:
     assert (model.get_parameter("1.weight") == 1).all()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small"])
-def test_torchvision_networks_are_drawn_as_torchvision_does(name: str) -> None:
-    model = build_model(f"torchvision.models:{name}")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("torchvision.models:resnet18", "torchvision.models:mobilenet_v2", "torchvision.models:mobilenet_v3_small"),
+        *("torchvision.models:swin_t", "torchvision.models:convnext_tiny", "timm.models:convnext_atto"),
+        *("torchvision.models:swin_v2_t", "timm.models:vit_tiny_patch16_224"),
+        # As vit_b_16, but small.
+        "rethink_vit:small",
+    ],
+)
+def test_networks_are_drawn_as_their_constructors_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name.startswith("timm."):
+        pytest.importorskip("timm")
+    (tmp_path / "rethink_vit.py").write_text(SMALL_VIT)
+    monkeypatch.chdir(tmp_path)
+    with seeded(1):
+        model = build_model(name)
     theirs = {key: tensor.clone() for key, tensor in model.named_parameters()}
     with seeded(0):
         INITIALISERS[family_initialiser(model) or ""](model)
     for key, ours in model.named_parameters():
-        if theirs[key].numel() > 1000:
+        # The class token of a ViT has as many numbers as tokens have features.
+        if theirs[key].numel() > 1000 or key in ("class_token", "cls_token"):
             assert ours.std().item() == pytest.approx(theirs[key].std().item(), rel=0.15), key
         if theirs[key].unique().numel() == 1:
             assert torch.equal(ours, theirs[key]), key
@@ -115,6 +139,11 @@ def test_every_network_has_a_family(name: str) -> None:
         ("torchvision.models:resnet34 torchvision.models:resnet50", "torchvision_resnet"),
         ("torchvision.models:vgg16 torchvision.models:vgg16_bn", "torchvision_vgg"),
         ("torchvision.models:mobilenet_v2 torchvision.models:mobilenet_v3_large", "torchvision_vgg"),
+        ("torchvision.models:vit_b_16", "torchvision_vit"),
+        ("torchvision.models:swin_t torchvision.models:swin_v2_t", "torchvision_swin"),
+        ("torchvision.models:convnext_tiny", "torchvision_convnext"),
+        ("vit_tiny vit_small", "timm_vit"),
+        ("convnext_atto", "timm_convnext"),
         ("torchvision.models:densenet121 torchvision.models:shufflenet_v2_x1_0", None),
     ],
 )
@@ -132,7 +161,9 @@ def test_a_network_derived_from_a_family_is_of_no_family() -> None:
     assert family_initialiser(Wider(20)) is None
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet20", "preresnet20", "densenet40", "vgg16_gap"])
+@pytest.mark.parametrize(
+    "name", ["vgg11", "resnet20", "preresnet20", "densenet40", "vgg16_gap", "vit_tiny", "convnext_atto"]
+)
 def test_an_initialiser_redraws_everything(name: str) -> None:
     model = build_model(name)
     initialiser = INITIALISERS[family_initialiser(model) or ""]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from rethink_prune import build_model
 from rethink_prune.data import EvalBatches, ImageArray, TrainBatches
 from rethink_prune.data.device_images import DeviceImages
 from rethink_prune.data.normalization import Normalization
@@ -58,6 +60,13 @@ def network() -> nn.Module:
         nn.Flatten(),
         nn.Linear(512, 4),
     )
+
+
+def transformer() -> nn.Module:
+    """Draws numbers as well: stochastic depth."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "dim": 16, "depth": 3, "heads": 2}
+    return build_model("vit_tiny", drop_path=0.5, num_classes=4, **sizes)
 
 
 def images() -> ImageArray:
@@ -111,14 +120,18 @@ class StopAfter(Interrupts):
         pass
 
 
-@pytest.mark.parametrize("steps", [0, 2, 3, 5])
-def test_stopped_and_resumed_is_bit_identical_to_uninterrupted(steps: int, tmp_path: Path) -> None:
-    straight, resumed = network(), network()
+@pytest.mark.parametrize(
+    ("build", "steps"), [(network, 0), (network, 2), (network, 3), (network, 5), (transformer, 2), (transformer, 5)]
+)
+def test_stopped_and_resumed_is_bit_identical_to_uninterrupted(
+    build: Callable[[], nn.Module], steps: int, tmp_path: Path
+) -> None:
+    straight, resumed = build(), build()
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     expected = run(straight, tmp_path / "a")
     with pytest.raises(Interrupted, match=r"SIGTERM in arm, epoch \d of 3: saved; run the same command again"):
-        run(network(), tmp_path / "b", interrupts=StopAfter(steps))
+        run(build(), tmp_path / "b", interrupts=StopAfter(steps))
     progress = run(resumed, tmp_path / "b")
     assert untimed(progress.rows) == untimed(expected.rows)
     for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):

@@ -120,6 +120,17 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **opt
     return model
 
 
+def takes_image_size(name: str) -> bool:
+    """Tell whether a network is built for images of one size: its factory has a parameter ``image_size``.
+
+    Examples
+    --------
+    >>> takes_image_size("vit_tiny"), takes_image_size("resnet20")
+    (True, False)
+    """
+    return "image_size" in inspect.signature(model_factory(name)).parameters
+
+
 def asked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options without those that `name` lacks and that ask for nothing.
 

@@ -1,4 +1,4 @@
-"""What several families share: how many blocks a depth means, and networks that are a chain or three stages."""
+"""What several families share: blocks by depth, networks that are a chain or three stages, parts of transformers."""
 
 from collections.abc import Callable, Sequence
 
@@ -78,3 +78,68 @@ class ThreeStageNetwork(ChainNetwork):
             self.bn, self.relu = nn.BatchNorm2d(channels[3]), nn.ReLU(inplace=True)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels[3], num_classes)
+
+
+class Mlp(nn.Module):
+    """Two layers with an exact GELU between them, in the names of timm.
+
+    Parameters
+    ----------
+    fc1, fc2 : nn.Module
+        Linear layers or 1 x 1 convolutions. The outputs of the first are the hidden units.
+    """
+
+    def __init__(self, fc1: nn.Module, fc2: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = fc1, nn.GELU(), fc2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs of the second layer."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, the branch of an image is zero at random.
+
+    What is not dropped is divided by the share that stays. Takes tokens, N x T x C, or images, N x C x H x W.
+
+    Parameters
+    ----------
+    rate : float
+        The probability to drop, in [0, 1).
+
+    Examples
+    --------
+    >>> torch.unique(DropPath(0.5)(torch.ones(100, 2, 3)).sum((1, 2))).tolist()
+    [0.0, 12.0]
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        # A module of torch stays one call in a trace, the same in training and evaluation.
+        self.dropout = nn.Dropout3d(rate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the branches in their shape."""
+        # With one more dimension, an image is what Dropout3d draws for: of N x 1 x C x H x W, each of the N x 1
+        # channels; and 1 x T x C, without a batch dimension, is one of N channels.
+        return self.dropout(x.unsqueeze(1)).squeeze(1)
+
+
+def drop_paths(rate: float, blocks: int) -> list[nn.Module]:
+    """Return what follows the branch of each block: rates rise linearly, from zero to `rate` in the last block.
+
+    Raises
+    ------
+    ValueError
+        If the rate is not in [0, 1).
+
+    Examples
+    --------
+    >>> [drop.dropout.p for drop in drop_paths(0.2, 3)[1:]], drop_paths(0.2, 3)[0]
+    ([0.1, 0.2], Identity())
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path={rate}: must be in [0, 1)")
+    rates = [rate * block / max(1, blocks - 1) for block in range(blocks)]
+    return [DropPath(rate) if rate else nn.Identity() for rate in rates]

@@ -7,16 +7,17 @@ layer.
 """
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
-from torch import nn
+from torch import Tensor, nn
 
 from rethink_prune.imports import find_named
 
 Layer = nn.Conv2d | nn.Linear
 Std = Callable[[Layer], float]
+Draw = Callable[[Tensor], object]
 
 
 def he_fan_out(layer: Layer) -> float:
@@ -42,8 +43,23 @@ def he_fan_in(layer: Layer) -> float:
     return math.sqrt(2.0 / layer.weight[0].numel())
 
 
+def lecun_fan_in(layer: Layer) -> float:
+    """Return ``sqrt(1 / fan-in)``.
+
+    Examples
+    --------
+    >>> lecun_fan_in(nn.Linear(16, 5))
+    0.25
+    """
+    return math.sqrt(1.0 / layer.weight[0].numel())
+
+
 def _one_hundredth(layer: Layer) -> float:
     return 0.01
+
+
+def _two_hundredths(layer: Layer) -> float:
+    return 0.02
 
 
 def draw_weights(
@@ -52,6 +68,7 @@ def draw_weights(
     conv_std: Std | None = None,
     linear_std: Std | None = None,
     half_gamma: tuple[type[nn.Module], ...] = (),
+    others: Mapping[str, Draw] = MappingProxyType({}),
 ) -> None:
     """Draw normal weights and zero biases; let every other module reset itself, as its constructor does.
 
@@ -61,11 +78,14 @@ def draw_weights(
         Give the standard deviation of a 2-D convolution, of a linear layer; without it they reset themselves too.
     half_gamma : tuple of types
         Kinds of batch norm whose gamma starts at 0.5. All others start at 1.
+    others : mapping of str to callable
+        Draws parameters that modules hold themselves, such as a class token, in place, by their names there. It is for
+        modules without ``reset_parameters``.
 
     Raises
     ------
     ValueError
-        If a module holds parameters of its own and has no ``reset_parameters``.
+        If a module holds other parameters of its own and has no ``reset_parameters``.
 
     Examples
     --------
@@ -83,11 +103,36 @@ def draw_weights(
                 nn.init.zeros_(module.bias)
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
-        # Only the module's own parameters: those of its children are drawn when their turn comes.
-        elif any(True for _ in module.parameters(recurse=False)):
-            raise ValueError(f"{name or 'the network'} ({type(module).__name__}) has no reset_parameters()")
+        elif not isinstance(module, nn.MultiheadAttention):
+            # Only the module's own parameters: those of its children are drawn when their turn comes.
+            for key, parameter in module.named_parameters(recurse=False):
+                if key not in others:
+                    raise ValueError(f"{name or 'the network'} ({type(module).__name__}) has no reset_parameters()")
+                others[key](parameter)
         if isinstance(module, half_gamma):
             nn.init.constant_(module.get_parameter("weight"), 0.5)
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module._reset_parameters()  # torch's own: after its output layer, whose bias it sets to zero
+
+
+_tiny = partial(nn.init.normal_, std=1e-6)
+# These networks truncate at 2, which is a hundred standard deviations here: no draw is that large.
+_small = partial(nn.init.normal_, std=0.02)
+_first_scale = partial(nn.init.constant_, val=1e-6)
+
+
+def _draw_as_torchvision_vit(model: nn.Module) -> None:
+    draw_weights(model, conv_std=lecun_fan_in, others={"class_token": nn.init.zeros_, "pos_embedding": _small})
+    for name, layer in model.named_modules():
+        # The output layers of attention are of a class derived from it, and are drawn already.
+        if type(layer) is nn.Linear:
+            if name.startswith("heads."):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+            else:
+                nn.init.xavier_uniform_(layer.weight)
+                _tiny(layer.bias)
 
 
 _draw_as_vgg = partial(draw_weights, conv_std=he_fan_out, linear_std=_one_hundredth)
@@ -108,8 +153,38 @@ INITIALISERS: Mapping[str, Callable[[nn.Module], None]] = {
     # The constructors of torchvision's networks.
     "torchvision_resnet": partial(draw_weights, conv_std=he_fan_out),
     "torchvision_vgg": _draw_as_vgg,
+    "torchvision_vit": _draw_as_torchvision_vit,
+    "torchvision_swin": partial(
+        draw_weights,
+        linear_std=_two_hundredths,
+        # The second is of Swin v2.
+        others={"relative_position_bias_table": _small, "logit_scale": partial(nn.init.constant_, val=math.log(10))},
+    ),
+    "torchvision_convnext": partial(
+        draw_weights, conv_std=_two_hundredths, linear_std=_two_hundredths, others={"layer_scale": _first_scale}
+    ),
+    # The constructors of timm's networks.
+    "timm_vit": partial(
+        draw_weights, linear_std=_two_hundredths, others={"cls_token": _tiny, "reg_token": _tiny, "pos_embed": _small}
+    ),
+    "timm_convnext": partial(
+        draw_weights, conv_std=_two_hundredths, linear_std=_two_hundredths, others={"gamma": _first_scale}
+    ),
     # Each module as its own constructor does.
     "reset_parameters": draw_weights,
+}
+
+# By class, so that nothing has to be imported, which takes seconds.
+_FOREIGN_FAMILIES = {
+    "torchvision.models.resnet.ResNet": "torchvision_resnet",
+    "torchvision.models.vgg.VGG": "torchvision_vgg",
+    "torchvision.models.mobilenetv2.MobileNetV2": "torchvision_vgg",
+    "torchvision.models.mobilenetv3.MobileNetV3": "torchvision_vgg",
+    "torchvision.models.vision_transformer.VisionTransformer": "torchvision_vit",
+    "torchvision.models.swin_transformer.SwinTransformer": "torchvision_swin",
+    "torchvision.models.convnext.ConvNeXt": "torchvision_convnext",
+    "timm.models.vision_transformer.VisionTransformer": "timm_vit",
+    "timm.models.convnext.ConvNeXt": "timm_convnext",
 }
 
 
@@ -132,7 +207,7 @@ def initialiser(name: str) -> Callable[[nn.Module], object]:
 def family_initialiser(model: nn.Module) -> str | None:
     """Return the name of the initialiser of `model`'s family, or None if the family is not known.
 
-    The class of a network names it in its attribute ``initialiser``; the families of torchvision are listed here.
+    The class of a network names it in its attribute ``initialiser``; torchvision's and timm's are listed here.
 
     Examples
     --------
@@ -148,11 +223,4 @@ def family_initialiser(model: nn.Module) -> str | None:
     named = vars(type(model)).get("initialiser")
     if isinstance(named, str) and named in INITIALISERS:
         return named
-    # Importing torchvision takes seconds. Where nobody has imported it, the network is not torchvision's.
-    if "torchvision" not in sys.modules:
-        return None
-    from torchvision.models import VGG, MobileNetV2, MobileNetV3, ResNet
-
-    if type(model) is ResNet:
-        return "torchvision_resnet"
-    return "torchvision_vgg" if type(model) in (VGG, MobileNetV2, MobileNetV3) else None
+    return _FOREIGN_FAMILIES.get(f"{type(model).__module__}.{type(model).__qualname__}")

@@ -12,7 +12,7 @@ from rethink_prune.config import ModelConfig
 from rethink_prune.cost import count_cost, on_meta
 from rethink_prune.data import DatasetInfo
 from rethink_prune.errors import UserError, first_line
-from rethink_prune.models import asked_options, build_model
+from rethink_prune.models import asked_options, build_model, takes_image_size
 from rethink_prune.models.initialisers import INITIALISERS, family_initialiser, initialiser
 from rethink_prune.seeds import derive_seed, seeded
 from rethink_prune.state import copied_state, full_state, load_full_state
@@ -46,8 +46,9 @@ class Networks:
 
     @cached_property
     def build_options(self) -> dict[str, Any]:
-        """What ``build_model`` is told beside the sizes."""
-        return {**asked_options(self.options.name, self.options.options), **self.options.args}
+        """What ``build_model`` is told beside the numbers of classes and channels."""
+        asked = asked_options(self.options.name, self.options.options)
+        return {**_size_option(self.options.name, self.info), **asked, **self.options.args}
 
     def init_of(self, unpruned: nn.Module) -> str | None:
         """Return the name of the initialiser: as configured, or the family's; None where there is neither."""
@@ -199,10 +200,15 @@ def reference_macs(name: str, info: DatasetInfo) -> int:
     """
     try:
         with torch.device("meta"):
-            reference = build_model(name, num_classes=info.num_classes, in_channels=info.channels)
+            sizes = {"num_classes": info.num_classes, "in_channels": info.channels, **_size_option(name, info)}
+            reference = build_model(name, **sizes)
     except UserError as error:
         raise UserError(str(error).replace("model.name", "budget.reference_model", 1)) from error
     return count_cost(reference, (info.channels, info.image_size, info.image_size)).macs
+
+
+def _size_option(name: str, info: DatasetInfo) -> dict[str, int]:
+    return {"image_size": info.image_size} if takes_image_size(name) else {}
 
 
 def _check_redrawn(model: nn.Module, where: str) -> None:
