@@ -289,8 +289,8 @@ class ReconstructionPruner(Channelwise[AnySamplingOptions]):
     def find_groups(self, model: nn.Module, channels: Channels) -> tuple[tuple[ChannelGroup, ...], Collection[str]]:
         """Return the groups whose readers can be sampled.
 
-        Hidden units and heads that only an operation of its own reads stay whole: those of `nn.MultiheadAttention`, which
-        does not call its output projection.
+        Hidden units and heads stay whole where no layer that reads them is called: heads of `nn.MultiheadAttention`,
+        which multiplies with the weight of its output projection by itself.
         """
         groups, masked = super().find_groups(model, channels)
         sampled = (group for group in groups if group.kind not in (TOKENS, "heads") or _is_read(channels, group))
