@@ -96,9 +96,8 @@ def count_cost(
 def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     """Count the MACs of one image in each module, its submodules included, by name; ``""`` is the whole network.
 
-    Modules without any do not appear. A linear layer that its parent does not call, because it multiplies with the layer's
-    weight itself, has a share of the parent's: the output projection of `nn.MultiheadAttention`, both of torchvision's
-    Swin.
+    Modules without any do not appear. A linear layer that is not called, because its parent multiplies with its weight,
+    has a share of the parent's: the output projection of `nn.MultiheadAttention`, both of torchvision's Swin.
 
     Examples
     --------

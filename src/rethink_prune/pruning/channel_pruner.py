@@ -392,6 +392,17 @@ def hint_at_tokens(channels: Channels, scope: str) -> str:
     return FOR_TOKENS if kinds & {TOKENS, "heads"} else ""
 
 
+def rows_of(layer: nn.Module) -> nn.Parameter:
+    """Return the weight whose rows are a layer's output positions; of attention, queries, keys and values.
+
+    Examples
+    --------
+    >>> len(rows_of(nn.Linear(4, 8))), len(rows_of(nn.MultiheadAttention(4, 2)))
+    (8, 12)
+    """
+    return layer.get_parameter("in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight")
+
+
 def score_units(
     units: Iterable[Mapping[str, Positions]],
     measure: Callable[[str], torch.Tensor],
