@@ -104,7 +104,8 @@ def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     >>> layer_macs(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), (3, 2, 2))
     {'1': 60, '': 60}
     """
-    shapes = on_meta(model).eval()
+    # Torch's counter fails where a view of a parameter enters a module, if the parameter asks for a gradient.
+    shapes = on_meta(model).eval().requires_grad_(False)
     try:
         counter = _count_flops(shapes, input_shape, "meta")
     except Exception:  # a forward pass may create tensors on the CPU, or read values

@@ -268,8 +268,8 @@ class WeightTarget(Target):
 
     @cached_property
     def _token_layers(self) -> set[str]:
-        """The layers of which one image uses every weight more than once."""
-        weights = ((layer, weight) for layer, weight, _ in _weights_of_layers(self.shapes))
+        """The linear layers of which one image uses every weight more than once."""
+        weights = ((layer, weight) for layer, weight, is_conv in _weights_of_layers(self.shapes) if not is_conv)
         sizes = {layer: (self._weight_macs.get(w, 0), self.shapes.get_parameter(w).numel()) for layer, w in weights}
         return {layer for layer, (macs, size) in sizes.items() if macs > size}
 
