@@ -169,8 +169,8 @@ def weight_macs(model: nn.Module, macs: Mapping[str, int]) -> dict[str, int]:
         if name is not None:
             counts[name] = counts.get(name, 0) + macs.get(layer, 0)
         for weight in input_projections(module).values():  # every token passes all projections
-            output = _member(layer, "out_proj")
-            share = macs.get(output, 0) * weight.numel() // model.get_parameter(f"{output}.weight").numel()
+            output: Any = module.out_proj
+            share = macs.get(_member(layer, "out_proj"), 0) * weight.numel() // output.weight.numel()
             counts[names[id(weight)]] = counts.get(names[id(weight)], 0) + share
     return counts
 

@@ -145,6 +145,8 @@ def test_a_cost_is_met(pruner: str) -> None:
 def test_only_keys_of_networks_with_tokens_say_so() -> None:
     assert pruner_of("l1", ratio=0.5).target(build(), EXAMPLE).resolved() == {"tokens": True}
     assert pruner_of("magnitude", ratio=0.5).target(build(), EXAMPLE).resolved() == {"tokens": True}
+    # Earlier versions left the joint projections of attention whole, with linear=true as well.
+    assert pruner_of("magnitude", ratio=0.5, linear=True).target(build("vit"), EXAMPLE).resolved() == {"tokens": True}
     for name in ("l1", "magnitude", "uniform"):
         convolutional = VGG((8, 16, "M", 8))
         assert pruner_of(name, ratio=0.5).target(convolutional, torch.zeros(1, 3, 4, 4)).resolved() == {}

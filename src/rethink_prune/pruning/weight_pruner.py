@@ -143,9 +143,10 @@ class WeightTarget(Target):
         return {name: model.get_parameter(weight) for name, weight in self.parameters.items()}
 
     def resolved(self) -> Mapping[str, Any]:
-        """Return that layers that read tokens take part, if some do without being asked for: that came later."""
+        """Return whether layers take part that came later: those that read tokens, unasked, and parts of attention."""
         unasked = not self._options.linear and any(name in self._token_layers for name in self.layers)
-        return {"tokens": True} if unasked else {}
+        in_attention = any(weight.endswith("_proj_weight") for weight in self.parameters.values())
+        return {"tokens": True} if unasked or in_attention else {}
 
     def architecture(self) -> Architecture:
         """Return the architecture before this target prunes."""
@@ -269,9 +270,9 @@ class WeightTarget(Target):
     @cached_property
     def _token_layers(self) -> set[str]:
         """The linear layers of which one image uses every weight more than once."""
-        weights = ((layer, weight) for layer, weight, is_conv in _weights_of_layers(self.shapes) if not is_conv)
-        sizes = {layer: (self._weight_macs.get(w, 0), self.shapes.get_parameter(w).numel()) for layer, w in weights}
-        return {layer for layer, (macs, size) in sizes.items() if macs > size}
+        sizes = {name: parameter.numel() for name, parameter in self.shapes.named_parameters()}
+        linear = {layer: weight for layer, weight, is_conv in _weights_of_layers(self.shapes) if not is_conv}
+        return {layer for layer, weight in linear.items() if self._weight_macs.get(weight, 0) > sizes.get(weight, 0)}
 
     def _cost_of(self, counts: Mapping[str, int]) -> Cost:
         # From the numbers of weights alone: which ones go is not chosen yet.
