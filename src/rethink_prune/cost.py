@@ -28,6 +28,8 @@ from rethink_prune.seeds import seeded
 
 TRAIN_FLOPS_PER_MAC = 6
 FORWARD_FLOPS_PER_MAC = 2
+# As a tensor operation, what a linear layer does; products of queries, keys and values are other ones.
+_PROJECTIONS = (torch.ops.aten.mm, torch.ops.aten.addmm)
 Forward = Callable[[torch.Tensor], object]
 _WARM_UP_PASSES = 3
 _TURN_SECONDS = 0.2
@@ -94,14 +96,16 @@ def count_cost(
 def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     """Count the MACs of one image in each module, its submodules included, by name; ``""`` is the whole network.
 
-    Modules without any do not appear.
+    Modules without any do not appear. A linear layer that is not called, because its parent multiplies with its weight,
+    has a share of the parent's: the output projection of `nn.MultiheadAttention`, both of torchvision's Swin.
 
     Examples
     --------
     >>> layer_macs(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), (3, 2, 2))
     {'1': 60, '': 60}
     """
-    shapes = on_meta(model).eval()
+    # Torch's counter fails where a view of a parameter enters a module, if the parameter asks for a gradient.
+    shapes = on_meta(model).eval().requires_grad_(False)
     try:
         counter = _count_flops(shapes, input_shape, "meta")
     except Exception:  # a forward pass may create tensors on the CPU, or read values
@@ -109,11 +113,38 @@ def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
         for tensor in [*shapes.parameters(), *shapes.buffers()]:
             tensor.detach().zero_()
         counter = _count_flops(shapes, input_shape, "cpu")
-    counts = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
     prefix = f"{type(shapes).__name__}."
+    counts = counter.get_flop_counts()
+    operations = {name.removeprefix(prefix): found for name, found in counts.items() if name.startswith(prefix)}
+    operations[""] = counts.get(prefix[:-1], {})
     # FlopCounterMode counts two FLOPs per multiply-accumulate.
-    macs = {name.removeprefix(prefix): flops // 2 for name, flops in counts.items() if name.startswith(prefix)}
+    macs = {name: sum(found.values()) // 2 for name, found in operations.items() if found}
+    projections = {name: sum(found.get(o, 0) for o in _PROJECTIONS) // 2 for name, found in operations.items()}
+    for name, module in shapes.named_modules():
+        children = {_member(name, key): child for key, child in module.named_children()}
+        uncalled = {n: child.weight for n, child in children.items() if isinstance(child, nn.Linear) and n not in macs}
+        own = projections.get(name, 0) - sum(projections.get(child, 0) for child in children)
+        if uncalled and own:
+            total = sum(map(torch.numel, [*uncalled.values(), *input_projections(module).values()]))
+            macs |= {child: own * weight.numel() // total for child, weight in uncalled.items()}
     return {**macs, "": counter.get_total_flops() // 2}
+
+
+def _member(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key
+
+
+def input_projections(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights that make queries, keys and values in `nn.MultiheadAttention`, by name: one for all, or three.
+
+    Examples
+    --------
+    >>> [*input_projections(nn.MultiheadAttention(8, 2))], [*input_projections(nn.MultiheadAttention(8, 2, kdim=4))]
+    (['in_proj_weight'], ['q_proj_weight', 'k_proj_weight', 'v_proj_weight'])
+    """
+    if not isinstance(module, nn.MultiheadAttention):
+        return {}
+    return {name: weight for name, weight in module.named_parameters(recurse=False) if name.endswith("_proj_weight")}
 
 
 def _count_flops(model: nn.Module, input_shape: Sequence[int], device: str) -> FlopCounterMode:
@@ -137,6 +168,10 @@ def weight_macs(model: nn.Module, macs: Mapping[str, int]) -> dict[str, int]:
         name = names.get(id(getattr(module, "weight", None)))
         if name is not None:
             counts[name] = counts.get(name, 0) + macs.get(layer, 0)
+        for weight in input_projections(module).values():  # every token passes all projections
+            output: Any = module.out_proj
+            share = macs.get(_member(layer, "out_proj"), 0) * weight.numel() // output.weight.numel()
+            counts[names[id(weight)]] = counts.get(names[id(weight)], 0) + share
     return counts
 
 

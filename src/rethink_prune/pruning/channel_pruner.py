@@ -17,7 +17,7 @@ from rethink_prune.config import ChannelOptions, PrunerOptions
 from rethink_prune.cost import Cost, count_cost
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import selection
-from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target
+from rethink_prune.pruning.pruner import FOR_TOKENS, Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target
 from rethink_prune.pruning.selection import PerLayer, kept_count
 from rethink_prune.surgery.architecture import Architecture, apply_masks
 from rethink_prune.surgery.channels import ChannelGroup, Channels, Positions, analyse
@@ -25,6 +25,8 @@ from rethink_prune.surgery.cut import apply
 
 Groups = Sequence[ChannelGroup]
 Scores = Mapping[str, torch.Tensor]
+# The kind of a group of hidden units behind tokens. To the analysis it is linear, as a classifier's features are.
+TOKENS: Any = "tokens"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class ChannelTarget(Target):
         self.channels = channels = analyse(model, example, selecting=pruner.selecting)
         self.groups, self.masked = pruner.find_groups(model, channels)
         if not self.groups:
+            if pruner.meant_for and (hint := hint_at_tokens(channels, options.scope)):
+                raise UserError(
+                    f"pruner.name={options.name}: prunes {pruner.meant_for}, and {self.network} has none that can go, "
+                    f"so it has no meaning there; {hint}"
+                )
             frozen = "; ".join(f"{layer}: {reason}" for layer, reason in channels.frozen.items())
             raise UserError(
                 f"pruner.name={options.name}: finds no channels it can prune in {self.network} "
@@ -171,8 +178,9 @@ class ChannelTarget(Target):
         return self._drop(self.shapes, drop)[1]
 
     def resolved(self) -> Mapping[str, Any]:
-        """Return what the pruner says its options stand for."""
-        return self._pruner.resolved
+        """Return what the pruner says its options stand for; that layers behind tokens are pruned came later."""
+        behind_tokens = any(group.kind in (TOKENS, "heads") for group in self.groups)
+        return {**self._pruner.resolved, **({"tokens": True} if behind_tokens else {})}
 
     def rehearsal(self) -> Architecture:
         """Return an architecture as any scores would leave it: where they decide the widths, the narrowest."""
@@ -281,11 +289,14 @@ class Channelwise(Pruner[Options, ChannelTarget]):
         :class:`rethink_prune.config.ChannelOptions`, or a subclass with options of its own.
     selecting : {"norm", "conv"}, optional
         Which modules select channels from streams that stay whole; see :func:`rethink_prune.surgery.channels.analyse`.
+    meant_for : str
+        What alone it can prune, for messages; empty if that is channels of any kind.
     """
 
     options_type: ClassVar[type[PrunerOptions]] = ChannelOptions
     selecting: Literal["norm", "conv"] | None = None
     in_rounds: ClassVar[bool] = True
+    meant_for: ClassVar[str] = ""
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
         """Find the groups that may be pruned, and, where the options alone decide it, their widths."""
@@ -293,10 +304,14 @@ class Channelwise(Pruner[Options, ChannelTarget]):
 
     def find_groups(self, model: nn.Module, channels: Channels) -> tuple[tuple[ChannelGroup, ...], Collection[str]]:
         """Return the groups to choose among, in network order, and the names of those to mask instead of removing."""
-        return tuple(group for group in channels.groups(self.options.scope) if self.may_touch(group)), ()
+        return tuple(group for group in named_groups(channels, self.options.scope) if self.may_touch(group)), ()
 
     def may_touch(self, group: ChannelGroup) -> bool:
-        """Tell whether this pruner prunes the group; by default, channels of convolutions and selections of them."""
+        """Tell whether this pruner prunes the group; by default, all but the features of a classifier.
+
+        These are of kind ``linear``: what a linear layer computes of one vector per image. Kinds that go by default are
+        ``conv``, ``selection``, ``tokens`` (hidden units of linear layers that read tokens) and ``heads``.
+        """
         return group.kind != "linear"
 
     def find_widths(self, target: ChannelTarget) -> dict[str, int]:
@@ -349,6 +364,43 @@ class ChannelPruner(Channelwise[Options]):
         """Score, choose and cut."""
         scores = self.scores(model, target.groups, data=data, generator=generator)
         return target.cut(model, target.choose(scores))
+
+
+def named_groups(channels: Channels, scope: str) -> tuple[ChannelGroup, ...]:
+    """Return the groups in network order; those of linear layers that read tokens are of the kind ``tokens``.
+
+    Tokens are what such a layer reads more than one vector per image of: N x T x C, or N x H x W x C.
+
+    Examples
+    --------
+    >>> from rethink_prune.surgery.channels import analyse
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> [named_groups(analyse(model, torch.zeros(shape)), "inner")[0].kind for shape in ((1, 2), (1, 7, 2))]
+    ['linear', 'tokens']
+    """
+
+    def named(group: ChannelGroup) -> ChannelGroup:
+        shape = channels.output_shape(group.layers[0]) if group.kind == "linear" else None
+        return replace(group, kind=TOKENS) if shape is not None and len(shape) > 2 else group
+
+    return tuple(map(named, channels.groups(scope)))
+
+
+def hint_at_tokens(channels: Channels, scope: str) -> str:
+    """Return which pruners prune what a transformer has, if it has such groups; empty otherwise."""
+    kinds = {group.kind for group in named_groups(channels, scope)}
+    return FOR_TOKENS if kinds & {TOKENS, "heads"} else ""
+
+
+def rows_of(layer: nn.Module) -> nn.Parameter:
+    """Return the weight whose rows are a layer's output positions; of attention, queries, keys and values.
+
+    Examples
+    --------
+    >>> len(rows_of(nn.Linear(4, 8))), len(rows_of(nn.MultiheadAttention(4, 2)))
+    (8, 12)
+    """
+    return layer.get_parameter("in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight")
 
 
 def score_units(

@@ -15,6 +15,11 @@ from rethink_prune.copying import copy_network
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.samples import FirstImages
 
+NO_GRADIENT = (
+    "every weight's gradient is zero, so none ranks first; none passes a last layer of zeros, with which torchvision's "
+    "transformers start"
+)
+
 
 def copy_for_gradients(model: nn.Module, device: torch.device, *, batch_statistics: bool = False) -> nn.Module:
     """Return a copy of a network in evaluation mode, every parameter of which takes a gradient.

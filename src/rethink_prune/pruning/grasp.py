@@ -25,9 +25,10 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.gradients import copy_for_gradients, losses_of_batches
+from rethink_prune.pruning.gradients import NO_GRADIENT, copy_for_gradients, losses_of_batches
 from rethink_prune.pruning.pruner import Batches
 from rethink_prune.pruning.samples import FirstImages
 from rethink_prune.pruning.weight_pruner import StartPruner, WeightOptions, WeightScores, WeightTarget
@@ -60,7 +61,7 @@ class Grasp(StartPruner[GraspOptions]):
         """Return ``w * (H g)`` of each weight in float64: the opposite of the published score, whose highest go."""
         images = FirstImages(data, self.options.images, target.input_shape)
         copy = copy_for_gradients(model, images.device, batch_statistics=True)
-        weights = [copy.get_parameter(f"{name}.weight") for name in target.layers]
+        weights = [*target.weights(copy).values()]
         zeros = [torch.zeros_like(weight) for weight in weights]
         gradient, product, seen = zeros, zeros, 0
         for loss, count in losses_of_batches(copy, images, temperature=TEMPERATURE):
@@ -69,13 +70,17 @@ class Grasp(StartPruner[GraspOptions]):
             seen += count
         if not seen:
             raise UserError("data: grasp needs batches of two images or more, for the statistics of batch norms")
-        for loss, count in losses_of_batches(copy, images, temperature=TEMPERATURE):
-            parts = torch.autograd.grad(
-                loss * count, weights, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-            flow = torch.stack([(g * part).sum() for g, part in zip(gradient, parts, strict=True)]).sum()
-            parts = torch.autograd.grad(flow, weights, allow_unused=True, materialize_grads=True)
-            product = [whole + part for whole, part in zip(product, parts, strict=True)]
+        if not any(part.any() for part in gradient):
+            raise UserError(f"pruner.name={self.options.name}: {NO_GRADIENT}")
+        # Torch's fused kernels of attention have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            for loss, count in losses_of_batches(copy, images, temperature=TEMPERATURE):
+                parts = torch.autograd.grad(
+                    loss * count, weights, create_graph=True, allow_unused=True, materialize_grads=True
+                )
+                flow = torch.stack([(g * part).sum() for g, part in zip(gradient, parts, strict=True)]).sum()
+                parts = torch.autograd.grad(flow, weights, allow_unused=True, materialize_grads=True)
+                product = [whole + part for whole, part in zip(product, parts, strict=True)]
         return {
             name: (weight.detach() * part).flatten().double().cpu() / seen**2
             for name, weight, part in zip(target.layers, weights, product, strict=True)

@@ -5,11 +5,12 @@ Removes the filters with the smallest weights, all layers at once and independen
 
     score(f) = sum over c, i, j of |W[f, c, i, j]|
 
-Units that span several layers (``scope=all``, grouped convolutions) score the sum over their filters. Ties keep the
-lower index, so the choice is deterministic. Linear layers are left alone. The widths follow from the options, not from
-the weights, so scratch arms can train without the large network, unless ``ranking=global`` compares all filters. Then
-each layer's sums are divided by their mean: raw sums grow with the number of a filter's weights, so that layers with
-few inputs would go first, at random initialisation as well.
+Units that span several layers (``scope=all``, grouped convolutions) score the sum over their filters. Of a linear layer
+that reads tokens, a filter is a row: that of a hidden unit, or those of a head's queries, keys and values, summed. Ties
+keep the lower index, so the choice is deterministic. Linear layers of a classifier are left alone. The widths follow
+from the options, not from the weights, so scratch arms can train without the large network, unless ``ranking=global``
+compares all filters. Then each layer's sums are divided by their mean: raw sums grow with the number of a filter's
+weights, so that layers with few inputs would go first, at random initialisation as well.
 
 ``A`` and ``B`` are the published targets: explicit widths for VGG-16, and for the ResNets a ratio per stage for the
 first convolution of each block, apart from blocks the authors found sensitive.
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from rethink_prune.config import ChannelOptions
-from rethink_prune.pruning.channel_pruner import ChannelPruner, Groups, Scores, score_units
+from rethink_prune.pruning.channel_pruner import ChannelPruner, Groups, Scores, rows_of, score_units
 from rethink_prune.pruning.pruner import Batches, Variant, Variants
 
 
@@ -69,7 +70,7 @@ def sums_over_filters(
     """
     # A layer may be in several groups.
     layers = {layer for group in groups for layer in group.layers}
-    measures = {n: measure(model.get_parameter(f"{n}.weight").detach().double().flatten(1)) for n in layers}
+    measures = {n: measure(rows_of(model.get_submodule(n)).detach().double().flatten(1)) for n in layers}
     if comparable:  # a layer of zeros stays one
         measures = {name: values / values.mean().clamp(min=1e-300) for name, values in measures.items()}
     combine = torch.mean if comparable else torch.sum

@@ -34,9 +34,7 @@ class Lamp(WeightPruner[WeightOptions]):
         self, model: nn.Module, target: WeightTarget, *, data: Batches, generator: torch.Generator
     ) -> WeightScores:
         """Return the layer-adaptive magnitudes in float64; weights that are gone are zeros, and change no sum."""
-        return {
-            name: lamp_scores(model.get_parameter(f"{name}.weight").detach().abs().flatten()) for name in target.layers
-        }
+        return {name: lamp_scores(weight.detach().abs().flatten()) for name, weight in target.weights(model).items()}
 
 
 def lamp_scores(magnitudes: torch.Tensor) -> torch.Tensor:

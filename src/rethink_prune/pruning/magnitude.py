@@ -1,8 +1,8 @@
 """Magnitude pruning of single weights (Han et al. 2015, *Learning both Weights and Connections*, arXiv:1506.02626).
 
 Removes the weights of smallest absolute value of each convolution, the first one and projections included, and keeps
-the network's shape; with ``linear=true`` linear layers take part. `distribution` says how many weights each layer
-keeps:
+the network's shape. Linear layers that read tokens take part; with ``linear=true`` all do. `distribution` says how many
+weights each layer keeps:
 
 ``global``
     All weights are ranked together: of ``n`` values ``|w|`` in ascending order, that at index ``int(n * ratio)`` is the
@@ -71,6 +71,6 @@ class Magnitude(WeightPruner[MagnitudeOptions]):
         self, model: nn.Module, target: WeightTarget, *, data: Batches, generator: torch.Generator
     ) -> WeightScores:
         """Return the absolute values, or what `lamp` makes of them."""
-        values = {name: model.get_parameter(f"{name}.weight").detach().abs().flatten() for name in target.layers}
+        values = {name: weight.detach().abs().flatten() for name, weight in target.weights(model).items()}
         adaptive = self.options.distribution == "lamp"
         return {name: lamp_scores(magnitudes) for name, magnitudes in values.items()} if adaptive else values

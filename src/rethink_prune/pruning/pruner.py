@@ -21,6 +21,8 @@ from rethink_prune.training.hooks import TrainingHooks
 
 # Training batches of (images, labels), if there are any.
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]] | None
+# Ends the message of a pruner that has no meaning for a transformer.
+FOR_TOKENS = "l1, fpgm, random, taylor, thinet and regression prune hidden units and heads"
 
 
 class Variant(TypedDict, total=False):

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.config import ChannelOptions, Count
 from rethink_prune.copying import copy_network
-from rethink_prune.pruning.channel_pruner import ChannelTarget, Channelwise, Choice
+from rethink_prune.pruning.channel_pruner import TOKENS, ChannelTarget, Channelwise, Choice
 from rethink_prune.pruning.pruner import Batches, PruneResult
 from rethink_prune.pruning.samples import FirstImages, Layer
 from rethink_prune.surgery.channels import ChannelGroup, Channels
@@ -40,7 +40,8 @@ class ChannelReader:
     columns : torch.Tensor
         The positions of the group's channels among the layer's inputs, ordered by unit: int64.
     units : torch.Tensor
-        The unit that each of `columns` belongs to. A unit has one column as a rule, several after a flatten.
+        The unit that each of `columns` belongs to. A unit has one column as a rule; several after a flatten, and where
+        it is a head.
     """
 
     layer: str
@@ -206,7 +207,7 @@ class WorkingCopy(fx.Interpreter):
         return result
 
     def shortcut(self, node: str) -> Shortcut | None:
-        """Return what a layer's output is added to, if nothing but a batch norm comes in between.
+        """Return what a layer's output is added to, if nothing but a batch norm or dropout comes in between.
 
         Parameters
         ----------
@@ -222,6 +223,8 @@ class WorkingCopy(fx.Interpreter):
                     norm = str(user.target)
                 elif not isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
                     return None
+                current = user
+            elif operation_name(user) == "stochastic_depth":  # of torchvision: in evaluation mode, it does nothing
                 current = user
             elif operation_name(user) == "add" and len(user.all_input_nodes) == 2 and not user.kwargs:
                 return Shortcut(user.name, 1 - user.args.index(current), norm)
@@ -282,6 +285,16 @@ class ReconstructionPruner(Channelwise[AnySamplingOptions]):
 
     needs_data = True
     published_images: ClassVar[int]
+
+    def find_groups(self, model: nn.Module, channels: Channels) -> tuple[tuple[ChannelGroup, ...], Collection[str]]:
+        """Return the groups whose readers can be sampled.
+
+        Hidden units and heads stay whole where no layer that reads them is called: heads of `nn.MultiheadAttention`,
+        which multiplies with the weight of its output projection by itself.
+        """
+        groups, masked = super().find_groups(model, channels)
+        sampled = (group for group in groups if group.kind not in (TOKENS, "heads") or _is_read(channels, group))
+        return tuple(sampled), masked
 
     @property
     def images(self) -> int:
@@ -348,3 +361,8 @@ class ReconstructionPruner(Channelwise[AnySamplingOptions]):
     def limit_on_images(self, available: int) -> str:
         """Return what keeps the sample from having more images, for error messages."""
         return "pruner.images" if available >= self.images else "the number of training images"
+
+
+def _is_read(channels: Channels, group: ChannelGroup) -> bool:
+    """Tell whether a layer that reads the group is called, so that what it reads can be sampled."""
+    return any(channels.output_shape(layer) is not None for layer in channels.inputs(group))

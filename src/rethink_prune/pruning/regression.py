@@ -17,7 +17,12 @@ in the unpruned network:
    in the authors' code. The paper's formulas have none.
 
    The ridge is the one, of powers of ten, with the least error on every fifth image, which the fit leaves out at first:
-   a sample of hardly more positions than a filter has weights would otherwise be fitted, and nothing else.
+   a sample of hardly more positions than a filter has weights would otherwise be fitted, and nothing else. The smallest
+   is 1e-6: what is read of tokens can be of lower rank than it has numbers (hidden units that agree on all tokens, the
+   numbers of a head), and then any smaller one would leave weights to rounding.
+
+Hidden units behind tokens are channels of the linear layer that reads them, tokens are positions, and a head is a
+channel with as many inputs as it is wide: LASSO selects it as a whole, and each input has weights of its own.
 
 ``x`` is sampled through the part that is already pruned, ``y`` in the unpruned network: errors do not pile up. Where
 the layer's output is added to a shortcut, ``y`` also makes up for the shortcut's error, as seen through the batch norm

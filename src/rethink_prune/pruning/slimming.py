@@ -26,8 +26,8 @@ from torch import nn
 
 from rethink_prune.config import ChannelOptions, Frozen, Positive
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.channel_pruner import ChannelPruner, ChannelTarget, Groups, Scores, score_units
-from rethink_prune.pruning.pruner import Batches
+from rethink_prune.pruning.channel_pruner import TOKENS, ChannelPruner, ChannelTarget, Groups, Scores, score_units
+from rethink_prune.pruning.pruner import FOR_TOKENS, Batches
 from rethink_prune.surgery.channels import ChannelGroup, Positions
 from rethink_prune.training.hooks import TrainingHooks
 
@@ -67,6 +67,7 @@ class Slimming(ChannelPruner[SlimmingOptions]):
     selecting = "norm"
     trains_sparse = True
     in_rounds = False
+    meant_for = "channels that pass a batch norm"
     no_rounds = "its penalty on the scales is part of one training, that of the unpruned network"
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
@@ -74,7 +75,9 @@ class Slimming(ChannelPruner[SlimmingOptions]):
         where = f"pruner.name={self.options.name}: ranks channels by the scales of batch norms, and"
         # Said before the analysis, which would only find that no channel passes a batch norm.
         if not self._scaled_norms(model):
-            raise UserError(f"{where} {network or type(model).__name__} has none")
+            normalised = any(isinstance(module, nn.LayerNorm) for module in model.modules())
+            hint = f", so it has no meaning there; {FOR_TOKENS}" if normalised else ""
+            raise UserError(f"{where} {network or type(model).__name__} has none{hint}")
         target = super().target(model, example, network)
         for norm in (norm for group in target.groups for norm in group.norms):
             if getattr(model.get_submodule(norm), "weight", None) is None:
@@ -84,7 +87,7 @@ class Slimming(ChannelPruner[SlimmingOptions]):
     def may_touch(self, group: ChannelGroup) -> bool:
         """Tell whether each unit passes a batch norm; linear layers only if the options say so."""
         scaled = all(any(positions) for positions in zip(*group.norms.values(), strict=True))
-        return bool(group.norms) and scaled and (group.kind != "linear" or self.options.linear)
+        return bool(group.norms) and scaled and (group.kind not in ("linear", TOKENS) or self.options.linear)
 
     def sparse(self, target: ChannelTarget) -> TrainingHooks:
         """Return the L1 subgradient."""

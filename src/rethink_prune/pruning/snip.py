@@ -20,7 +20,7 @@ from torch import nn
 
 from rethink_prune.config import Count
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.gradients import copy_for_gradients, losses_of_batches
+from rethink_prune.pruning.gradients import NO_GRADIENT, copy_for_gradients, losses_of_batches
 from rethink_prune.pruning.pruner import Batches
 from rethink_prune.pruning.samples import FirstImages
 from rethink_prune.pruning.weight_pruner import StartPruner, WeightOptions, WeightScores, WeightTarget
@@ -53,11 +53,10 @@ class Snip(StartPruner[SnipOptions]):
         for loss, count in losses_of_batches(copy, images):
             (loss * count).backward()
         scores = {}
-        for name in target.layers:
-            weight = copy.get_parameter(f"{name}.weight")
+        for name, weight in target.weights(copy).items():
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
             scores[name] = (gradient * weight.detach()).abs().flatten().double().cpu()
         total = sum(float(values.sum()) for values in scores.values())
         if total == 0:
-            raise UserError(f"pruner.name={self.options.name}: every weight's gradient is zero, so none ranks first")
+            raise UserError(f"pruner.name={self.options.name}: {NO_GRADIENT}")
         return {name: values / total for name, values in scores.items()}

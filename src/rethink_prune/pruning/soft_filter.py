@@ -57,6 +57,7 @@ class SoftFilter(ChannelPruner[ChannelOptions]):
     position = 7
     trains_sparse = True
     in_rounds = False
+    meant_for = "filters of convolutions"
     no_rounds = "it removes what its own training of the unpruned network has zeroed after every epoch"
 
     def find_groups(self, model: nn.Module, channels: Channels) -> tuple[tuple[ChannelGroup, ...], Collection[str]]:

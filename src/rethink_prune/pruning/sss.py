@@ -30,6 +30,7 @@ from torch import nn
 from rethink_prune.config import Frozen, Positive, PrunerOptions, VariantName
 from rethink_prune.cost import layer_macs, on_meta
 from rethink_prune.errors import UserError
+from rethink_prune.pruning.channel_pruner import hint_at_tokens
 from rethink_prune.pruning.factors import KINDS, Kind, ScalingFactors, Structure, find_blocks, find_layers
 from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target, Variants
 from rethink_prune.surgery.architecture import Architecture
@@ -153,9 +154,11 @@ class SSSTarget(Target):
             if kind not in has:
                 where = f"structures=[{', '.join(kinds)}]" if options.structures else f"name={options.name}"
                 why = f" ({problem})" if kind == "blocks" and problem else ""
+                hint = "" if has else hint_at_tokens(self._channels, "inner")
                 raise UserError(
                     f"pruner.{where}: finds no {kind} that factors can scale in {network}{why}; "
                     f"it has {' and '.join(has) or 'nothing else either'}"
+                    + (f", so it has no meaning there; {hint}" if hint else "")
                 )
         self.structures = tuple(structure for kind in KINDS if kind in kinds for structure in found[kind])
         self.gone = None if remaining is None else _pruned_blocks(blocks, remaining)

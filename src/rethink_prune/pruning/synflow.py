@@ -13,6 +13,9 @@ Batch norms take their running statistics, as in the authors' code: with those o
 image's own mean. All is computed in float64, because ``R`` grows with a power of the depth. Where it overflows all the
 same, an error says so.
 
+A layer norm divides by what it reads, and a softmax compares: behind either, a score no longer counts the positive
+paths through a weight. So networks with layer norms or `nn.MultiheadAttention` are refused.
+
 The authors prune linear layers as well; here they take part with ``linear=true``. See `weight_pruner` for the threshold
 and for masks.
 """
@@ -27,7 +30,7 @@ from rethink_prune.copying import copy_network
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.pruner import Batches
 from rethink_prune.pruning.weight_pruner import StartPruner, WeightOptions, WeightScores, WeightTarget
-from rethink_prune.surgery.architecture import apply_masks
+from rethink_prune.surgery.architecture import Masks, apply_masks
 
 
 class SynflowOptions(WeightOptions):
@@ -47,6 +50,24 @@ class Synflow(StartPruner[SynflowOptions]):
     name = "synflow"
     options_type = SynflowOptions
 
+    def target(
+        self,
+        model: nn.Module,
+        example: torch.Tensor,
+        network: str | None = None,
+        *,
+        masks: Masks = {},  # noqa: B006 (read only)
+    ) -> WeightTarget:
+        """Apply the options to a network; refuse one whose outputs are not sums over paths."""
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention)):
+                raise UserError(
+                    f"pruner.name={self.options.name}: counts positive paths, which end in {name} "
+                    f"({type(module).__name__}), so it has no meaning for {network or type(model).__name__}; "
+                    "magnitude, lamp, snip and grasp prune its single weights"
+                )
+        return super().target(model, example, network, masks=masks)
+
     def scores(
         self, model: nn.Module, target: WeightTarget, *, data: Batches, generator: torch.Generator
     ) -> WeightScores:
@@ -56,7 +77,7 @@ class Synflow(StartPruner[SynflowOptions]):
             for tensor in (*copy.parameters(), *copy.buffers()):
                 if tensor.is_floating_point():
                     tensor.abs_()
-        weights = {name: copy.get_parameter(f"{name}.weight").requires_grad_() for name in target.layers}
+        weights = {name: weight.requires_grad_() for name, weight in target.weights(copy).items()}
         scores = self._flow(copy, weights, target)
         for step in range(1, self.options.iterations):
             counts, _ = target.counts(target.remaining(scores), progress=step / self.options.iterations)
@@ -64,7 +85,8 @@ class Synflow(StartPruner[SynflowOptions]):
             apply_masks(copy, masks)
             flow = self._flow(copy, weights, target)
             # Below any score, so that a weight of a path that is broken elsewhere does not take its place.
-            scores = {n: values.masked_fill(~masks[f"{n}.weight"].flatten(), -1.0) for n, values in flow.items()}
+            kept = {name: masks[weight].flatten() for name, weight in target.parameters.items()}
+            scores = {name: values.masked_fill(~kept[name], -1.0) for name, values in flow.items()}
         return scores
 
     def _flow(

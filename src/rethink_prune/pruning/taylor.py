@@ -6,9 +6,10 @@ loss, the score of filter ``f`` of a convolution is ::
     score(f) = mean over batches of (sum over the filter's weights w, its bias included, of g w)^2
 
 This is the publication's joint importance of a group of weights: the square of the derivative by a gate, a factor of
-one, on the filter's output. Where several filters form a unit (``scope=all``, grouped convolutions), one gate is for
-all, so their sums add up before they are squared. The publication's other forms sum the squares of single weights, or
-put the gate after the batch norm.
+one, on the filter's output. Where several filters form a unit (``scope=all``, grouped convolutions, the queries, keys
+and values of a head), one gate is for all, so their sums add up before they are squared. A row of a linear layer that
+reads tokens is a filter. The publication's other forms sum the squares of single weights, or put the gate after the
+batch norm.
 
 The gradients are those of the first `images` training images (of all if there are fewer), in the batches in which they
 come; the authors' code for ImageNet averages over 30 batches between two prunings. The publication takes them from the
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from rethink_prune.config import ChannelOptions, Count
-from rethink_prune.pruning.channel_pruner import ChannelPruner, ChannelTarget, Groups, Scores, score_units
+from rethink_prune.pruning.channel_pruner import ChannelPruner, ChannelTarget, Groups, Scores, rows_of, score_units
 from rethink_prune.pruning.gradients import copy_for_gradients, losses_of_batches
 from rethink_prune.pruning.pruner import Batches, PruneResult
 from rethink_prune.pruning.samples import FirstImages
@@ -73,7 +74,7 @@ class Taylor(ChannelPruner[TaylorOptions]):
 
 def _changes_by_gates(layer: nn.Module) -> torch.Tensor:
     """Return the derivative of the loss by a factor on each output channel of a layer, in float64."""
-    weight = layer.get_parameter("weight")
+    weight = rows_of(layer)
     changes = torch.zeros(len(weight), dtype=torch.float64)
     for parameter in layer.parameters(recurse=False):
         # None where the layer runs in training alone.

@@ -11,6 +11,9 @@ The channels ``T`` to remove are found greedily: starting from none, the channel
 solution of ``min over w: |y - x w|^2`` (of many, the one nearest to 1), which is folded into the next layer's weights.
 All of this needs only the Gram matrix ``x^T x``.
 
+A hidden unit behind tokens is a channel of the linear layer that reads it, and a token a position; a head is a channel
+with as many inputs as it is wide, all scaled alike. Entries are drawn from all tokens.
+
 Where several layers read the channels, their errors add up, and each is scaled by itself. Later layers are sampled
 through the part that is already pruned. The paper fine-tunes for an epoch or two after every layer; here all training
 comes after all pruning. The widths follow from the options alone.

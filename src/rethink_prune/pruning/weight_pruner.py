@@ -1,7 +1,9 @@
 """Pruners of single weights: the target says how many weights each layer keeps, the pruner scores them.
 
-Weights of convolutions take part, the first one and projections included; with ``linear=true`` those of linear layers
-do, too. Biases and batch norms never do. The network keeps its shape: a mask holds removed weights at zero through
+Weights of convolutions take part, the first one and projections included, and those of linear layers that read tokens:
+more than one vector per image. With ``linear=true`` all linear layers do. The input projections in the parameters of
+`nn.MultiheadAttention` are such a layer as well, ``NAME.in_proj``. Biases, norms, position embeddings and class tokens
+never take part. The network keeps its shape: a mask holds removed weights at zero through
 momentum and weight decay (see `HeldMasks`). Only the others count as parameters and MACs, so Scratch-B's length follows
 from the masked count. Scratch arms draw masked convolutions at a density-scaled fan-out.
 
@@ -16,16 +18,16 @@ The masks follow from the weights, so all arms wait for the stage ``prune``.
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BeforeValidator
 from torch import nn
 
 from rethink_prune.config import Positive, Share, TargetOptions, check_ratio
-from rethink_prune.cost import Cost, layer_macs, weight_macs
+from rethink_prune.cost import Cost, input_projections, layer_macs, weight_macs
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target
 from rethink_prune.pruning.selection import (
@@ -77,6 +79,8 @@ class WeightTarget(Target):
     ----------
     layers : mapping of str to int
         How many weights of each layer remain before this target prunes: all of them without `masks`.
+    parameters : mapping of str to str
+        The name of each layer's weight in the network.
     masks : mapping of str to torch.Tensor
         As given.
 
@@ -98,19 +102,20 @@ class WeightTarget(Target):
     ) -> None:
         super().__init__(model, example)
         self._options, self._distribution, self.masks = options, distribution, masks
-        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *((nn.Linear,) if options.linear else ()))
         parameters = dict(model.named_parameters())  # one that layers share is there once
         for name, mask in masks.items():
             if name not in parameters or mask.shape != parameters[name].shape:
                 raise UserError(f"pruner.name={options.name}: the mask of {name} fits no parameter of {network}")
-        self._shapes_of_weights = {
-            name: tuple(module.weight.shape)
-            for name, module in model.named_modules()
-            if isinstance(module, kinds) and f"{name}.weight" in parameters
+        taking_part = {
+            layer: weight
+            for layer, weight, is_conv in _weights_of_layers(model)
+            if weight in parameters and (is_conv or options.linear or layer in self._token_layers)
         }
+        self.parameters: Mapping[str, str] = taking_part
+        self._shapes_of_weights = {name: tuple(parameters[weight].shape) for name, weight in taking_part.items()}
         self._full = {name: math.prod(shape) for name, shape in self._shapes_of_weights.items()}
         self.layers = {
-            name: int(masks[f"{name}.weight"].sum()) if f"{name}.weight" in masks else size
+            name: int(masks[weight].sum()) if (weight := taking_part[name]) in masks else size
             for name, size in self._full.items()
         }
         if not self.layers:
@@ -133,6 +138,16 @@ class WeightTarget(Target):
         """False: the masks follow from the weights."""
         return False
 
+    def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the weight of each of `layers` in this network or a copy of it."""
+        return {name: model.get_parameter(weight) for name, weight in self.parameters.items()}
+
+    def resolved(self) -> Mapping[str, Any]:
+        """Return whether layers take part that came later: those that read tokens, unasked, and parts of attention."""
+        unasked = not self._options.linear and any(name in self._token_layers for name in self.layers)
+        in_attention = any(weight.endswith("_proj_weight") for weight in self.parameters.values())
+        return {"tokens": True} if unasked or in_attention else {}
+
     def architecture(self) -> Architecture:
         """Return the architecture before this target prunes."""
         return Architecture(masks=self.masks)
@@ -148,7 +163,7 @@ class WeightTarget(Target):
             order = torch.randperm(self._full[layer.layer], generator=generator)
             mask = torch.zeros(len(order), dtype=torch.bool)
             mask[order[: layer.kept]] = True
-            masks[f"{layer.layer}.weight"] = mask.view(self._shapes_of_weights[layer.layer])
+            masks[self.parameters[layer.layer]] = mask.view(self._shapes_of_weights[layer.layer])
         return Architecture(masks=masks)
 
     def report(self, counts: Mapping[str, int] | None = None, warnings: tuple[str, ...] = ()) -> PruneReport:
@@ -171,7 +186,7 @@ class WeightTarget(Target):
         scores : mapping of str to torch.Tensor
             For each of `layers`, one number for each of its weights, flattened.
         """
-        gone = {name: self.masks.get(f"{name}.weight") for name in self.layers}
+        gone = {name: self.masks.get(weight) for name, weight in self.parameters.items()}
         return {n: s if (mask := gone[n]) is None else s[mask.flatten().to(s.device)] for n, s in scores.items()}
 
     def counts(self, scores: WeightScores, *, progress: float = 1.0) -> tuple[dict[str, int], list[str]]:
@@ -225,10 +240,10 @@ class WeightTarget(Target):
         for name, values in self.remaining(scores).items():
             # Stable, so that the choice among equal weights is the same on every machine.
             best = torch.sort(values, descending=True, stable=True).indices[: counts[name]].cpu()
-            before = self.masks.get(f"{name}.weight")
+            before = self.masks.get(self.parameters[name])
             mask = torch.zeros(self._full[name], dtype=torch.bool)
             mask[best if before is None else before.flatten().cpu().nonzero().flatten()[best]] = True
-            masks[f"{name}.weight"] = mask.view(self._shapes_of_weights[name])
+            masks[self.parameters[name]] = mask.view(self._shapes_of_weights[name])
         return masks
 
     def _uniform(self, ratio: PerLayer) -> dict[str, int]:
@@ -252,9 +267,16 @@ class WeightTarget(Target):
     def _weight_macs(self) -> dict[str, int]:
         return weight_macs(self.shapes, layer_macs(self.shapes, self.input_shape))
 
+    @cached_property
+    def _token_layers(self) -> set[str]:
+        """The linear layers of which one image uses every weight more than once."""
+        sizes = {name: parameter.numel() for name, parameter in self.shapes.named_parameters()}
+        linear = {layer: weight for layer, weight, is_conv in _weights_of_layers(self.shapes) if not is_conv}
+        return {layer for layer, weight in linear.items() if self._weight_macs.get(weight, 0) > sizes.get(weight, 0)}
+
     def _cost_of(self, counts: Mapping[str, int]) -> Cost:
         # From the numbers of weights alone: which ones go is not chosen yet.
-        sizes = {f"{name}.weight": (size, size - counts[name]) for name, size in self._full.items()}
+        sizes = {self.parameters[name]: (size, size - counts[name]) for name, size in self._full.items()}
         for name, mask in self.masks.items():
             sizes.setdefault(name, (mask.numel(), mask.numel() - int(mask.sum())))
         macs_gone = sum(self._weight_macs.get(name, 0) * gone // size for name, (size, gone) in sizes.items())
@@ -327,8 +349,9 @@ class WeightPruner(Pruner[Options, WeightTarget]):
         pruned = reshape(model, Architecture())
         apply_masks(pruned, target.masks)
         # A threshold among values that are not numbers would mean nothing.
-        for name in target.layers:
-            if not torch.isfinite(pruned.get_parameter(f"{name}.weight")).all():
+        weights = target.weights(pruned)
+        for name, weight in weights.items():
+            if not torch.isfinite(weight).all():
                 raise UserError(f"pruner: {name} has weights that are not finite")
         scores = self.scores(pruned, target, data=data, generator=generator)
         # A user's pruner may return anything.
@@ -336,7 +359,7 @@ class WeightPruner(Pruner[Options, WeightTarget]):
             names = ", ".join(sorted(target.layers))
             raise UserError(f"pruner: scores() must return a mapping with just these keys: {names}")
         for name, values in scores.items():
-            size = pruned.get_parameter(f"{name}.weight").numel()
+            size = weights[name].numel()
             if not (isinstance(values, torch.Tensor) and values.shape == (size,) and torch.isfinite(values).all()):
                 raise UserError(f"pruner: scores of {name} must be a tensor of {size} finite numbers")
         scores = {name: scores[name] for name in target.layers}
@@ -353,6 +376,18 @@ class StartPruner(WeightPruner[Options]):
 
     at_start: ClassVar[bool] = True
     no_rounds: ClassVar[str] = "it prunes the network as it was drawn, once, before any training"
+
+
+def _weights_of_layers(model: nn.Module) -> Iterator[tuple[str, str, bool]]:
+    """Yield the layers that may take part, each with its weight's name, and whether it is a convolution."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+            yield name, f"{name}.weight".lstrip("."), not isinstance(module, nn.Linear)
+        elif isinstance(module, nn.MultiheadAttention):
+            # No modules: parameters of the attention itself.
+            for key in input_projections(module):
+                weight = f"{name}.{key}".lstrip(".")
+                yield weight.removesuffix("_weight"), weight, False
 
 
 def erk_densities(

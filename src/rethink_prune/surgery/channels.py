@@ -294,6 +294,17 @@ class Channels:
                 found[name] = (*found.get(name, ()), position)
         return places
 
+    def output_shape(self, layer: str) -> tuple[int, ...] | None:
+        """Return the shape of a layer's output, batch dimension included; None where evaluation does not call it.
+
+        Examples
+        --------
+        >>> channels = analyse(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.zeros(1, 7, 2))
+        >>> channels.output_shape("0")
+        (1, 7, 3)
+        """
+        return next((n.shape for n in self._ids.nodes.values() if n.call.startswith(f"{layer}(")), None)
+
 
 def analyse(
     model: nn.Module,
