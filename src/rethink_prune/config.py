@@ -266,7 +266,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 # Options of pruners of which the keys of stages have what follows from them.
 _RESOLVED = {"rounds", "share_per_round", "between_rounds", "redraw"}
 # Options of pruners that came after the first stages were stored.
-_LATER = {"recalibrate", "min_share", "distribution", "intercept"}
+_LATER = {"recalibrate", "min_share", "distribution", "intercept", "attention", "approximate"}
 
 
 class PrunerOptions(Frozen):
@@ -399,9 +399,18 @@ class ChannelOptions(TargetOptions):
 
     With ``ranking=layer``, the ratio is that of every layer, and how wide each remains follows from the options. With
     ``ranking=global``, all channels are ranked together, and it follows from their scores.
+
+    Attributes
+    ----------
+    attention : {"heads", "widths"}
+        What goes of attention: whole heads, or the same dimensions in all heads.
+    approximate : bool
+        With ``scope=all``, also channels that a layer norm normalises together: the others' statistics change.
     """
 
     scope: Literal["inner", "all"] = "inner"
+    attention: Literal["heads", "widths"] = "heads"
+    approximate: bool = False
     ranking: Literal["layer", "global"] = "layer"
     ratio: Ratio = None
     variant: str | None = None
@@ -425,6 +434,8 @@ class ChannelOptions(TargetOptions):
 
     @model_validator(mode="after")
     def _options_fit_the_target(self) -> ChannelOptions:
+        if self.approximate and self.scope != "all":
+            raise ValueError("approximate=true: is about channels that additions tie, which pruner.scope=all prunes")
         option, bounds = self.target_option, ("skip", "min_channels", "min_share", "round_to")
         ignored = [name for name in bounds if getattr(self, name) != type(self).model_fields[name].default]
         if option in ("variant", "widths") and ignored:

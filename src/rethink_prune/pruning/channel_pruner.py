@@ -25,8 +25,8 @@ from rethink_prune.surgery.cut import apply
 
 Groups = Sequence[ChannelGroup]
 Scores = Mapping[str, torch.Tensor]
-# The kind of a group of hidden units behind tokens. To the analysis it is linear, as a classifier's features are.
-TOKENS: Any = "tokens"
+# The kinds of groups that only transformers and their like have.
+OF_TOKENS = ("tokens", "heads")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,13 @@ class ChannelTarget(Target):
         self._pruner, self.network = pruner, network
         self._options: ChannelOptions = pruner.options
         options = self._options
-        self.channels = channels = analyse(model, example, selecting=pruner.selecting)
+        self.channels = channels = analyse(
+            model,
+            example,
+            selecting=pruner.selecting,
+            attention=options.attention,
+            approximate=options.approximate,
+        )
         self.groups, self.masked = pruner.find_groups(model, channels)
         if not self.groups:
             if pruner.meant_for and (hint := hint_at_tokens(channels, options.scope)):
@@ -179,7 +185,7 @@ class ChannelTarget(Target):
 
     def resolved(self) -> Mapping[str, Any]:
         """Return what the pruner says its options stand for; that layers behind tokens are pruned came later."""
-        behind_tokens = any(group.kind in (TOKENS, "heads") for group in self.groups)
+        behind_tokens = any(group.kind in OF_TOKENS for group in self.groups)
         return {**self._pruner.resolved, **({"tokens": True} if behind_tokens else {})}
 
     def rehearsal(self) -> Architecture:
@@ -304,7 +310,7 @@ class Channelwise(Pruner[Options, ChannelTarget]):
 
     def find_groups(self, model: nn.Module, channels: Channels) -> tuple[tuple[ChannelGroup, ...], Collection[str]]:
         """Return the groups to choose among, in network order, and the names of those to mask instead of removing."""
-        return tuple(group for group in named_groups(channels, self.options.scope) if self.may_touch(group)), ()
+        return tuple(group for group in channels.groups(self.options.scope) if self.may_touch(group)), ()
 
     def may_touch(self, group: ChannelGroup) -> bool:
         """Tell whether this pruner prunes the group; by default, all but the features of a classifier.
@@ -366,30 +372,10 @@ class ChannelPruner(Channelwise[Options]):
         return target.cut(model, target.choose(scores))
 
 
-def named_groups(channels: Channels, scope: str) -> tuple[ChannelGroup, ...]:
-    """Return the groups in network order; those of linear layers that read tokens are of the kind ``tokens``.
-
-    Tokens are what such a layer reads more than one vector per image of: N x T x C, or N x H x W x C.
-
-    Examples
-    --------
-    >>> from rethink_prune.surgery.channels import analyse
-    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    >>> [named_groups(analyse(model, torch.zeros(shape)), "inner")[0].kind for shape in ((1, 2), (1, 7, 2))]
-    ['linear', 'tokens']
-    """
-
-    def named(group: ChannelGroup) -> ChannelGroup:
-        shape = channels.output_shape(group.layers[0]) if group.kind == "linear" else None
-        return replace(group, kind=TOKENS) if shape is not None and len(shape) > 2 else group
-
-    return tuple(map(named, channels.groups(scope)))
-
-
 def hint_at_tokens(channels: Channels, scope: str) -> str:
     """Return which pruners prune what a transformer has, if it has such groups; empty otherwise."""
-    kinds = {group.kind for group in named_groups(channels, scope)}
-    return FOR_TOKENS if kinds & {TOKENS, "heads"} else ""
+    kinds = {group.kind for group in channels.groups(scope)}
+    return FOR_TOKENS if kinds.intersection(OF_TOKENS) else ""
 
 
 def rows_of(layer: nn.Module) -> nn.Parameter:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethink_prune.config import ChannelOptions, Count
 from rethink_prune.copying import copy_network
-from rethink_prune.pruning.channel_pruner import TOKENS, ChannelTarget, Channelwise, Choice
+from rethink_prune.pruning.channel_pruner import OF_TOKENS, ChannelTarget, Channelwise, Choice
 from rethink_prune.pruning.pruner import Batches, PruneResult
 from rethink_prune.pruning.samples import FirstImages, Layer
 from rethink_prune.surgery.channels import ChannelGroup, Channels
@@ -293,7 +293,7 @@ class ReconstructionPruner(Channelwise[AnySamplingOptions]):
         which multiplies with the weight of its output projection by itself.
         """
         groups, masked = super().find_groups(model, channels)
-        sampled = (group for group in groups if group.kind not in (TOKENS, "heads") or _is_read(channels, group))
+        sampled = (group for group in groups if group.kind not in OF_TOKENS or _is_read(channels, group))
         return tuple(sampled), masked
 
     @property

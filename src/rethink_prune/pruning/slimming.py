@@ -26,7 +26,7 @@ from torch import nn
 
 from rethink_prune.config import ChannelOptions, Frozen, Positive
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.channel_pruner import TOKENS, ChannelPruner, ChannelTarget, Groups, Scores, score_units
+from rethink_prune.pruning.channel_pruner import OF_TOKENS, ChannelPruner, ChannelTarget, Groups, Scores, score_units
 from rethink_prune.pruning.pruner import FOR_TOKENS, Batches
 from rethink_prune.surgery.channels import ChannelGroup, Positions
 from rethink_prune.training.hooks import TrainingHooks
@@ -87,7 +87,7 @@ class Slimming(ChannelPruner[SlimmingOptions]):
     def may_touch(self, group: ChannelGroup) -> bool:
         """Tell whether each unit passes a batch norm; linear layers only if the options say so."""
         scaled = all(any(positions) for positions in zip(*group.norms.values(), strict=True))
-        return bool(group.norms) and scaled and (group.kind not in ("linear", TOKENS) or self.options.linear)
+        return bool(group.norms) and scaled and (group.kind not in ("linear", *OF_TOKENS) or self.options.linear)
 
     def sparse(self, target: ChannelTarget) -> TrainingHooks:
         """Return the L1 subgradient."""

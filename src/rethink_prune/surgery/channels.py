@@ -28,7 +28,7 @@ from rethink_prune.surgery.exported import Graphs, trace_modes
 from rethink_prune.surgery.follow import follow_channels, tie_shared_parameters
 from rethink_prune.surgery.graph import draws_numbers, trace, why_uneditable
 
-Kind = Literal["conv", "linear", "heads", "selection"]
+Kind = Literal["conv", "linear", "tokens", "heads", "selection"]
 Attention = Literal["heads", "widths"]
 Positions = tuple[int, ...]
 # How often a forward pass is traced that draws random numbers.
@@ -49,8 +49,9 @@ class ChannelGroup:
     name : str
         Name of the first layer in order of execution, followed by ``#2``, ``#3``, ... for further groups that
         start with the same layer, such as the second half of an output that is split in two.
-    kind : {"conv", "linear", "heads", "selection"}
-        What the first layer is; "heads" where attention reads the channels head by head, be they heads or widths.
+    kind : {"conv", "linear", "tokens", "heads", "selection"}
+        What the first layer is. A linear layer is of kind "tokens" if it reads more than one vector per image, and of
+        kind "heads" if attention reads its channels head by head.
     layers : tuple of str
         The convolutions and linear layers whose output channels it covers, each unit some of all; or the one
         selection, named ``<module>.selected``.
@@ -139,6 +140,9 @@ class Channels:
             name: reasons[units[0].item()] for name, units in outputs.items() if not self._free[units].any()
         }
         self.warnings = tuple(dict.fromkeys(ids.warnings))
+        if ids.statistics:
+            count, first = len(set(ids.statistics)), ids.statistics[0]
+            self.warnings += (f"approximate: {count} layer norms ({first}, ...) have other statistics after pruning",)
 
     def groups(self, scope: str = "inner") -> tuple[ChannelGroup, ...]:
         """Return the prunable groups in order of execution.
@@ -261,7 +265,10 @@ class Channels:
             name = f"{layers[0]}#{same + 1}" if same else layers[0]
             linear = isinstance(self._ids.modules.get(layers[0]), nn.Linear)
             kind: Kind = "selection" if selecting_module(layers[0]) else "linear" if linear else "conv"
-            kind = "heads" if heads.intersection(units) else kind
+            if heads.intersection(units):
+                kind = "heads"
+            elif kind == "linear" and len(self._output_shapes.get(layers[0], ())) > 2:
+                kind = "tokens"
             passed = dict.fromkeys(norm for unit in units for norm in norms_of.get(unit, ()))
             norms = {norm: tuple(norms_of.get(unit, {}).get(norm, ()) for unit in units) for norm in passed}
             group = ChannelGroup(name, kind, layers, tuple(layers_of[unit] for unit in units), norms)
@@ -303,7 +310,11 @@ class Channels:
         >>> channels.output_shape("0")
         (1, 7, 3)
         """
-        return next((n.shape for n in self._ids.nodes.values() if n.call.startswith(f"{layer}(")), None)
+        return self._output_shapes.get(layer)
+
+    @cached_property
+    def _output_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {node.call.partition("(")[0]: node.shape for node in self._ids.nodes.values()}
 
 
 def analyse(
