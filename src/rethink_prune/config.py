@@ -216,6 +216,14 @@ class RecipeConfig(RatedPhase):
     """How networks are trained; `epochs` is the length of ``large``.
 
     `strengths` are for a training that is too short for the published ones.
+
+    Attributes
+    ----------
+    mixup, cutmix : float
+        Alpha of the Beta distribution of the shares in which images of a batch are mixed; 0: not mixed this way. With
+        both, each batch is mixed in one of the two ways. See ``data/mixing.py``.
+    rand_augment : int
+        Strength of two random operations on each training image; 0: without. See ``data/rand_augment.py``.
     """
 
     name: str
@@ -228,6 +236,9 @@ class RecipeConfig(RatedPhase):
     decay_norms: bool = True
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     augment: bool = True
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    rand_augment: int = Field(0, ge=0, le=30)
     strengths: Strengths = Strengths()
     distillation: Distillation = Distillation()
     finetune: Phase

@@ -39,7 +39,10 @@ def main_output(output: Any) -> Any:
 
 
 def output_loss(output: Any, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy of the logits, and of torchvision's auxiliary heads with their weights."""
+    """Return the cross-entropy of the logits, and of torchvision's auxiliary heads with their weights.
+
+    Labels are class numbers (N) or the shares of the classes (N x classes).
+    """
 
     def cross_entropy(logits: Tensor) -> Tensor:
         # In float32 also where the logits are bfloat16, whose 8 bits are too few for a softmax.
@@ -56,13 +59,16 @@ def output_loss(output: Any, labels: Tensor, *, label_smoothing: float = 0.0) ->
 def loss_and_correct(loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the summed loss of a batch and how many of its images are classified correctly, on their device.
 
+    Of an image with shares of several classes (N x classes), the class with the largest share is the correct one.
+
     Examples
     --------
     >>> loss_and_correct(torch.tensor(1.5), torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
     tensor([1.5000, 1.0000], dtype=torch.float64)
     """
     # Double, because in float32 the sum over an epoch of a million images loses digits.
-    return torch.stack([loss_sum.double(), (logits.argmax(1) == labels).sum().double()])
+    classes = labels if labels.ndim == 1 else labels.argmax(1)
+    return torch.stack([loss_sum.double(), (logits.argmax(1) == classes).sum().double()])
 
 
 def unused_outputs(output: Any) -> bool:

@@ -170,6 +170,20 @@ def test_two_processes_have_the_results_of_one(folder: Path, alone: dict[str, An
 
 
 @pytest.mark.slow
+def test_two_processes_mix_and_augment_as_one(folder: Path) -> None:
+    mixed = ("recipe.mixup=0.8", "recipe.cutmix=1", "recipe.rand_augment=9", "arms=[scratch_kd@2]")
+    alone = command(*PLAIN, *mixed, "hydra.run.dir=alone", "store.root=alone_store", cwd=folder)
+    assert alone.returncode == 0, alone.stderr
+    done = torchrun(folder, *PLAIN, *mixed, "hydra.run.dir=run")
+    assert done.returncode == 0, done.stdout
+    (ours, theirs) = (summary(folder, run) for run in ("run", "alone"))
+    for name in ("large", "scratch_kd@2"):
+        here, there = (study["large"] if name == "large" else study["arms"][name] for study in (ours, theirs))
+        for row, other in zip(rows(here), rows(there), strict=True):
+            assert row == pytest.approx(other, rel=2e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_process_ends_the_training_which_goes_on_with_any_number(
     folder: Path, alone: dict[str, Any], rank: int

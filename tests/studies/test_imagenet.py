@@ -54,10 +54,10 @@ def overrides(root: Path, *more: str) -> list[str]:
     ]
 
 
-def test_a_study_on_streamed_images(small_study: Run, root: Path, tmp_path: Path) -> None:
-    arguments = overrides(
-        root, "dataset.validation=0.25", "dataset.workers=1", "arms=[finetune,scratch_e,scratch_kd@1]"
-    )
+@pytest.mark.parametrize("more", [(), ("recipe.mixup=0.8", "recipe.cutmix=1", "recipe.rand_augment=9")])
+def test_a_study_on_streamed_images(small_study: Run, root: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    arms = "arms=[finetune,scratch_e,scratch_kd@1]"
+    arguments = overrides(root, "dataset.validation=0.25", "dataset.workers=1", arms, *more)
     summary = small_study(*arguments)
     assert (summary["study"]["train_images"], summary["study"]["test_images"]) == (36, 18)
     assert summary["pruned"]["top5"] >= summary["pruned"]["top1"]
@@ -70,8 +70,12 @@ def test_a_study_on_streamed_images(small_study: Run, root: Path, tmp_path: Path
         assert float(rows[-1]["images"]) == 36
     assert "| top-5 % |" in (tmp_path / "run1/summary.md").read_text()
     # How images are read decides nothing.
-    again = small_study(*arguments, "dataset.workers=0")
-    assert again["arms"] == summary["arms"]
+    elsewhere = f"store.root={tmp_path / 'elsewhere'}"
+    again = small_study(*arguments, "dataset.workers=0", elsewhere)
+    assert {title: arm["loss"] for title, arm in again["arms"].items()} == {
+        title: arm["loss"] for title, arm in summary["arms"].items()
+    }
+    assert small_study(*arguments, "dataset.workers=0")["arms"] == summary["arms"], "found in the store"
 
 
 def test_a_pruner_that_looks_at_images_gets_them_streamed(small_study: Run, root: Path) -> None:

@@ -112,6 +112,13 @@ def test_labels_are_smoothed_in_their_own_part() -> None:
     assert float(smooth) == pytest.approx(float(expected))
 
 
+def test_labels_of_mixed_images_have_their_own_part() -> None:
+    logits, shares = torch.tensor([[4.0, 0.0, 1.0]]), torch.tensor([[0.75, 0.0, 0.25]])
+    teacher = Teacher(nn.Identity(), temperature=2.0, weight=0.25)
+    found = teacher.loss(logits, logits, shares, runtime=PLAIN)
+    assert float(found) == pytest.approx(0.75 * float(-(shares * logits.log_softmax(1)).sum()))
+
+
 @pytest.mark.cuda
 def test_cuda_graphs_with_a_teacher_train_as_plain_steps(caplog: pytest.LogCaptureFixture) -> None:
     device = torch.device("cuda")

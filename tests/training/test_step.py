@@ -66,6 +66,7 @@ class Trained:
         count: int = 30,
         optimizer: str = "sgd",
         device: torch.device = CPU,
+        mixed: bool = False,
     ) -> None:
         self.model = network().to(device)
         hooks.prepare(self.model)
@@ -77,6 +78,8 @@ class Trained:
             if index in (10, 20):
                 self.optimizer.param_groups[0]["lr"] *= 0.1
                 hooks.after_epoch(self.model)
+            if mixed:
+                labels = 0.125 + 0.5 * nn.functional.one_hot(labels, 4).float()  # shares of classes
             self.losses.append(float(step(images.to(device), labels.to(device))[0]))
 
 
@@ -104,6 +107,14 @@ def test_replays_warm_ups_and_partial_batches_add_up_to_plain_training(hooks: Ca
     assert recorder.warmed == WARM_UP
     assert recorder.replayed == 30 - WARM_UP - 4, "four batches of 30 are partial"
     assert recorder.recorded == 1, "learning rates are read from the device"
+
+
+def test_steps_on_mixed_images_are_replayed() -> None:
+    recorder = FakeRecorder()
+    expected, found = Trained(plain, NO_HOOKS, mixed=True), Trained(recorded(recorder), NO_HOOKS, mixed=True)
+    assert found.losses == expected.losses != Trained(plain, NO_HOOKS).losses
+    assert same_bits(found.model, expected.model)
+    assert recorder.replayed == 30 - WARM_UP - 4
 
 
 def test_plain_steps_read_the_learning_rate_where_replayed_ones_do() -> None:

@@ -6,14 +6,18 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 
 from rethink_prune import build_model
 from rethink_prune.data import EvalBatches, ImageArray, TrainBatches
 from rethink_prune.data.device_images import DeviceImages
+from rethink_prune.data.mixing import Mixing
 from rethink_prune.data.normalization import Normalization
 from rethink_prune.errors import Interrupted
 from rethink_prune.pruning.factors import ScalingFactors
@@ -69,6 +73,14 @@ def transformer() -> nn.Module:
     return build_model("vit_tiny", drop_path=0.5, num_classes=4, **sizes)
 
 
+def timm_vit() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", num_classes=4, init_values=1e-4)
+
+
+def timm_swin() -> nn.Module:
+    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=4)
+
+
 def images() -> ImageArray:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (50, 8, 8, 3), generator=generator, dtype=torch.uint8)
@@ -83,11 +95,14 @@ def run(
     seconds: float = 1e9,
     hooks: TrainingHooks = NO_HOOKS,
     deterministic: bool = False,
+    mixing: Mixing | None = None,
+    rand_augment: int = 0,
     **changes: object,
 ) -> Progress:
+    train_images = DeviceImages(images(), NORMALIZE, pad=1, flip=True, seed=0, rand_augment=rand_augment)
     return train(
         model,
-        TrainBatches(DeviceImages(images(), NORMALIZE, pad=1, flip=True, seed=0), batch_size=16),
+        TrainBatches(train_images, batch_size=16, mixing=mixing),
         {"test": EvalBatches(DeviceImages(images(), NORMALIZE), batch_size=32)},
         spec(**changes),
         runtime=Runtime(CPU, "fp32", deterministic=deterministic, checkpoint_seconds=seconds),
@@ -120,19 +135,21 @@ class StopAfter(Interrupts):
         pass
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize(
     ("build", "steps"), [(network, 0), (network, 2), (network, 3), (network, 5), (transformer, 2), (transformer, 5)]
 )
 def test_stopped_and_resumed_is_bit_identical_to_uninterrupted(
-    build: Callable[[], nn.Module], steps: int, tmp_path: Path
+    build: Callable[[], nn.Module], steps: int, mixed: bool, tmp_path: Path
 ) -> None:
+    options: dict[str, Any] = {"mixing": Mixing(0.8, 1.0, 4, seed=0), "rand_augment": 9} if mixed else {}
     straight, resumed = build(), build()
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    expected = run(straight, tmp_path / "a")
+    expected = run(straight, tmp_path / "a", **options)
     with pytest.raises(Interrupted, match=r"SIGTERM in arm, epoch \d of 3: saved; run the same command again"):
-        run(build(), tmp_path / "b", interrupts=StopAfter(steps))
-    progress = run(resumed, tmp_path / "b")
+        run(build(), tmp_path / "b", interrupts=StopAfter(steps), **options)
+    progress = run(resumed, tmp_path / "b", **options)
     assert untimed(progress.rows) == untimed(expected.rows)
     for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -346,6 +363,23 @@ def test_norms_and_biases_can_be_left_out_of_weight_decay(name: str) -> None:
     assert everything["weight_decay"] == 1e-4
 
 
+@pytest.mark.parametrize("build", [timm_vit, lambda: torchvision.models.vit_b_16(num_classes=4), timm_swin])
+def test_weight_decay_leaves_out_what_is_no_weight_of_a_layer(build: Callable[[], nn.Module]) -> None:
+    with torch.device("meta"):
+        model = build()
+    chosen = spec(optimizer="adamw", decay_norms=False)
+    decayed, free = build_optimizer(model.parameters(), chosen, fused=False, model=model).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)] for parameter in free["params"]}
+    assert {names[id(parameter)] for parameter in decayed["params"]} | found == set(names.values())
+    layers = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    attention = {f"{n}.in_proj_weight" for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    assert found == set(names.values()) - layers - attention
+    # timm says the same of its own networks.
+    said = getattr(model, "no_weight_decay", set)()
+    assert said & set(names.values()) <= found
+
+
 def test_options_that_are_not_used_leave_stage_keys_as_they_were() -> None:
     assert not {"warmup", "decay_norms", "label_smoothing"} & optimizer_key(spec()).keys()
     changed = spec(warmup=1, decay_norms=False, label_smoothing=0.1)
@@ -380,6 +414,23 @@ def test_labels_are_smoothed_in_training_alone(tmp_path: Path) -> None:
     loss, _ = step(logits, labels) / 6
     chances = torch.full((6, 4), 0.5 / 4) + 0.5 * nn.functional.one_hot(labels, 4)
     assert loss == pytest.approx((-chances * model(logits).log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+
+
+def test_mixed_images_are_trained_on_with_the_shares_of_their_classes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, shares = torch.randn(6, 4, generator=generator), torch.rand(6, 4, generator=generator).softmax(1)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    logits = model(images).detach()
+    for smoothing in (0.0, 0.3):
+        step = build_step(model, optimizer, NO_HOOKS, runtime=Runtime(CPU, "fp32"), label_smoothing=smoothing)
+        loss, correct = step(images, shares).tolist()
+        smoothed = smoothing / 4 + (1 - smoothing) * shares
+        assert loss == pytest.approx(-(smoothed * logits.log_softmax(1)).sum().item(), rel=1e-5)
+        # The class with the largest share counts as the image's.
+        assert correct == (logits.argmax(1) == shares.argmax(1)).sum().item()
+    whole = nn.functional.one_hot(torch.arange(6) % 4, 4).float()
+    assert step(images, whole).tolist() == pytest.approx(step(images, torch.arange(6) % 4).tolist(), rel=1e-6)
 
 
 def test_top5_counts_every_image_whose_class_is_among_five() -> None:

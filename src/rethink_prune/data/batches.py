@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from rethink_prune.config import DatasetConfig
 from rethink_prune.data.dataset import ImageDataset
 from rethink_prune.data.device_images import DeviceImages
+from rethink_prune.data.mixing import Mixing
 from rethink_prune.data.normalization import Batch, Normalization
 from rethink_prune.data.source import AnyImages, ImageFiles
 from rethink_prune.data.streamed_images import StreamedImages
@@ -123,6 +125,8 @@ class TrainBatches:
         Images per batch, of all processes together.
     shard : Shard
         Which part of every batch this process takes.
+    mixing : Mixing, optional
+        Mixes the images of a batch.
 
     Raises
     ------
@@ -133,6 +137,7 @@ class TrainBatches:
     images: DeviceImages | StreamedImages
     batch_size: int
     shard: Shard = UNSHARED
+    mixing: Mixing | None = None
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -169,19 +174,32 @@ class TrainBatches:
             Batches to leave out at the start: those a resumed run has done already.
         """
         starts = range(start_step * self.batch_size, self.images_per_epoch, self.batch_size)
-        parts = [self.shard.of_batch(start, min(start + self.batch_size, self.images_per_epoch)) for start in starts]
-        return self.images.train(epoch, parts)
+        parts = [self._positions(start, min(start + self.batch_size, self.images_per_epoch)) for start in starts]
+        batches = self.images.train(epoch, parts)
+        if self.mixing is None:
+            return batches
+        mix = partial(self.mixing, epoch=epoch)
+        return (mix(*batch, start=start) for batch, start in zip(batches, starts, strict=True))
+
+    def _positions(self, start: int, stop: int) -> torch.Tensor:
+        """Return this process's positions of a batch; where images are mixed, after that of the first one's partner."""
+        part = self.shard.of_batch(start, stop)
+        positions = torch.arange(part.start, part.stop)
+        if self.mixing is None:
+            return positions
+        partner = (stop if part.start == start else part.start) - 1
+        return torch.cat([torch.tensor([partner]), positions])
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """The batches of one epoch, to be gone through any number of times."""
+    """The batches of one epoch, not mixed: every image has one class. They can be gone through any number of times."""
 
     batches: TrainBatches
     epoch: int
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.batches.epoch(self.epoch)
+        return replace(self.batches, mixing=None).epoch(self.epoch)
 
 
 @dataclass(frozen=True)
@@ -207,7 +225,16 @@ class EvalBatches:
 
 
 def train_batches(
-    dataset: ImageDataset, options: DatasetConfig, *, batch_size: int, augment: bool, device: torch.device, seed: int
+    dataset: ImageDataset,
+    options: DatasetConfig,
+    *,
+    batch_size: int,
+    augment: bool,
+    device: torch.device,
+    seed: int,
+    rand_augment: int = 0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
 ) -> TrainBatches:
     """Return the shuffled training images: kept on the device, or streamed to it by ``options.workers`` processes.
 
@@ -225,6 +252,10 @@ def train_batches(
         Where the batches go.
     seed : int
         The study's seed; with the epoch and the position in it, it decides every draw.
+    rand_augment : int
+        Strength of :mod:`~rethink_prune.data.rand_augment`, to 30; 0: without.
+    mixup, cutmix : float
+        As for :class:`~rethink_prune.data.mixing.Mixing`; without either, images are not mixed.
 
     Raises
     ------
@@ -244,12 +275,17 @@ def train_batches(
     """
     normalize = Normalization(dataset.mean, dataset.std, image_size=dataset.image_size, device=device)
     flip = options.flip and augment
+    mixing = Mixing(mixup, cutmix, len(dataset.classes), seed) if mixup or cutmix else None
     if isinstance(dataset.train, ImageFiles):
-        reader = BatchReader(dataset.train, dataset.image_size, seed, augment=augment, flip=flip)
-        streamed = StreamedImages(reader, normalize, batch_size=batch_size, workers=options.workers)
-        return TrainBatches(streamed, batch_size)
+        reader = BatchReader(
+            dataset.train, dataset.image_size, seed, augment=augment, flip=flip, rand_augment=rand_augment
+        )
+        largest = batch_size + 1 if mixing else batch_size
+        streamed = StreamedImages(reader, normalize, batch_size=largest, workers=options.workers)
+        return TrainBatches(streamed, batch_size, mixing=mixing)
     pad = options.pad if augment else 0
-    return TrainBatches(DeviceImages(dataset.train, normalize, pad=pad, flip=flip, seed=seed), batch_size)
+    images = DeviceImages(dataset.train, normalize, pad=pad, flip=flip, seed=seed, rand_augment=rand_augment)
+    return TrainBatches(images, batch_size, mixing=mixing)
 
 
 def eval_batches(

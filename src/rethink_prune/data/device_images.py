@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from rethink_prune.data.normalization import Batch, Normalization
+from rethink_prune.data.rand_augment import apply_operations, draw_operations
 from rethink_prune.data.source import ImageArray
 from rethink_prune.seeds import derive_generator
 
@@ -84,6 +85,8 @@ class DeviceImages:
         Whether to mirror half of the images.
     seed : int
         The study's seed. Nothing else decides the draws, so arms see the same batches.
+    rand_augment : int
+        Strength of :mod:`~rethink_prune.data.rand_augment`, after crop and flip; 0: without.
 
     Examples
     --------
@@ -95,7 +98,14 @@ class DeviceImages:
     """
 
     def __init__(
-        self, images: ImageArray, normalize: Normalization, *, pad: int = 0, flip: bool = False, seed: int = 0
+        self,
+        images: ImageArray,
+        normalize: Normalization,
+        *,
+        pad: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+        rand_augment: int = 0,
     ) -> None:
         self._pixels = images.images.to(normalize.device)
         self._labels = images.labels.to(normalize.device)
@@ -103,6 +113,7 @@ class DeviceImages:
         self._pad = pad
         self._flip = flip
         self._seed = seed
+        self._magnitude = rand_augment
         self._padded_size = images.images.shape[1] + 2 * pad  # images are square
         # A GPU takes as long to start the work for one batch as for many. A CPU is fastest with what fits its caches.
         of_image = images.images[0].numel() * torch.float32.itemsize
@@ -117,26 +128,35 @@ class DeviceImages:
         for part in parts:
             yield self._normalize(self._pixels[part]), self._labels[part]
 
-    def train(self, epoch: int, parts: Sequence[slice]) -> Iterator[Batch]:
-        """Yield a batch for every part of the shuffled and augmented epoch."""
-        blocks = blocks_of([part.stop - part.start for part in parts], self._at_once)
-        orders, windows = self._plan(epoch, parts, [sum(block) for block in blocks])
-        for block, order, window in zip(blocks, orders, windows, strict=True):
+    def train(self, epoch: int, parts: Sequence[torch.Tensor]) -> Iterator[Batch]:
+        """Yield a batch for every part of the shuffled and augmented epoch; a part holds positions, int64."""
+        blocks = blocks_of([len(part) for part in parts], self._at_once)
+        sizes, positions = [sum(block) for block in blocks], torch.cat(list(parts))
+        orders, windows = self._plan(epoch, positions, sizes)
+        operations = self._draw_operations(epoch)[positions].split(sizes)
+        for block, order, window, drawn in zip(blocks, orders, windows, operations, strict=True):
             pixels = self._pixels.index_select(0, order)
             if self._pad or self._flip:
                 pixels = self._augment(pixels, window)
+            if self._magnitude:
+                pixels = apply_operations(pixels, drawn, magnitude=self._magnitude)
             labels = self._labels.index_select(0, order)
             yield from zip(self._normalize(pixels).split(block), labels.split(block), strict=True)
 
+    def _draw_operations(self, epoch: int) -> torch.Tensor:
+        """Return the operations of every position, on the CPU; none for each without `rand_augment`."""
+        if not self._magnitude:
+            return torch.empty(len(self), 0, dtype=torch.int64)
+        return draw_operations(len(self), derive_generator(self._seed, "rand_augment", epoch))
+
     def _plan(
-        self, epoch: int, parts: Sequence[slice], sizes: Sequence[int]
+        self, epoch: int, positions: torch.Tensor, sizes: Sequence[int]
     ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """Return, for blocks of these sizes, which images they hold and, for `_augment`, where each one's crop starts.
 
-        The blocks follow each other in the sequence of `parts`.
+        The blocks follow each other in the sequence of `positions`.
         """
         draws = draw_epoch(len(self), pad=self._pad, flip=self._flip, seed=self._seed, epoch=epoch)
-        positions = torch.cat([torch.arange(part.start, part.stop) for part in parts])
         # Crops are cut out of one block: what counts is an image's place there.
         place = torch.cat([torch.arange(size) for size in sizes])
         if self._flip:

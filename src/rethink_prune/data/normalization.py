@@ -7,7 +7,8 @@ import torch
 
 from rethink_prune.data.source import Statistics
 
-# Images (float32, B x C x H x W, normalised, in channels_last memory) and labels (int64, B).
+# Images (float32, B x C x H x W, normalised, in channels_last memory) and labels (int64, B). Mixed images have shares
+# of classes (float32, B x classes), and may lie in another memory format.
 Batch = tuple[torch.Tensor, torch.Tensor]
 _IMAGES_AT_ONCE = 256  # counting takes a copy of them
 

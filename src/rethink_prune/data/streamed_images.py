@@ -43,12 +43,15 @@ class StreamedImages:
         for images, labels, _ in self._read(requests):
             yield self._normalize(images), labels
 
-    def train(self, epoch: int, parts: Sequence[slice]) -> Iterator[Batch]:
-        """Yield a batch for every part; raises as :meth:`~rethink_prune.data.workers.WorkerPool.read` does."""
+    def train(self, epoch: int, parts: Sequence[torch.Tensor]) -> Iterator[Batch]:
+        """Yield a batch for every part of the shuffled and augmented epoch; a part holds positions, int64.
+
+        Raises as :meth:`~rethink_prune.data.workers.WorkerPool.read` does.
+        """
         order = torch.randperm(len(self), generator=derive_generator(self._reader.seed, "order", epoch))
         # One batch at a time: an epoch of ImageNet has a million requests.
         requests = (
-            [ReadRequest(image, epoch, part.start + row) for row, image in enumerate(order[part].tolist())]
+            [ReadRequest(image, epoch, position) for image, position in torch.stack([order[part], part], 1).tolist()]
             for part in parts
         )
         for images, labels, mirrored in self._read(requests):

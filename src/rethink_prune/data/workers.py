@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rethink_prune.data.decoding import CROP_DRAWS, describe_failure, jpeg_decoder, place_crop, read_centre, read_crop
 from rethink_prune.data.memory import MORE_SHARED_MEMORY, check_shared_memory
+from rethink_prune.data.rand_augment import apply_operations, draw_operations
 from rethink_prune.data.source import ImageFiles
 from rethink_prune.errors import UserError
 from rethink_prune.seeds import derive_generator
@@ -61,6 +62,8 @@ class BatchReader(Dataset[RawBatch | UserError]):
         Take random parts instead of the centre.
     flip : bool
         Mirror half of the images.
+    rand_augment : int
+        Strength of :mod:`~rethink_prune.data.rand_augment`, after crop and flip; 0: without.
     """
 
     files: ImageFiles
@@ -68,6 +71,7 @@ class BatchReader(Dataset[RawBatch | UserError]):
     seed: int = 0
     augment: bool = False
     flip: bool = False
+    rand_augment: int = 0
 
     def __post_init__(self) -> None:
         jpeg_decoder()  # imported once here, not by every worker
@@ -111,7 +115,13 @@ class BatchReader(Dataset[RawBatch | UserError]):
             pixels = read_crop(path, self.image_size, partial(place_crop, draws=draws))
         else:
             pixels = read_centre(path, self.image_size)
-        return pixels, self.flip and mirror < 0.5
+        mirrored = self.flip and mirror < 0.5
+        if not self.rand_augment:
+            return pixels, mirrored
+        # The operations come after the mirror, so that is not left for the device.
+        operations = draw_operations(1, derive_generator(self.seed, "rand_augment", request.epoch, request.position))
+        pixels = (pixels.flip(1) if mirrored else pixels).unsqueeze(0)
+        return apply_operations(pixels, operations, magnitude=self.rand_augment)[0], False
 
 
 class _CurrentPass:

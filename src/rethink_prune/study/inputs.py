@@ -24,7 +24,7 @@ class Inputs:
     Attributes
     ----------
     recipe : RecipeConfig
-        Has the batch sizes, and whether images are augmented.
+        Has the batch sizes, and how images are augmented and mixed.
     seed : int
         Decides order and augmentation.
     cache_dir : Path
@@ -60,10 +60,18 @@ class Inputs:
 
     @cached_property
     def train_batches(self) -> TrainBatches:
-        """The training images, augmented as the recipe says."""
-        size, augment, device = self.recipe.batch_size, self.recipe.augment, self.runtime.device
+        """The training images, augmented and mixed as the recipe says."""
+        recipe = self.recipe
         return train_batches(
-            self.dataset, self.options, batch_size=size, augment=augment, device=device, seed=self.seed
+            self.dataset,
+            self.options,
+            batch_size=recipe.batch_size,
+            augment=recipe.augment,
+            device=self.runtime.device,
+            seed=self.seed,
+            rand_augment=recipe.rand_augment,
+            mixup=recipe.mixup,
+            cutmix=recipe.cutmix,
         )
 
     def recalibration(self) -> Iterator[Batch]:

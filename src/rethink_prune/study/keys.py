@@ -86,10 +86,14 @@ def key_parts(
     given : Checkpoint, optional
         Weights of the unpruned network that the user brought.
     """
-    name, dataset, batch_size = config.model.name, config.dataset, config.recipe.batch_size
+    name, dataset, recipe, batch_size = config.model.name, config.dataset, config.recipe, config.recipe.batch_size
     info, fingerprint, precision = inputs.info, inputs.dataset.fingerprint, inputs.runtime.precision
-    augment = {"pad": dataset.pad, "flip": dataset.flip} if config.recipe.augment else None
-    data = {"fingerprint": fingerprint, "augment": augment}
+    augment = {"pad": dataset.pad, "flip": dataset.flip} if recipe.augment else None
+    data = {
+        "fingerprint": fingerprint,
+        "augment": augment,
+        **({"rand_augment": recipe.rand_augment} if recipe.rand_augment else {}),  # came later
+    }
     network = {
         "name": name,
         "options": dict(networks.build_options),
@@ -125,14 +129,16 @@ def key_parts(
     training = {
         "batch_size": batch_size,
         "precision": precision,
-        **({} if config.sync_batchnorm else {"sync_batchnorm": False}),  # came later
+        # Came later. Pruners see images that are not mixed.
+        **{name: alpha for name, alpha in (("mixup", recipe.mixup), ("cutmix", recipe.cutmix)) if alpha},
+        **({} if config.sync_batchnorm else {"sync_batchnorm": False}),
     }
     return KeyParts(
         training={"data": data, "training": training, "seed": config.seed, "network": network},
         rounds=tuple(pruning(step) for step in rounds.pruners),
         sparse={"name": config.pruner.name, "source": source, **hooks.key} if hooks else None,
         given={"checkpoint": given.digest, "known": given.training_cost, **evaluation} if given else None,
-        distillation=config.recipe.distillation.model_dump(),
+        distillation=recipe.distillation.model_dump(),
         redraw=config.pruner.redraw,
         resolved=resolved,
     )

@@ -66,7 +66,7 @@ class Teacher:
         output : object
             What the network returned: logits N x classes, perhaps among other things.
         labels : Tensor
-            N class numbers.
+            N class numbers, or N x classes: their shares.
         runtime : Runtime
             Has the precision in which the teacher computes.
         label_smoothing : float

@@ -33,7 +33,8 @@ class OptimizerSpec:
         Epochs in which the learning rate rises from ``lr / (warmup + 1)`` in equal steps. ``cosine`` and ``linear``
         begin after them.
     decay_norms : bool
-        Whether weight decay acts on norms and biases: parameters of one dimension.
+        Whether weight decay acts on more than the weights of layers: also on norms and biases, and on parameters such
+        as class tokens and position embeddings.
     label_smoothing : float
         Of the training loss, in [0, 1).
     start : AdaptiveStart, optional
@@ -58,8 +59,20 @@ class OptimizerSpec:
     passed: int = 0
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, fused: bool) -> Optimizer:
-    """Return the optimiser; `fused` updates all parameters in one kernel, which CUDA can record.
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, fused: bool, model: nn.Module | None = None
+) -> Optimizer:
+    """Return the optimiser.
+
+    Parameters
+    ----------
+    parameters : iterable of torch.nn.Parameter
+        What it updates.
+    spec : OptimizerSpec
+    fused : bool
+        Update all parameters in one kernel, which CUDA can record.
+    model : torch.nn.Module, optional
+        Has the names of parameters, which tell the weights of layers from others.
 
     Examples
     --------
@@ -68,7 +81,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, 
     >>> [(group["params"][0].ndim, group["weight_decay"]) for group in optimizer.param_groups]
     [(2, 0.0001), (1, 0.0)]
     """
-    groups = _parameter_groups(list(parameters), spec)
+    groups = _parameter_groups(list(parameters), spec, model)
     match spec.optimizer:
         case "sgd":
             momentum, decay = spec.momentum, spec.weight_decay
@@ -79,12 +92,29 @@ def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec, *, 
     raise ValueError(f"optimizer={spec.optimizer}: must be sgd or adamw")
 
 
-def _parameter_groups(parameters: list[nn.Parameter], spec: OptimizerSpec) -> list[dict[str, Any]]:
+def _parameter_groups(
+    parameters: list[nn.Parameter], spec: OptimizerSpec, model: nn.Module | None
+) -> list[dict[str, Any]]:
     if spec.decay_norms:
         return [{"params": parameters}]
+    named = {} if model is None else dict(model.named_parameters())
+    free = {id(parameter) for name, parameter in named.items() if not _names_a_weight(name)}
     # Scales, shifts and biases have one dimension.
-    decayed, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    decayed = [p for p in parameters if p.ndim > 1 and id(p) not in free]
+    kept = {id(p) for p in decayed}
+    return [{"params": decayed}, {"params": [p for p in parameters if id(p) not in kept], "weight_decay": 0.0}]
+
+
+def _names_a_weight(name: str) -> bool:
+    """Tell the weights of layers from tokens, embeddings of positions, tables of biases and scales of layers.
+
+    Examples
+    --------
+    >>> names = ["qkv.weight", "attention.in_proj_weight", "fc.parametrizations.weight.original", "cls_token", "gamma"]
+    >>> [_names_a_weight(name) for name in names]
+    [True, True, True, False, False]
+    """
+    return any("weight" in part for part in name.split(".")[-2:])
 
 
 def build_scheduler(optimizer: Optimizer, spec: OptimizerSpec) -> lr_scheduler.LRScheduler:

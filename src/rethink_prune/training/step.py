@@ -90,6 +90,7 @@ class Step(Protocol):
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         """Return the summed loss and how many images are classified correctly: float64, 2.
 
+        Labels are N class numbers or, of mixed images, the shares of the classes, N x classes.
         The gradients are those of the mean loss times `weight`.
         """
 

@@ -117,7 +117,7 @@ def train(
     epochs = until or spec.epochs
     model = runtime.place(model)
     # Built after surgery and `hooks.prepare`, both of which make new parameters.
-    optimizer = build_optimizer(hooks.optimized(model), spec, fused=runtime.accelerates_cuda)
+    optimizer = build_optimizer(hooks.optimized(model), spec, fused=runtime.accelerates_cuda, model=model)
     scheduler = build_scheduler(optimizer, spec)
     parts: Parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     saver = TrainingSaver(parts, checkpoints, interrupts, processes, runtime.checkpoint_seconds)
