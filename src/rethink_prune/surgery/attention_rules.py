@@ -195,6 +195,19 @@ def follow_unbind(ids: ChannelIds, call: Call) -> Flow:
     return [replace(stream, axis=stream.axis + (dim > stream.axis))] * len(call.result)
 
 
+def follow_stack(ids: ChannelIds, call: Call) -> Flow:
+    """Lay tensors side by side along a new dimension: each channel of the result comes from all of them."""
+    parts = call.flow(0, "tensors")
+    streams = [part for part in parts if isinstance(part, ChannelStream)]
+    if len(streams) != len(parts) or len({stream.axis for stream in streams}) != 1:
+        raise NoRule("stack with a tensor that stays whole")
+    for stream in streams[1:]:
+        ids.united.append((streams[0].ids, stream.ids))
+    new = count_from_end(call.dim(1, 0), call.result.ndim)
+    axis = streams[0].axis - (new >= streams[0].axis)
+    return replace(streams[0], axis=axis, zero=all(stream.zero for stream in streams))
+
+
 def follow_index(ids: ChannelIds, call: Call) -> Flow:
     """Pick positions by one tensor of indexes, along another dimension than the channels'."""
     stream, index = call.stream, call.value(1, "indices", call.value(1, "index"))

@@ -29,6 +29,7 @@ from rethink_prune.surgery.graph import (
     check_own_forward,
     have_same_calls,
     hidden_steps,
+    keep_constants,
     mark_unrecorded,
     operation_name,
     retrace,
@@ -210,7 +211,7 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     """
     check_own_forward(model)
     model.train(training)
-    name = type(model).__name__
+    name, known = type(model).__name__, [*model.parameters(), *model.buffers()]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     images = torch.empty((_BATCH, *input_shape[1:]), dtype=dtype, device="meta")
     sizes = ({0: torch.export.Dim.AUTO},)
@@ -245,15 +246,15 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
             node.kwargs = {**node.kwargs, "device": device}
     # Operations that write into a tensor stay, as do inputs and the result.
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
-    # Tensors that the forward pass creates.
-    for node in graph.nodes:
-        if node.op == "get_attr" and not _has(model, node.target):
-            tensor = getattr(program, node.target)
-            if tensor.is_meta:
-                raise UserError(f"{name}: computes a tensor of its own that torch.export does not keep")
-            model.register_buffer(node.target, tensor, persistent=False)
+    keep_constants(model, program, graph)
     # Traced once more, nodes have the names that they have whenever this graph is traced again.
-    result = retrace(fx.GraphModule(model, graph))
+    runnable = fx.GraphModule(model, graph)
+    result = retrace(runnable)
+    keep_constants(model, runnable, result)
+    constants = [getattr(model, node.target, None) for node in result.nodes if node.op == "get_attr"]
+    own = {id(tensor) for tensor in known}
+    if any(isinstance(c, torch.Tensor) and c.is_meta and id(c) not in own for c in constants):
+        raise UserError(f"{name}: computes a tensor of its own that torch.export does not keep")
     mark_unrecorded(result, "")
     return result
 

@@ -502,6 +502,7 @@ _NAMES: dict[Rule, str] = {
     attention_rules.follow_repeat: "repeat",
     attention_rules.follow_roll: "roll",
     attention_rules.follow_softmax: "log_softmax softmax",
+    attention_rules.follow_stack: "stack",
     attention_rules.follow_unbind: "unbind",
     attention_rules.follow_vector_norm: "linalg_vector_norm",
     follow_unchanged: """
