@@ -144,6 +144,11 @@ class Channels:
             count, first = len(set(ids.statistics)), ids.statistics[0]
             self.warnings += (f"approximate: {count} layer norms ({first}, ...) have other statistics after pruning",)
 
+    @property
+    def exported(self) -> bool:
+        """Whether ``torch.export`` made the graph: a pruned network runs images of this size only."""
+        return self._graphs.exported
+
     def groups(self, scope: str = "inner") -> tuple[ChannelGroup, ...]:
         """Return the prunable groups in order of execution.
 
