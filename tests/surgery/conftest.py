@@ -37,10 +37,11 @@ def pruned_equals_masked() -> Compare:
         share: float = 0.5,
         drop: Drop | None = None,
         selecting: Literal["norm", "conv"] | None = None,
+        attention: Literal["heads", "widths"] = "heads",
     ) -> tuple[Channels, nn.Module]:
         randomise(model)
         example = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        channels = analyse(model, example, selecting=selecting)
+        channels = analyse(model, example, selecting=selecting, attention=attention)
         chosen = random_drop(channels, scope, share) if drop is None else drop
         with torch.no_grad():
             before = model(example)

@@ -22,7 +22,7 @@ import torchvision
 from torch import nn
 
 from harness import mask
-from rethink_prune.cost import count_cost
+from rethink_prune.cost import count_cost, on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.channels import Channels, analyse
@@ -141,8 +141,7 @@ def networks() -> dict[str, tuple[Callable[[], nn.Module], int]]:
 def row(name: str, build: Callable[[], nn.Module], size: int) -> list[str]:
     """Return the cells of a network."""
     shape = (3, size, size)
-    with torch.device("meta"):
-        shapes = build().eval()
+    shapes = on_meta(build()).eval()
     try:
         channels = analyse(shapes, torch.empty(1, *shape, device="meta"))
     except UserError as error:

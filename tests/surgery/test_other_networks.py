@@ -860,7 +860,7 @@ NETWORKS: dict[Callable[..., nn.Module], tuple[int, int, set[str]]] = {
     DLA: (1, 3, set()),
     FPN: (6, 7, set()),
     FPNWeighted: (6, 7, set()),
-    FPNShared: (5, 6, {"unknown operation stack"}),
+    FPNShared: (5, 6, set()),
     Yolo: (21, 23, set()),
     YoloAsPublished: (21, 23, set()),
     YoloAttention: (23, 26, set()),

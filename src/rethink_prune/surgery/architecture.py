@@ -28,9 +28,9 @@ from rethink_prune.errors import UserError
 
 _FORMAT = "rethink-prune architecture 2"
 # The attributes an architecture may set, by what they count. A file that names any other is not applied.
-OUTPUT_WIDTHS = ("out_channels", "out_features", "num_features", "num_parameters")
+OUTPUT_WIDTHS = ("out_channels", "out_features", "num_features", "num_parameters", "normalized_shape")
 INPUT_WIDTHS = ("in_channels", "in_features")
-_ATTRIBUTES = (*OUTPUT_WIDTHS, *INPUT_WIDTHS, "groups", "padding", "normalized_shape")
+_ATTRIBUTES = (*OUTPUT_WIDTHS, *INPUT_WIDTHS, "groups", "padding")
 # Attributes that hold several numbers.
 _SHAPES = ("padding", "normalized_shape")
 # The buffer with the channels that a module selects.
@@ -218,10 +218,21 @@ class Architecture:
 
     def _check_positions(self, name: str, positions: torch.Tensor, modules: Mapping[str, nn.Module]) -> None:
         kind, widths = ("outputs", OUTPUT_WIDTHS) if positions is self.outputs.get(name) else ("inputs", INPUT_WIDTHS)
-        full = next((getattr(modules[name], key) for key in widths if hasattr(modules.get(name), key)), 0)
-        kept = next((self.modules.get(name, {}).get(key) for key in widths if key in self.modules.get(name, {})), None)
+        full = next((width(getattr(modules[name], key)) for key in widths if hasattr(modules.get(name), key)), 0)
+        kept = next((width(self.modules[name][key]) for key in widths if key in self.modules.get(name, {})), None)
         if len(positions) != kept or not (int(positions.min()) >= 0 and int(positions.max()) < full):
             raise UserError(f"{name}: its {kind} must be {kept} positions between 0 and {full - 1}")
+
+
+def width(value: Any) -> int:
+    """Return how many channels an attribute counts, which may be the last number of a shape.
+
+    Examples
+    --------
+    >>> width(12), width([12])
+    (12, 12)
+    """
+    return int(value[-1] if isinstance(value, list | tuple) else value)
 
 
 def _join_positions(first: Mapping[str, torch.Tensor], then: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

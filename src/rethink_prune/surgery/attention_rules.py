@@ -89,7 +89,8 @@ def _contract(
         zero = any(stream.zero for stream in found)
         if letter in output:
             ids.confirmed += [stream.ids for stream in found]
-            result = replace(found[0], axis=output.index(letter) - len(output), zero=zero)
+            axis, all_own = output.index(letter) - len(output), all(stream.own for stream in found)
+            result = replace(found[0], axis=axis, zero=zero, own=all_own)
         else:
             _sum_over(ids, call, found, zero)
     return result

@@ -22,6 +22,7 @@ from rethink_prune.surgery.architecture import (
     Architecture,
     select_inputs,
     selects,
+    width,
 )
 from rethink_prune.surgery.branches import remove_branches
 from rethink_prune.surgery.channel_ids import TRAINING
@@ -127,7 +128,7 @@ def reshape(model: nn.Module, architecture: Architecture) -> nn.Module:
     """
     architecture.check_fits(model)
     widths = [(name, *item) for name, attributes in architecture.modules.items() for item in attributes.items()]
-    outputs: _Kept = {name: range(value) for name, key, value in widths if key in OUTPUT_WIDTHS}
+    outputs: _Kept = {name: range(width(value)) for name, key, value in widths if key in OUTPUT_WIDTHS}
     # A grouped convolution's weight has as many columns as before: those of one group.
     grouped = {name for name in architecture.modules if getattr(model.get_submodule(name), "groups", 1) > 1}
     inputs: _Kept = {name: range(value) for name, key, value in widths if key in INPUT_WIDTHS and name not in grouped}

@@ -26,6 +26,8 @@ _IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv")
 # What a trace did not record, in the meta data of its first node.
 _UNRECORDED = "unrecorded"
 _DRAWS = "draws random numbers"
+# How names begin that the tracer gives to tensors.
+_CREATED = "_tensor_constant"
 SETS_ATTRIBUTES = "sets attributes"
 OWN_TENSORS = "computes with its tensors alone"
 _ALIASES = {**{name: name[1:] for name in _IN_PLACE_OPERATORS}, "itruediv": "div", "truediv": "div", "multiply": "mul"}
@@ -125,7 +127,9 @@ def hidden_steps(model: nn.Module) -> Iterator[list[str]]:
     yield found
     if _random_states() != before:
         found.append(_DRAWS)
-    if any(held[name] != mark for name, mark in _held_values(model).items() if name in held):
+    # The tracer itself adds the tensors that a forward pass creates.
+    changed = {key for key, mark in _held_values(model).items() if held.get(key) != mark}
+    if any(not key[1].startswith(_CREATED) for key in changed):
         found.append(SETS_ATTRIBUTES)
 
 
