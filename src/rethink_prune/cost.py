@@ -2,8 +2,9 @@
 
 Conventions:
 
-- MACs are those of convolutions and linear layers for one image. A multiply-accumulate counts once; one with a masked
-  weight does not count.
+- MACs are those of convolutions, linear layers and products of matrices, such as attention's, for one image. A
+  multiply-accumulate counts once; one with a masked weight does not count.
+- Parameters are all that the network has, those of no layer (class tokens, embeddings, scales) included.
 - Training costs 6 FLOPs per MAC and image: two for the forward pass, four for the backward pass. A teacher costs two.
 - A forward pass is timed from its call until its logits are computed, alone, on images that are on the device already.
 - A masked weight is a zero in a tensor of full size: it takes the time and the memory of any other number.

@@ -45,7 +45,7 @@ def prune(
     Parameters
     ----------
     model : torch.nn.Module
-        Any network that ``torch.fx`` can trace; left as it is.
+        Any network that ``torch.fx`` or ``torch.export`` can follow; left as it is.
     pruner : str
         One of :data:`PRUNERS`, or ``"path.to.module:Class"``.
     example : torch.Tensor
