@@ -243,6 +243,32 @@ def test_a_head_that_another_repeats_goes_and_the_output_stays(pruner: str) -> N
         assert not run.current.module.get_parameter("attn.qkv.weight")[list(group.units[dropped[0]]["attn.qkv"])].any()
 
 
+@pytest.mark.parametrize("pruner", ["thinet", "regression"])
+@pytest.mark.parametrize("network", ["small", "vit", "swin"])
+def test_the_layer_that_reads_heads_is_repaired(pruner: str, network: str) -> None:
+    model, data = build(network), images()
+    chosen = pruner_of(pruner, ratio=0.5)
+    target = chosen.target(model, EXAMPLE)
+    heads = [group for group in target.groups if group.kind == "heads"]
+    assert len(heads) == {"small": 1, "vit": 2, "swin": 2}[network]
+    run = Reconstruction(
+        model,
+        WorkingCopy(model, torch.device("cpu"), target.channels.graphs),
+        FirstImages(data, 64),
+        torch.Generator().manual_seed(0),
+        target.channels.graphs,
+    )
+    readers = run.current.readers(target.channels, heads[0])
+    dropped = chosen.rewrite_readers(run, heads[0], heads[0].size // 2, readers)
+    run.current.remove(heads[0], dropped, readers)
+    with torch.no_grad():
+        plain = model(data[0][0])
+        error = (run.current.module(data[0][0]) - plain).norm()
+        masked = (mask(model, target.channels, {heads[0].name: dropped})(data[0][0]) - plain).norm()
+    # One of two independent heads cannot be put together from the other, so some error stays.
+    assert error < {"thinet": 1.01, "regression": 0.95}[pruner] * masked
+
+
 def test_a_head_scores_the_rows_of_its_queries_keys_and_values() -> None:
     model = build()
     group = heads_of(model)

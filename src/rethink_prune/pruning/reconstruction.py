@@ -20,7 +20,8 @@ from rethink_prune.pruning.channel_pruner import OF_TOKENS, ChannelTarget, Chann
 from rethink_prune.pruning.pruner import Batches, PruneResult
 from rethink_prune.pruning.samples import FirstImages, Layer
 from rethink_prune.surgery.channels import ChannelGroup, Channels
-from rethink_prune.surgery.graph import operation_name, trace
+from rethink_prune.surgery.exported import Graphs
+from rethink_prune.surgery.graph import keep_constants, layer_calls, operation_name, trace
 
 # Channels of a batch norm that scales them by less than this share of its largest scale do not make up for a shortcut's
 # error: they would have to grow a hundredfold.
@@ -78,15 +79,22 @@ class WorkingCopy(fx.Interpreter):
         Stays as it is.
     device : torch.device
         Where the copy runs.
+    graphs : Graphs, optional
+        What the network runs, where ``torch.fx`` alone cannot trace it.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, graphs: Graphs | None = None) -> None:
         network = copy_network(model).to(device)
         # Up to twice as fast on a CPU.
         self._channels_last = all(parameter.ndim < 5 for parameter in network.parameters())
         if self._channels_last:
             network.to(memory_format=torch.channels_last)
-        super().__init__(network, graph=trace(network))
+        if graphs is not None and graphs.exported:
+            graph = graphs.evaluation
+            keep_constants(network.eval(), graphs.network, graph).to(device)
+        else:
+            graph = trace(network)
+        super().__init__(network, graph=graph)
         self.device = device
         self._nodes = {node.name: node for node in self.graph.nodes}
         self._dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
@@ -99,11 +107,9 @@ class WorkingCopy(fx.Interpreter):
         for layer, positions in channels.inputs(group).items():
             # By identity: layers that share a weight have to be fitted together.
             weight = self.layer(layer).weight
-            nodes = tuple(
-                node.name
-                for node in self.graph.nodes
-                if node.op == "call_module" and getattr(self.submodules[str(node.target)], "weight", None) is weight
-            )
+            sharing = [name for name, module in self.submodules.items() if getattr(module, "weight", None) is weight]
+            calls = {node for name in sharing for node in layer_calls(self.graph, name)}
+            nodes = tuple(node.name for node in self.graph.nodes if node in calls)
             if nodes:  # a head for training only is not called
                 columns = [position for unit in positions for position in unit]
                 units = [index for index, unit in enumerate(positions) for _ in unit]
@@ -191,8 +197,11 @@ class WorkingCopy(fx.Interpreter):
             places = {**group.units[unit], **{norm: positions[unit] for norm, positions in group.norms.items()}}
             for name, positions in places.items():
                 module = self.submodules[name]
-                tensors = [module.weight, module.bias]
-                if module.weight is None:
+                if isinstance(module, nn.MultiheadAttention):
+                    tensors = [module.in_proj_weight, module.in_proj_bias]
+                elif module.weight is not None:
+                    tensors = [module.weight, module.bias]
+                else:
                     tensors = [module.running_mean]  # a norm without scale and shift
                 for tensor in tensors:
                     if isinstance(tensor, torch.Tensor):
@@ -264,11 +273,12 @@ class Reconstruction:
     current: WorkingCopy
     images: FirstImages
     generator: torch.Generator
+    graphs: Graphs | None = None
 
     @cached_property
     def original(self) -> WorkingCopy:
         """A copy that stays as it is; made where it is asked for, because it takes memory."""
-        return WorkingCopy(self.model, self.images.device)
+        return WorkingCopy(self.model, self.images.device, self.graphs)
 
 
 AnySamplingOptions = TypeVar("AnySamplingOptions", bound=SamplingOptions)
@@ -287,11 +297,7 @@ class ReconstructionPruner(Channelwise[AnySamplingOptions]):
     published_images: ClassVar[int]
 
     def find_groups(self, model: nn.Module, channels: Channels) -> tuple[tuple[ChannelGroup, ...], Collection[str]]:
-        """Return the groups whose readers can be sampled.
-
-        Hidden units and heads stay whole where no layer that reads them is called: heads of `nn.MultiheadAttention`,
-        which multiplies with the weight of its output projection by itself.
-        """
+        """Return the groups whose readers can be sampled: hidden units and heads need a layer that evaluation runs."""
         groups, masked = super().find_groups(model, channels)
         sampled = (group for group in groups if group.kind not in OF_TOKENS or _is_read(channels, group))
         return tuple(sampled), masked
@@ -349,7 +355,8 @@ class ReconstructionPruner(Channelwise[AnySamplingOptions]):
         self, model: nn.Module, target: ChannelTarget, images: FirstImages, *, generator: torch.Generator
     ) -> tuple[nn.Module, dict[str, list[int]]]:
         """Return a copy of `model` at full width with rewritten weights, and the units to drop of each group."""
-        run = Reconstruction(model, WorkingCopy(model, images.device), images, generator)
+        graphs = target.channels.graphs
+        run = Reconstruction(model, WorkingCopy(model, images.device, graphs), images, generator, graphs)
         drop: dict[str, list[int]] = {}
         for group, width in target.narrowed():
             readers = run.current.readers(target.channels, group)
@@ -364,5 +371,5 @@ class ReconstructionPruner(Channelwise[AnySamplingOptions]):
 
 
 def _is_read(channels: Channels, group: ChannelGroup) -> bool:
-    """Tell whether a layer that reads the group is called, so that what it reads can be sampled."""
+    """Tell whether evaluation runs a layer that reads the group, so that what it reads can be sampled."""
     return any(channels.output_shape(layer) is not None for layer in channels.inputs(group))

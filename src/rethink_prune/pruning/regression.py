@@ -138,7 +138,7 @@ class Regression(ReconstructionPruner[RegressionOptions]):
 
     def check_images(self, target: ChannelTarget, images: int) -> None:
         """Raise `UserError` if so many training images give fewer positions than a layer has channels."""
-        positions = output_positions(target.shapes, target.input_shape)
+        positions = output_positions(target.shapes, target.input_shape, target.channels.graphs)
         images = min(images, self.images)
         for group, _ in target.narrowed():
             readers = target.channels.inputs(group)

@@ -13,7 +13,8 @@ from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.pruning.pruner import Batches
 from rethink_prune.surgery.architecture import SELECTED, selects
-from rethink_prune.surgery.graph import infer_values, module_calls, trace
+from rethink_prune.surgery.exported import Graphs
+from rethink_prune.surgery.graph import infer_values, layer_calls, trace
 
 # Float64 values of one piece of a sample that are in memory at a time: 32 MB.
 _PIECE = 2**22
@@ -189,7 +190,7 @@ def read_outputs(layer: Layer, values: torch.Tensor, places: Places) -> torch.Te
     return values[places].double()
 
 
-def output_positions(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+def output_positions(model: nn.Module, input_shape: tuple[int, ...], graphs: Graphs | None = None) -> dict[str, int]:
     """Return how many positions the output of each convolution and linear layer has per image.
 
     Parameters
@@ -198,18 +199,24 @@ def output_positions(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str
         Stays as it is.
     input_shape : tuple of int
         Of one image.
+    graphs : Graphs, optional
+        What the network runs, where ``torch.fx`` alone cannot trace it.
 
     Examples
     --------
     >>> output_positions(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)), (3, 8, 8))
     {'0': 36, '2': 1}
     """
-    shapes = on_meta(model)
-    graph = trace(shapes)
+    if graphs is not None and graphs.exported:
+        shapes, graph = graphs.network, graphs.evaluation
+    else:
+        shapes = on_meta(model)
+        graph = trace(shapes)
     values = infer_values(graph, shapes, (1, *input_shape))
-    calls = {name: (shapes.get_submodule(name), nodes) for name, nodes in module_calls(graph).items()}
+    layers = {name: layer for name, layer in shapes.named_modules() if isinstance(layer, Layer)}
+    calls = {name: layer_calls(graph, name) for name in layers}
     return {
-        name: sum(values[node].numel() for node in nodes) // len(layer.weight)
-        for name, (layer, nodes) in calls.items()
-        if isinstance(layer, Layer)
+        name: sum(values[node].numel() for node in calls[name]) // len(layer.weight)
+        for name, layer in layers.items()
+        if calls[name]
     }

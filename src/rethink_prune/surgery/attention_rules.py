@@ -253,6 +253,8 @@ def follow_linear(ids: ChannelIds, call: Call) -> Flow:
             ids.freeze(stream.ids, f"{call.label}: runs along another dimension")
         inputs = ids.fresh_frozen(weight.shape[1], f"{name}: reads channels that stay whole")
     outputs = ids.call_layer(name, inputs, weight.shape[0])
+    if not ids.training:
+        ids.function_outputs[name] = tuple(call.result.shape)
     if joint:
         # What a joint projection is called with is not known by its name: all of its tensors are cut by theirs.
         for tensor in (weight, bias):

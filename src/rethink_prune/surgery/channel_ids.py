@@ -247,6 +247,8 @@ class ChannelIds:
         Ids that an addition or a padding ties.
     tensors : dict of str to dict of int to ndarray
         Ids along the dimensions of parameters that no layer owns.
+    function_outputs : dict of str to tuple of int
+        The shapes that linear functions give in evaluation mode, by the layer whose weight they read.
     splits : list of ChannelSplit
         Views that lay channels along several dimensions.
     confirmed : list of ndarray
@@ -286,6 +288,7 @@ class ChannelIds:
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
     coupled: list[Ids] = field(default_factory=list)
     tensors: dict[str, dict[int, Ids]] = field(default_factory=dict)
+    function_outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     splits: list[ChannelSplit] = field(default_factory=list)
     confirmed: list[Ids] = field(default_factory=list)
     statistics: list[str] = field(default_factory=list)

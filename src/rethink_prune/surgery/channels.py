@@ -117,6 +117,8 @@ class Channels:
 
     Attributes
     ----------
+    graphs : Graphs
+        What the network runs.
     frozen : mapping of str to str
         Layers of which no channel can go, with the reason.
     warnings : tuple of str
@@ -124,7 +126,7 @@ class Channels:
     """
 
     def __init__(self, ids: ChannelIds, graphs: Graphs) -> None:
-        self._ids, self._graphs = ids, graphs
+        self._ids, self.graphs = ids, graphs
         # From ids to units: ids that go together get the same number. The rules only collect pairs; SciPy finds the
         # connected components of all of them at once.
         self._unit_of = _components(ids.count, [*ids.united, *ids.tied])
@@ -147,7 +149,7 @@ class Channels:
     @property
     def exported(self) -> bool:
         """Whether ``torch.export`` made the graph: a pruned network runs images of this size only."""
-        return self._graphs.exported
+        return self.graphs.exported
 
     def groups(self, scope: str = "inner") -> tuple[ChannelGroup, ...]:
         """Return the prunable groups in order of execution.
@@ -245,7 +247,7 @@ class Channels:
             if len(chosen) == group.size:
                 raise UserError(f"{name}: would lose all of its {group.size} channels; keep at least 1")
             keep[[units[index] for index in chosen]] = False
-        return _plan_cut(keep[self._unit_of], self._ids, self._graphs)
+        return _plan_cut(keep[self._unit_of], self._ids, self.graphs)
 
     @cached_property
     def _inputs_of(self) -> dict[int, dict[str, Positions]]:
@@ -319,7 +321,8 @@ class Channels:
 
     @cached_property
     def _output_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {node.call.partition("(")[0]: node.shape for node in self._ids.nodes.values()}
+        called = {node.call.partition("(")[0]: node.shape for node in self._ids.nodes.values()}
+        return {**called, **self._ids.function_outputs}
 
 
 def analyse(

@@ -398,6 +398,25 @@ def module_calls(graph: fx.Graph) -> Mapping[str, list[fx.Node]]:
     return calls
 
 
+def layer_calls(graph: fx.Graph, layer: str) -> list[fx.Node]:
+    """Return the nodes that call a layer, or a linear function with its weight.
+
+    Examples
+    --------
+    >>> layer_calls(trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())), "0")
+    [_0]
+    """
+
+    def reads(node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return node.target == layer
+        linear = node.op == "call_function" and operation_name(node) == "linear"
+        weight = (node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")) if linear else None
+        return isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target == f"{layer}.weight"
+
+    return [node for node in graph.nodes if reads(node)]
+
+
 def overwrites_operand(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Tell whether a call, of one of the modules or of a function, writes its result into its first operand.
 
