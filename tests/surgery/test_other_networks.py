@@ -845,6 +845,20 @@ class YoloAsPublished(Yolo):
         self.net[1] = C2fAsPublished(8, 12)
 
 
+class Encoder(nn.Module):
+    """A transformer of torch's own layers, whose attention torch.fx takes as one operation."""
+
+    def __init__(self, num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(in_channels, 12, 4, 4)
+        layer = nn.TransformerEncoderLayer(12, 3, 24, dropout=0.1, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(12, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
 # How many groups there are with the scopes inner and all, and why the layers that stay whole do; nothing where only the
 # network's last layer does.
 NETWORKS: dict[Callable[..., nn.Module], tuple[int, int, set[str]]] = {
@@ -868,6 +882,7 @@ NETWORKS: dict[Callable[..., nn.Module], tuple[int, int, set[str]]] = {
     UNet: (10, 10, set()),
     UNetTranspose: (8, 8, {"unknown module ConvTranspose2d"}),
     AttentionUNet: (10, 11, {"one channel is broadcast over many"}),
+    Encoder: (4, 4, {"normalised by LayerNorm"}),
     Diffusion: (2, 3, {"normalised by GroupNorm"}),
     DiffusionFilm: (4, 9, {"normalised by GroupNorm"}),
     WithNonLocal: (4, 6, set()),
@@ -901,7 +916,11 @@ def test_heads_that_only_training_runs_of_inception_are_cut() -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("network", [GhostNet, DeepLabBoth, DiffusionFilm], ids=lambda network: network.__name__)
+@pytest.mark.parametrize(
+    "network",
+    [GhostNet, DeepLabBoth, DiffusionFilm, pytest.param(Encoder, marks=pytest.mark.slow)],
+    ids=lambda network: network.__name__,
+)
 def test_a_study_of_it_has_one_result(
     network: type[nn.Module], small_study: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

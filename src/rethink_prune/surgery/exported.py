@@ -47,6 +47,7 @@ _COMPOSED = (
     nn.TransformerDecoder,
     nn.TransformerDecoderLayer,
 )
+_CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
 # Neither 1, which torch would take for a constant, nor a likely size of anything else.
 _BATCH = 3
 
@@ -233,7 +234,8 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     if isinstance(image.meta["val"].shape[0], int):
         raise UserError(f"{name}: runs batches of one size only, so torch.export cannot follow it")
     for node in list(graph.nodes):
-        if node.op == "call_module":  # checks of the input, which the graph's own operations make as well
+        # Checks of sizes and types: the first ones hold for any input that fits, and types may change (to float64, say).
+        if node.op == "call_module" or (node.op == "call_function" and operation_name(node) in _CHECKS):
             graph.erase_node(node)
     for call in _layer_calls(graph, model):
         _restore_call(graph, call)
