@@ -234,7 +234,7 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     if isinstance(image.meta["val"].shape[0], int):
         raise UserError(f"{name}: runs batches of one size only, so torch.export cannot follow it")
     for node in list(graph.nodes):
-        # Checks of sizes and types: the first ones hold for any input that fits, and types may change (to float64, say).
+        # Checks of sizes and types: the former hold for any input that fits, and types may change (to float64, say).
         if node.op == "call_module" or (node.op == "call_function" and operation_name(node) in _CHECKS):
             graph.erase_node(node)
     for call in _layer_calls(graph, model):
