@@ -141,7 +141,7 @@ def networks() -> dict[str, tuple[Callable[[], nn.Module], int]]:
 def row(name: str, build: Callable[[], nn.Module], size: int) -> list[str]:
     """Return the cells of a network."""
     shape = (3, size, size)
-    shapes = on_meta(build()).eval()
+    shapes = on_meta(build().double()).eval()
     try:
         channels = analyse(shapes, torch.empty(1, *shape, device="meta"))
     except UserError as error:

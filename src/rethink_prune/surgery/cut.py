@@ -76,7 +76,7 @@ def apply(model: nn.Module, plan: CutPlan) -> tuple[nn.Module, Architecture]:
     outputs |= {
         f"{name}/{dim}": torch.tensor(kept) for name, dims in plan.parameters.items() for dim, kept in dims.items()
     }
-    exported = plan.input_shape if plan.graphs.exported and plan.attributes else ()
+    exported = plan.input_shape if plan.graphs.exported and (plan.attributes or plan.parameters) else ()
     architecture = Architecture(
         dict(plan.attributes),
         plan.edits,
@@ -87,11 +87,17 @@ def apply(model: nn.Module, plan: CutPlan) -> tuple[nn.Module, Architecture]:
         inputs=inputs,
     )
     pruned = _cut(model, plan.outputs, plan.inputs, architecture)
-    # A forward pass may compute with a width (x * self.conv.out_channels), which only a trace of the pruned network
-    # shows; an exported graph has the width of the full one, which is right.
-    graphs = plan.graphs if exported else trace_modes(pruned, plan.input_shape, exported=False)
-    graphs = _edit_graphs(graphs, plan.edits)
-    shapes = keep_constants(on_meta(pruned), graphs.network, graphs.evaluation) if exported else graphs.network
+    shapes = on_meta(pruned)
+    if plan.graphs.exported:
+        # It has the widths that the full network computes with, which is right.
+        graphs = _edit_graphs(plan.graphs, plan.edits)
+        keep_constants(shapes, graphs.network, graphs.evaluation)
+    elif plan.edits:
+        graphs = _edit_graphs(trace_modes(pruned, plan.input_shape, exported=False), plan.edits)
+        shapes = graphs.network
+    else:
+        graphs = Graphs(trace(shapes), None, shapes, shapes)
+    # A forward pass may compute with a width (x * self.conv.out_channels), which no trace of the full network shows.
     _check_operations(graphs.evaluation, shapes.eval(), plan, model)
     return _run_graphs(pruned, graphs) if plan.edits or exported else pruned, architecture
 
