@@ -30,6 +30,8 @@ NOT_OF_THE_PAPER = {
     "lottery_digits",
     "search_slimming_digits",
     "search_magnitude_digits",
+    "transformers_convnext_digits",
+    "transformers_vit_digits",
 }
 # Of section 6, of which no table was seen.
 TICKETS = {

@@ -237,7 +237,7 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
         # Checks of sizes and types: the former hold for any input that fits, and types may change (to float64, say).
         if node.op == "call_module" or (node.op == "call_function" and operation_name(node) in _CHECKS):
             graph.erase_node(node)
-    for call in _layer_calls(graph, model):
+    for call in _nodes_of_layers(graph, model):
         _restore_call(graph, call)
     image = next(node for node in graph.nodes if node.op == "placeholder")
     for node in list(graph.nodes):
@@ -288,7 +288,7 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _layer_calls(graph: fx.Graph, model: nn.Module) -> Iterable[tuple[str, list[fx.Node]]]:
+def _nodes_of_layers(graph: fx.Graph, model: nn.Module) -> Iterable[tuple[str, list[fx.Node]]]:
     """Return the calls of layers, each with the nodes that it consists of."""
     calls: list[tuple[str, list[fx.Node]]] = []
     last: object = None
