@@ -316,6 +316,19 @@ def test_decisions_by_shapes_are_followed(pruned_equals_masked: Compare) -> None
     assert all(parameter.grad is not None for parameter in pruned.parameters())
 
 
+class CreatesZeros(Padded):
+    """Creates a tensor on the CPU, which cannot meet one without values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.cat([x, torch.zeros(x.shape[0], 3, x.shape[2], 2, dtype=x.dtype)], 3))
+
+
+def test_tensors_that_a_forward_pass_creates_are_followed(pruned_equals_masked: Compare) -> None:
+    channels, _ = pruned_equals_masked(CreatesZeros(), (2, 3, 6, 6))
+    assert channels.exported
+    assert [group.name for group in channels.groups()] == ["a"]
+
+
 class Counts(Padded):
     passes = 0
 

@@ -19,6 +19,7 @@ from torch._ops import HigherOrderOperator
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from rethink_prune.copying import copy_network
 from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError, first_line
 from rethink_prune.seeds import seeded
@@ -214,11 +215,14 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     model.train(training)
     name, known = type(model).__name__, [*model.parameters(), *model.buffers()]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    images = torch.empty((_BATCH, *input_shape[1:]), dtype=dtype, device="meta")
-    sizes = ({0: torch.export.Dim.AUTO},)
+    shape = (_BATCH, *input_shape[1:])
     try:
         with seeded(0), hidden_steps(model) as hidden, _no_autograd_functions():
-            exported = torch.export.export(model, (images,), dynamic_shapes=sizes, strict=False)
+            try:
+                exported = _export(model, torch.empty(shape, dtype=dtype, device="meta"))
+            except RuntimeError:  # tensors that a forward pass creates on the CPU cannot meet meta tensors
+                with_memory = copy_network(model).to_empty(device="cpu")
+                exported = _export(with_memory, torch.empty(shape, dtype=dtype))
     except Exception as error:  # a forward pass may do anything that cannot be followed
         raise UserError(f"{name}: torch.export cannot follow it: {first_line(error)}") from error
     program = exported.module()
@@ -242,7 +246,7 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     image = next(node for node in graph.nodes if node.op == "placeholder")
     for node in list(graph.nodes):
         _write_as_index(graph, node)
-        if node.kwargs.get("device") == images.device:
+        if isinstance(node.kwargs.get("device"), torch.device):  # of the copy that was followed
             with graph.inserting_before(node):
                 device = graph.call_function(getattr, (image, "device"))
             node.kwargs = {**node.kwargs, "device": device}
@@ -259,6 +263,10 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
         raise UserError(f"{name}: computes a tensor of its own that torch.export does not keep")
     mark_unrecorded(result, "")
     return result
+
+
+def _export(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
 
 
 @contextmanager
