@@ -217,12 +217,11 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     shape = (_BATCH, *input_shape[1:])
     try:
-        with seeded(0), hidden_steps(model) as hidden, _no_autograd_functions():
-            try:
-                exported = _export(model, torch.empty(shape, dtype=dtype, device="meta"))
-            except RuntimeError:  # tensors that a forward pass creates on the CPU cannot meet meta tensors
-                with_memory = copy_network(model).to_empty(device="cpu")
-                exported = _export(with_memory, torch.empty(shape, dtype=dtype))
+        try:
+            exported, hidden = _export(model, torch.empty(shape, dtype=dtype, device="meta"))
+        except RuntimeError:  # tensors that a forward pass creates on the CPU cannot meet meta tensors
+            with_memory = copy_network(model).to_empty(device="cpu")
+            exported, hidden = _export(with_memory, torch.empty(shape, dtype=dtype))
     except Exception as error:  # a forward pass may do anything that cannot be followed
         raise UserError(f"{name}: torch.export cannot follow it: {first_line(error)}") from error
     program = exported.module()
@@ -246,10 +245,7 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     image = next(node for node in graph.nodes if node.op == "placeholder")
     for node in list(graph.nodes):
         _write_as_index(graph, node)
-        if isinstance(node.kwargs.get("device"), torch.device):  # of the copy that was followed
-            with graph.inserting_before(node):
-                device = graph.call_function(getattr, (image, "device"))
-            node.kwargs = {**node.kwargs, "device": device}
+        _follow_device(graph, node, image)
     # Operations that write into a tensor stay, as do inputs and the result.
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
     keep_constants(model, program, graph)
@@ -257,7 +253,7 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     runnable = fx.GraphModule(model, graph)
     result = retrace(runnable)
     keep_constants(model, runnable, result)
-    constants = [getattr(model, node.target, None) for node in result.nodes if node.op == "get_attr"]
+    constants = [operator.attrgetter(str(node.target))(model) for node in result.nodes if node.op == "get_attr"]
     own = {id(tensor) for tensor in known}
     if any(isinstance(c, torch.Tensor) and c.is_meta and id(c) not in own for c in constants):
         raise UserError(f"{name}: computes a tensor of its own that torch.export does not keep")
@@ -265,8 +261,12 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     return result
 
 
-def _export(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
-    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
+def _export(model: nn.Module, images: torch.Tensor) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """Return what torch makes of a forward pass, and what this does beside operations on tensors."""
+    sizes = ({0: torch.export.Dim.AUTO},)
+    with seeded(0), hidden_steps(model) as hidden, _no_autograd_functions():
+        program = torch.export.export(model, (images,), dynamic_shapes=sizes, strict=False)
+    return program, hidden
 
 
 @contextmanager
@@ -338,6 +338,16 @@ def _restore_call(graph: fx.Graph, call: tuple[str, list[fx.Node]]) -> None:
     results[0].replace_all_uses_with(layer)
     for node in reversed(nodes):
         graph.erase_node(node)
+
+
+def _follow_device(graph: fx.Graph, node: fx.Node, image: fx.Node) -> None:
+    """Let an operation create tensors where the images are, instead of where the copy was that was followed."""
+    written = (*node.args, *node.kwargs.values())
+    if any(isinstance(value, torch.device) for value in written):
+        with graph.inserting_before(node):
+            device = graph.call_function(getattr, (image, "device"))
+        node.args = tuple(device if isinstance(value, torch.device) else value for value in node.args)
+        node.kwargs = {k: device if isinstance(value, torch.device) else value for k, value in node.kwargs.items()}
 
 
 def _write_as_index(graph: fx.Graph, node: fx.Node) -> None:
