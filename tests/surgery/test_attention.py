@@ -14,10 +14,12 @@ from torch import nn
 
 from harness import mask, randomise
 from rethink_prune import build_model, count_cost, prune
+from rethink_prune.cost import on_meta
 from rethink_prune.errors import UserError
 from rethink_prune.surgery.architecture import Architecture
 from rethink_prune.surgery.channels import Channels, analyse
 from rethink_prune.surgery.cut import apply, reshape
+from rethink_prune.surgery.exported import export_graph
 
 Compare = Callable[..., tuple[Channels, nn.Module]]
 
@@ -314,6 +316,24 @@ def test_decisions_by_shapes_are_followed(pruned_equals_masked: Compare) -> None
     pruned.train()(torch.randn(5, 3, 6, 6, dtype=torch.float64)).sum().backward()
     assert pruned.norm.num_batches_tracked == before + 1
     assert all(parameter.grad is not None for parameter in pruned.parameters())
+
+
+class RunsTwice(Padded):
+    """Calls one layer, and one dropout, after itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.drop(self.again(self.again(super().forward(x)))))
+
+
+def test_calls_of_one_layer_stay_apart() -> None:
+    for training in (False, True):
+        graph = export_graph(on_meta(RunsTwice()), (1, 3, 6, 6), training=training)
+        calls = [node.target for node in graph.nodes if node.op == "call_module"]
+        assert calls == ["a", "norm", "drop", "b", "again", "again", "drop", "drop"]
 
 
 class CreatesZeros(Padded):

@@ -218,10 +218,10 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     shape = (_BATCH, *input_shape[1:])
     try:
         try:
-            exported, hidden = _export(model, torch.empty(shape, dtype=dtype, device="meta"))
+            exported, hidden = _export_program(model, torch.empty(shape, dtype=dtype, device="meta"))
         except RuntimeError:  # tensors that a forward pass creates on the CPU cannot meet meta tensors
             with_memory = copy_network(model).to_empty(device="cpu")
-            exported, hidden = _export(with_memory, torch.empty(shape, dtype=dtype))
+            exported, hidden = _export_program(with_memory, torch.empty(shape, dtype=dtype))
     except Exception as error:  # a forward pass may do anything that cannot be followed
         raise UserError(f"{name}: torch.export cannot follow it: {first_line(error)}") from error
     program = exported.module()
@@ -242,7 +242,6 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
             graph.erase_node(node)
     for call in _nodes_of_layers(graph, model):
         _restore_call(graph, call)
-    image = next(node for node in graph.nodes if node.op == "placeholder")
     for node in list(graph.nodes):
         _write_as_index(graph, node)
         _follow_device(graph, node, image)
@@ -261,7 +260,7 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     return result
 
 
-def _export(model: nn.Module, images: torch.Tensor) -> tuple[torch.export.ExportedProgram, list[str]]:
+def _export_program(model: nn.Module, images: torch.Tensor) -> tuple[torch.export.ExportedProgram, list[str]]:
     """Return what torch makes of a forward pass, and what this does beside operations on tensors."""
     sizes = ({0: torch.export.Dim.AUTO},)
     with seeded(0), hidden_steps(model) as hidden, _no_autograd_functions():
