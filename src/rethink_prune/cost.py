@@ -150,8 +150,14 @@ def input_projections(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _count_flops(model: nn.Module, input_shape: Sequence[int], device: str) -> FlopCounterMode:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    with torch.no_grad(), seeded(0), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *input_shape, dtype=dtype, device=device))
+    # Attention of torch has a short way for evaluation, whose products are not counted.
+    short_way = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), seeded(0), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, *input_shape, dtype=dtype, device=device))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(short_way)
     return counter
 
 

@@ -429,8 +429,14 @@ def test_a_graph_reads_buffers_when_it_runs(pruned_equals_masked: Compare) -> No
 
 
 def test_attention_counts_in_the_cost() -> None:
+    class OnCpu(Joint):
+        """Cannot be counted without values: it creates a tensor on the CPU."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + torch.zeros(x.shape, device="cpu"))
+
     tokens, batch = 5, torch.zeros(1, 5, DIM)
-    for network in (Fused, HeadsFirst, Joint):
+    for network in (Fused, HeadsFirst, Joint, OnCpu):
         layers = tokens * (4 * DIM * DIM) + DIM * 4
         products = 2 * HEADS * tokens * tokens * WIDTH
         assert count_cost(network(), tuple(batch.shape[1:])).macs == layers + products
