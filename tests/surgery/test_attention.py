@@ -430,7 +430,10 @@ def test_a_graph_reads_buffers_when_it_runs(pruned_equals_masked: Compare) -> No
 
 def test_attention_counts_in_the_cost() -> None:
     class OnCpu(Joint):
-        """Cannot be counted without values: it creates a tensor on the CPU."""
+        """Cannot be counted without values: it creates a tensor on the CPU. Has heads for torch's short way."""
+
+        def build(self) -> None:
+            self.attention = nn.MultiheadAttention(DIM, 2, batch_first=True)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x + torch.zeros(x.shape, device="cpu"))
