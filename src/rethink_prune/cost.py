@@ -208,6 +208,8 @@ def on_meta(model: nn.Module) -> nn.Module:
 def output_sizes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Return the spatial size of each module's output, where that is one tensor; of the first where it is used often.
 
+    Of a linear layer that reads tokens, it is how many tokens there are.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -224,6 +226,8 @@ def output_sizes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, tupl
     --------
     >>> output_sizes(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (3, 8, 8))
     {'0': (6, 6), '1': (), '': ()}
+    >>> output_sizes(nn.Sequential(nn.Flatten(2), nn.Linear(64, 5)), (3, 8, 8))["1"]
+    (3,)
     """
     sizes: dict[str, tuple[int, ...]] = {}
     shapes = on_meta(model)
@@ -231,7 +235,8 @@ def output_sizes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, tupl
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor):
-                sizes.setdefault(name, tuple(output.shape[2:]))
+                # The features of a linear layer come last: before them are tokens, if it reads any.
+                sizes.setdefault(name, tuple(output.shape[1:-1] if isinstance(module, nn.Linear) else output.shape[2:]))
 
         return hook
 
