@@ -243,6 +243,13 @@ def check_command(command: str, folder: Path, environment: dict[str, str], *, fi
         assert [word for word in words[3:] if not word.startswith("-") and not (CHECKOUT / word).exists()] == []
     elif words[0] == "python" and words[1].startswith("scripts/"):
         check_script(words, environment)
+    elif words[0] == "python" and words[1].startswith("tests/"):
+        assert (CHECKOUT / words[1]).exists()
+        if words[2:]:  # without a name, it writes a page, for an hour
+            done = subprocess.run(
+                [sys.executable, *words[1:]], cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=True
+            )
+            assert words[2] in done.stdout
     elif words[0] == "torchrun" and first_page:
         run(
             ["python", "-m", "torch.distributed.run", *smaller(words[1:], first_page=True)],
