@@ -60,7 +60,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
     "vision_transformer": (
         lambda: models.VisionTransformer(32, 16, 2, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10),
         IMAGE,
-        0.7,
+        0.75,
     ),
     "swin": (lambda: swin("v1"), (2, 3, 64, 64), 0.7),
     "swin_v2": (lambda: swin("v2"), (2, 3, 64, 64), 0.75),
