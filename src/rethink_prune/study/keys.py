@@ -243,6 +243,7 @@ def architecture_key(architecture: Architecture) -> dict[str, Any]:
         "edits": architecture.edits,
         "selections": {name: indexes.tolist() for name, indexes in architecture.selections.items()},
         "removed": architecture.removed,
+        **({"parameters": architecture.parameters} if architecture.parameters else {}),  # came later
         "masks": masks,
     }
 
