@@ -24,6 +24,7 @@ from rethink_prune.config import StudyConfig
 from rethink_prune.files import conf_dir
 from rethink_prune.study.plan import plan_content
 from rethink_prune.study.prepare import check_config, prepare_study
+from rethink_prune.surgery.architecture import named_tensors
 from rethink_prune.surgery.channels import Channels
 
 # Digits at their own size, a few hundred of them, a few epochs: a study of four stages in about two seconds.
@@ -131,7 +132,7 @@ def mask(model: nn.Module, channels: Channels, drop: Mapping[str, Iterable[int]]
             tensors = tensors or [t for t in (module.running_mean,) if isinstance(t, torch.Tensor)]
             for tensor in tensors:
                 tensor[_dropped_positions(kept, len(tensor))] = 0
-        tensors = {**dict(masked.named_buffers()), **dict(masked.named_parameters())}
+        tensors = named_tensors(masked)
         for name, dims in plan.parameters.items():  # no layer has them
             dim, kept = next(iter(dims.items()))
             tensors[name].index_fill_(dim, torch.tensor(_dropped_positions(kept, tensors[name].shape[dim])), 0)

@@ -199,7 +199,7 @@ class Architecture:
                     raise UserError(f"{network}: has no {name}.{attribute}, which the architecture changes")
                 if attribute not in _SHAPES and not (isinstance(value, int) and 1 <= value <= full):
                     raise UserError(f"{name}.{attribute}={value}: must be between 1 and {full}, its full width")
-        tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        tensors = named_tensors(model)
         for name, sizes in self.parameters.items():
             shape = tensors[name].shape if name in tensors else ()
             for dim, size in sizes.items():
@@ -222,6 +222,17 @@ class Architecture:
         kept = next((width(self.modules[name][key]) for key in widths if key in self.modules.get(name, {})), None)
         if len(positions) != kept or not (int(positions.min()) >= 0 and int(positions.max()) < full):
             raise UserError(f"{name}: its {kind} must be {kept} positions between 0 and {full - 1}")
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of a network by name.
+
+    Examples
+    --------
+    >>> list(named_tensors(nn.Linear(2, 1)))
+    ['weight', 'bias']
+    """
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
 
 def width(value: Any) -> int:

@@ -20,6 +20,7 @@ from rethink_prune.surgery.architecture import (
     OUTPUT_WIDTHS,
     SELECTED,
     Architecture,
+    named_tensors,
     select_inputs,
     selects,
     width,
@@ -159,7 +160,7 @@ def _cut(model: nn.Module, outputs: _Kept, inputs: _Kept, architecture: Architec
     # The copy takes from `memo` what is already copied. With the cut tensors there, the full ones are never
     # copied, and a tensor with two owners stays one tensor.
     memo: dict[int, Any] = {}
-    named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    named = named_tensors(model)
     for name, sizes in architecture.parameters.items():
         kept_along = {
             int(dim): architecture.outputs.get(f"{name}/{dim}", torch.arange(size)) for dim, size in sizes.items()

@@ -8,8 +8,7 @@ layer again, so that a graph has one form, whoever made it.
 
 import operator
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +26,7 @@ from rethink_prune.surgery.function_rules import RULES_BY_NAME
 from rethink_prune.surgery.graph import (
     OWN_TENSORS,
     SETS_ATTRIBUTES,
+    autograd_functions_run,
     check_own_forward,
     have_same_calls,
     hidden_steps,
@@ -211,7 +211,6 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
     >>> [(node.op, node.target) for node in export_graph(Cropped().to("meta"), (1, 2)).nodes]
     [('placeholder', 'x'), ('call_module', 'layer'), ('output', 'output')]
     """
-    check_own_forward(model)
     model.train(training)
     name, known = type(model).__name__, [*model.parameters(), *model.buffers()]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
@@ -263,24 +262,14 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
 def _export_program(model: nn.Module, images: torch.Tensor) -> tuple[torch.export.ExportedProgram, list[str]]:
     """Return what torch makes of a forward pass, and what this does beside operations on tensors."""
     sizes = ({0: torch.export.Dim.AUTO},)
-    with seeded(0), hidden_steps(model) as hidden, _no_autograd_functions():
+    with seeded(0), hidden_steps(model) as hidden, autograd_functions_run(_refuse):
         program = torch.export.export(model, (images,), dynamic_shapes=sizes, strict=False)
     return program, hidden
 
 
-@contextmanager
-def _no_autograd_functions() -> Iterator[None]:
-    """Refuse functions with a backward pass of their own: an exported graph would have another."""
-    plain: Any = vars(torch.autograd.Function)["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        raise UserError(f"{cls.__name__} has a backward pass of its own")
-
-    torch.autograd.Function.apply = classmethod(apply)
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = plain
+def _refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Refuse a function with a backward pass of its own: an exported graph would have another."""
+    raise UserError(f"{cls.__name__} has a backward pass of its own")
 
 
 def _writes(node: fx.Node) -> bool:

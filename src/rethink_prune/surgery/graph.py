@@ -5,7 +5,7 @@ import pickle
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -204,7 +204,17 @@ def unrecorded(graph: fx.Graph) -> str:
 
 
 @contextmanager
-def _autograd_functions_as_calls() -> Iterator[None]:
+def autograd_functions_run(apply: Callable[..., Any]) -> Iterator[None]:
+    """Let `apply`, which gets the class first, run in the place of autograd functions."""
+    plain: Any = vars(torch.autograd.Function)["apply"]
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = plain
+
+
+def _autograd_functions_as_calls() -> AbstractContextManager[None]:
     """Let a trace have one call for an autograd function: its backward pass is not that of what its forward runs."""
     plain: Any = vars(torch.autograd.Function)["apply"]
 
@@ -215,11 +225,7 @@ def _autograd_functions_as_calls() -> Iterator[None]:
             return function(*args, **kwargs)
         return proxies[0].tracer.create_proxy("call_function", function, args, kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = plain
+    return autograd_functions_run(apply)
 
 
 @contextmanager
