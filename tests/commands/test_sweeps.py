@@ -218,11 +218,12 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
 
 SBATCH = """\
 #!/bin/bash
-# Runs the tasks of an array at once, on this machine, as sbatch has a cluster do.
+# Runs the tasks of an array at once, on this machine, as sbatch has a cluster do. Like sbatch it keeps the script:
+# submitit moves its own away as soon as this ends.
 cp "$1" "$SUBMITTED"
 for task in 0 1; do
     export SLURM_JOB_ID=$((100 + task)) SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task
-    bash "$1" > "$SUBMITTED.$task" 2>&1 &
+    bash "$SUBMITTED" > "$SUBMITTED.$task" 2>&1 &
 done
 echo "Submitted batch job 7"
 """
