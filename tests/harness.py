@@ -55,11 +55,14 @@ def plan_of(config: StudyConfig) -> dict[str, Any]:
     return plan_content(study.budget, stages, study.target, trains_sparse=sparse, detection=detection)
 
 
-def command(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: str, cwd: Path, timeout: float = 300, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run ``python -m rethink_prune`` as a user would."""
     return subprocess.run(
         [sys.executable, "-m", "rethink_prune", *arguments],
         cwd=cwd,
+        env=env,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -49,7 +49,7 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
         (["pruner.ratio=null"], "no target: give exactly one of ratio, variant, widths"),
         (["pruner.widths=3", "pruner.ratio=null"], "pruner.widths=3: must be a list"),
         (["pruner.scope=outer"], "pruner.scope=outer: must be inner or all"),
-        (["pruner.name=l3"], "pruner.name=l3: no such pruner; one of l1"),
+        (["pruner.name=l3"], "pruner.name=l3: no such pruner (your own: path.to.module:Class); known are l1"),
         (["arms=[]"], "arms=[]: no arm to run"),
         (["arms=5"], "arms=5: must be a list"),
         (["arms=finetune"], "arms=finetune: must be a list"),
@@ -98,7 +98,7 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
         (["+epochs=3"], "epochs: unknown key"),
         (["+recipe.epoch=3"], "recipe.epoch: unknown key; did you mean epochs?"),
         (["+pruner.ratios=0.3"], "pruner.ratios: unknown key; did you mean ratio?"),
-        (["+dataset.foo=1"], "dataset.foo: unknown key; known here: name, root"),
+        (["+dataset.foo=1"], "dataset.foo: unknown key; known are name, root"),
     ],
 )
 def test_one_clear_line(overrides: list[str], message: str) -> None:

@@ -16,7 +16,7 @@ PACKAGE = Path(rethink_prune.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 LONGEST_FUNCTION = 80
-MOST_LINES = 18_100
+MOST_LINES = 20_000
 
 # A folder, or a module at the root, imports only from rows below its own, and from its own folder.
 LAYERS = (

@@ -8,17 +8,21 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from rethink_prune.commands import sweeps
 from rethink_prune.commands.arguments import check_arguments, end_quietly_on_closed_pipe
-from rethink_prune.errors import Interrupted, UserError
+from rethink_prune.errors import Interrupted, Refused, UserError
 from rethink_prune.files import conf_dir
 from rethink_prune.training.interrupts import Interrupts
 
+_FULL_ERROR = "HYDRA_FULL_ERROR"  # set to 1, a user's error comes with its traceback
+
 
 @hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")
-def run(tree: DictConfig) -> None:
+def run_composed(tree: DictConfig) -> None:
     """Run the study that a composed configuration describes."""
     job = HydraConfig.get()
     # With hydra.job.chdir=true a job starts in its own folder, but paths are relative to where the command was started.
@@ -29,11 +33,16 @@ def run(tree: DictConfig) -> None:
         Interrupts(sweeps.stop_signals()) as interrupts,
     ):
         # Imported here: Hydra's --help and its errors need no torch.
+        from rethink_prune.study.composition import check_hydra_keys
         from rethink_prune.study.prepare import check_config
         from rethink_prune.study.run import run_study
         from rethink_prune.training.distributed import this_process
 
-        plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+        check_hydra_keys(cast(DictConfig, job))
+        try:
+            plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+        except OmegaConfBaseException as error:
+            raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
         plain["device"] = sweeps.choose_device(plain["device"], job)
         folder, experiment = Path(job.runtime.output_dir), job.runtime.choices.get("experiment")
         config = check_config(plain)
@@ -41,6 +50,31 @@ def run(tree: DictConfig) -> None:
             outcome.update(state=sweeps.PLANNED, study=plain, experiment=experiment)
             return
         run_study(config, folder, interrupts, experiment=experiment, processes=this_process())
+
+
+def run() -> None:
+    """Let Hydra compose what the command line says, and run it.
+
+    Raises
+    ------
+    UserError
+        For what the user can correct; Hydra itself would print its own message, what it was given, and advice.
+    """
+    before = os.environ.get(_FULL_ERROR)
+    # Hydra then raises its errors.
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        run_composed()
+    except Refused as refused:
+        raise refused.error from refused.__cause__
+    except HydraException as error:
+        from rethink_prune.study.composition import composition_error
+
+        raise composition_error(error, sys.argv[1:]) from error
+    finally:
+        os.environ.pop(_FULL_ERROR)
+        if before is not None:
+            os.environ[_FULL_ERROR] = before
 
 
 def _run_what_is_left(jobs: Sequence[sweeps.Outcome]) -> None:
@@ -80,6 +114,8 @@ def main() -> None:
         with Interrupts(), sweeps.raise_if_jobs_failed(_run_what_is_left):
             run()
     except UserError as error:
+        if os.environ.get(_FULL_ERROR) == "1":
+            raise
         sys.exit(str(error))
     except Interrupted as stop:
         # The signal may have come while an error was on its way to the user: that error is the reason.

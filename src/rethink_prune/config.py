@@ -6,7 +6,6 @@ everything that is wrong with it. Nothing below ``study.py`` sees the tree.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -24,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from rethink_prune.errors import UserError
+from rethink_prune.errors import UserError, suggestion
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -527,7 +526,7 @@ class TransferConfig(RatedPhase):
         Train on every picture and on its mirror image.
     """
 
-    name: str
+    name: Literal["voc", "digit_scenes"]
     entries: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     root: str | None = None
     train_limit: Count | None = None
@@ -702,10 +701,7 @@ def _line(detail: ErrorDetails, prefix: tuple[str, ...], root: type[Frozen]) -> 
         case "missing":
             return f"{path}: missing"
         case "extra_forbidden":
-            known = _known_keys(root, detail["loc"][:-1])
-            near = difflib.get_close_matches(location[-1], known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
-            return f"{path}: unknown key{hint}"
+            return f"{path}: unknown key; {suggestion(location[-1], _known_keys(root, detail['loc'][:-1]))}"
         case "model_type" | "model_attributes_type":
             return f"{path}={_show(detail['input'])}: must be a group of keys"
         case "string_pattern_mismatch" if location == ["device"]:

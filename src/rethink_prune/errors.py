@@ -1,6 +1,9 @@
-"""The two ways in which a study ends early: an error that the user can correct, and a signal."""
+"""The ways in which a study ends early: an error that the user can correct, and a signal."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 from hydra.errors import CompactHydraException
 
@@ -14,6 +17,19 @@ class UserError(CompactHydraException):
     Traceback (most recent call last):
     rethink_prune.errors.UserError: pruner.ratio=1.2: must be in (0, 1)
     """
+
+
+class Refused(BaseException):
+    """Carries a `UserError` out of a job that Hydra runs; of an ``Exception``, Hydra would print things of its own.
+
+    Attributes
+    ----------
+    error : UserError
+    """
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Interrupted(KeyboardInterrupt):
@@ -57,3 +73,20 @@ def first_line(error: Exception) -> str:
     'ValueError'
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return what someone who typed `name` may have meant: the most similar of the known names; all if none is similar.
+
+    Examples
+    --------
+    >>> suggestion("resnet65", ["resnet20", "resnet56", "vgg16"])
+    'did you mean resnet56 or resnet20?'
+    >>> suggestion("mlp", ["resnet20", "vgg16"])
+    'known are resnet20, vgg16'
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3)
+    if not near:
+        return f"known are {', '.join(names)}"
+    return f"did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rethink_prune.errors import UserError
+from rethink_prune.errors import UserError, suggestion
 
 T = TypeVar("T")
 
@@ -103,14 +103,13 @@ def find_named(name: str, known: Mapping[str, T], option: str, *, what: str, for
     --------
     >>> find_named("two", {"one": 1}, "count", what="number", form="function")
     Traceback (most recent call last):
-    rethink_prune.errors.UserError: count=two: no such number; one of one, or your own as path.to.module:function
+    rethink_prune.errors.UserError: count=two: no such number (your own: path.to.module:function); known are one
     """
     if name in known:
         return known[name]
     if ":" in name:
         return import_object(name, option)
-    listed = ", ".join(known)
-    raise UserError(f"{option}={name}: no such {what}; one of {listed}, or your own as path.to.module:{form}")
+    raise UserError(f"{option}={name}: no such {what} (your own: path.to.module:{form}); {suggestion(name, known)}")
 
 
 def source_digest(obj: object, path: str = "") -> str:

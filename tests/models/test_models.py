@@ -208,7 +208,7 @@ def test_own_network_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_unknown_network_lists_those_there_are() -> None:
     with pytest.raises(
         UserError,
-        match=r"model\.name=resnet57: no such network; one of convnext_atto, .*resnet110, .*vgg19",
+        match=r"^model\.name=resnet57: no such network \(your own: .*\); did you mean resnet56, resn.*\?$",
     ):
         build_model("resnet57")
 

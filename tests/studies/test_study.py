@@ -342,7 +342,10 @@ def test_a_network_of_ones_own(small_study: Run, tmp_path: Path, monkeypatch: py
     [
         (["model.name=resnet57"], "model.name=resnet57: no such network"),
         (["pruner.ratio=null", "pruner.variant=A"], "pruner.variant=A: l1 has no such variant of resnet20"),
-        (["model.init=xavier"], "model.init=xavier: no such initialiser; one of cifar_resnet"),
+        (
+            ["model.init=xavier"],
+            "model.init=xavier: no such initialiser (your own: path.to.module:function); ",
+        ),
         (["model=vgg16"], "model.name=vgg16: fails on images of 3 x 8 x 8"),
         (["budget.reference_model=vgg17"], "no such network"),
         (["pruner.ratio=null", "pruner.widths=[3,4]"], "pruner.widths: 2 entries for 9 prunable layers"),

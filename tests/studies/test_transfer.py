@@ -380,7 +380,7 @@ def test_masked_weights_stay_zero_in_detectors(tmp_path: Path) -> None:
             ("transfer.stride=3",),
             "transfer.stride=3: VGG has no features at that stride; it has some at 1, 2, 4",
         ),
-        (("transfer.name=coco",), "transfer.name=coco: unknown; choose voc, digit_scenes"),
+        (("transfer.name=coco",), "transfer.name=coco: must be voc or digit_scenes"),
         (
             ("transfer=voc", "transfer.stride=4", "transfer.root=nowhere"),
             "transfer.root=nowhere: no such folder; expected JPEGImages, Annotations and ImageSets/Main there, in "

@@ -111,7 +111,7 @@ def test_a_warm_up_scales_and_is_never_refused() -> None:
         ("retrain", "retrain: needs a length: retrain@N"),
         ("finetune@3", "finetune@3: the length of finetune is given; leave out @3, or take retrain@N"),
         ("retrian@4", "no arm retrian@4; did you mean retrain@N"),
-        ("winning", "no arm winning; there are finetune, scratch_e, scratch_b, large_longer, retrain, scratch"),
+        ("winning", "no arm winning; known are finetune, scratch_e, scratch_b, large_longer, retrain@N, scratch@N"),
     ],
 )
 def test_what_is_no_arm_is_said_in_one_line(arm: str, message: str) -> None:

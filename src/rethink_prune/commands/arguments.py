@@ -1,5 +1,6 @@
 """Check a command's arguments where Hydra's own message would not say what to do."""
 
+import re
 import shutil
 import signal
 from collections.abc import Sequence
@@ -35,7 +36,10 @@ def check_arguments(arguments: Sequence[str], conf: Path) -> None:
     """
     for argument in arguments:
         group, separator, choice = argument.partition("=")
-        if separator and group and choice == "null" and (conf / group).is_dir():
+        if separator and not group:
+            raise UserError(f"{argument}: there is no key before the =")
+        # Hydra takes these for a value; of a word that is no choice it says so.
+        if separator and re.fullmatch(r"null|true|false|[\d.]*", choice) and (conf / group).is_dir():
             choices = ", ".join(sorted(file.stem for file in (conf / group).glob("*.yaml")))
             raise UserError(f"{argument}: must be one of {choices}; leave it out for the default")
         if group == "launcher" and choice in _PLUGINS:

@@ -19,7 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rethink_prune.errors import Interrupted, UserError
+from rethink_prune.errors import Interrupted, Refused, UserError
 from rethink_prune.files import write_json
 from rethink_prune.training.interrupts import SIGNALS
 
@@ -76,10 +76,14 @@ class StartSweep(Callback):
 def record_outcome(run: HydraConf) -> Iterator[dict[str, Any]]:
     """Run the body as a job of a multirun: write an error to the log and to ``outcome.json`` instead of raising it.
 
-    Outside of a multirun, errors pass. What the body puts into the mapping that it gets is written as well.
+    Outside of a multirun, errors pass, a `UserError` as `Refused`. What the body puts into the mapping that it gets is
+    written as well.
     """
     if run.mode != RunMode.MULTIRUN:
-        yield {}
+        try:
+            yield {}
+        except UserError as error:
+            raise Refused(error) from error.__cause__
         return
     with write_outcome(Path(run.runtime.output_dir), run.job.num, list(run.overrides.task)) as outcome:
         yield outcome
@@ -114,9 +118,12 @@ def raise_if_jobs_failed(run_packed: Callable[[Sequence[Outcome]], None]) -> Ite
     """
     try:
         yield
-    except SystemExit:
-        # A launcher gave up, and Hydra has printed why.
-        _end_sweep(run_packed)
+    except Exception as error:
+        # A launcher gave up.
+        try:
+            _end_sweep(run_packed)
+        except UserError as failed:
+            raise UserError(f"{failed}\nthe launcher ended with {type(error).__name__}: {error}") from error
         raise
     _end_sweep(run_packed)
 

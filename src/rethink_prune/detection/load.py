@@ -8,8 +8,6 @@ from rethink_prune.detection.pictures import DetectionData, Pictures
 from rethink_prune.detection.voc import read_voc
 from rethink_prune.errors import UserError
 
-_NAMES = ("voc", "digit_scenes")
-
 
 def load_detection(config: TransferConfig, download_to: Path) -> DetectionData:
     """Return the pictures to train on and to test with. Nothing is decoded yet.
@@ -26,7 +24,7 @@ def load_detection(config: TransferConfig, download_to: Path) -> DetectionData:
     Raises
     ------
     UserError
-        There is no such set, its files are not where and as they should be, or one side has nothing to find.
+        Its files are not where and as they should be, or one side has nothing to find.
 
     Examples
     --------
@@ -35,8 +33,6 @@ def load_detection(config: TransferConfig, download_to: Path) -> DetectionData:
     >>> len(data.train), data.test.classes[0], data.test.picture(1).shape
     (3, '0', torch.Size([3, 96, 96]))
     """
-    if config.name not in _NAMES:
-        raise UserError(f"transfer.name={config.name}: unknown; choose {', '.join(_NAMES)}")
     if config.name == "voc":
         data = DetectionData("voc", *read_voc(config, download_to))
     else:

@@ -20,6 +20,7 @@ from rethink_prune.files import conf_dir
 from rethink_prune.finished.load import Factory, detector_of, load_model, read_config
 from rethink_prune.store.stage import Stage
 from rethink_prune.store.store import Store
+from rethink_prune.study.composition import composition_error
 from rethink_prune.study.prepare import check_config
 from rethink_prune.training.evaluate import evaluate
 from rethink_prune.training.runtime import Runtime, describe_device
@@ -176,7 +177,7 @@ def compose_shipped(overrides: Sequence[str] = (), option: str = "") -> StudyCon
             tree = compose("config", overrides=list(overrides))
         plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{option} {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{option} {composition_error(error, overrides)}".lstrip()) from None
     return check_config(plain)
 
 

@@ -6,14 +6,13 @@ The last of them are *tickets* (Frankle and Carbin 2019, *The Lottery Ticket Hyp
 network with weights that the unpruned one had earlier, and their controls.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rethink_prune.errors import UserError
+from rethink_prune.errors import UserError, suggestion
 
 
 @dataclass(frozen=True)
@@ -287,9 +286,7 @@ def arm_of(name: str) -> Arm:
     base, at, text = name.partition("@")
     entry = ARMS.get(base)
     if entry is None:
-        near = " or ".join(map(arm_form, difflib.get_close_matches(base, ARMS, n=2)))
-        hint = f"did you mean {near}?" if near else f"there are {', '.join(ARMS)}"
-        raise UserError(f"no arm {name}; {hint}")
+        raise UserError(f"no arm {name}; {suggestion(base, map(arm_form, ARMS))}")
     if entry.length is not None and not at:
         return entry
     if entry.length is not None and not entry.takes_length:

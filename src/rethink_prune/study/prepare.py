@@ -32,6 +32,10 @@ from rethink_prune.surgery.cut import reshape
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.runtime import Runtime, prepare_runtime
 
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+# Asked as soon as this is imported: torch sets the variable itself when it first looks.
+_COMPILED_IS_CHOSEN = _COMPILED in os.environ
+
 
 @dataclass(frozen=True)
 class PreparedStudy:
@@ -130,15 +134,16 @@ def prepare_study(config: StudyConfig, processes: Processes = ALONE) -> Prepared
     """
     _check_batch_size(config.recipe.batch_size, processes.world)
     store = Store(Path(config.store.root))
-    # What torch.compile makes is kept for other processes; elsewhere, a system clears it away. Set before anything is
-    # asked of torch, which sets it itself when it first looks.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(store.cache / "compiled"))
     runtime = replace(
         prepare_runtime(config.device, config.precision, deterministic=config.deterministic, processes=processes),
         accelerate=config.accelerate,
         checkpoint_seconds=config.store.checkpoint_seconds,
         show_progress=sys.stderr.isatty() and processes.is_first,
     )
+    if not _COMPILED_IS_CHOSEN:
+        # What torch.compile makes is kept for other processes; elsewhere, a system clears it away. Not before torch has
+        # looked, which makes the folder: a store that cannot be used is refused further down.
+        os.environ[_COMPILED] = str(store.cache / "compiled")
     inputs = Inputs(config.dataset, config.recipe, config.seed, runtime, processes, store.cache)
     pruner = find_pruner(config.pruner.name)(config.pruner)
     pruner.seed = config.seed

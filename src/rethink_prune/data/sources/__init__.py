@@ -17,7 +17,7 @@ from importlib import import_module
 from rethink_prune.config import DatasetConfig
 from rethink_prune.data.source import DataSource
 from rethink_prune.data.sources.own import own_source
-from rethink_prune.errors import UserError
+from rethink_prune.errors import UserError, suggestion
 
 
 def built_in_sources() -> dict[str, Callable[[DatasetConfig], DataSource]]:
@@ -53,5 +53,6 @@ def find_source(options: DatasetConfig) -> DataSource:
         raise UserError(f"dataset.args={options.args}: only dataset.name=path.to.module:factory takes arguments")
     sources = built_in_sources()
     if options.name not in sources:
-        raise UserError(f"dataset.name={options.name}: unknown; choose {', '.join(sources)} or path.to.module:factory")
+        own = "your own: path.to.module:factory"
+        raise UserError(f"dataset.name={options.name}: no such data set ({own}); {suggestion(options.name, sources)}")
     return sources[options.name](options)
