@@ -124,7 +124,8 @@ def test_fingerprint_covers_what_decides_results(tmp_path: Path) -> None:
         (
             "mnist",
             {},
-            "dataset.name=mnist: unknown; choose digits, cifar10, cifar100, imagenet, folder, huggingface or path.to.module:factory",
+            "dataset.name=mnist: unknown; choose digits, cifar10, cifar100, imagenet, folder, huggingface or "
+            "path.to.module:factory",
         ),
         ("digits", {"train_limit": 1443}, "dataset.train_limit=1443: there are only 1442 train images"),
         (

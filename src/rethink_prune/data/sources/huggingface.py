@@ -41,6 +41,7 @@ from rethink_prune.files import write_atomically
 RANK = 50
 _TEST_SPLITS = ("test", "validation")
 _STREAMED_SIZE = 224
+_EXPECTED = "give the name of a set on the Hugging Face Hub, or a folder with train-*.parquet and test-*.parquet"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def huggingface_source(options: DatasetConfig) -> DataSource:
         labels do not fit the classes.
     """
     if options.path is None:
-        raise UserError("dataset.path=null: give a name on the Hugging Face Hub, or a folder of parquet files")
+        raise UserError(f"dataset.path=null: {_EXPECTED}")
     if options.streamed and options.channels != 3:
         raise UserError(f"dataset.channels={options.channels}: streamed images have 3 channels")
     tables = _choose_splits(options, _load_splits(options))
@@ -162,16 +163,16 @@ def _load_splits(options: DatasetConfig) -> Mapping[str, Any]:
         # On the disk: a set can be larger than the memory.
         return load_dataset(path, options.config, revision=options.revision, keep_in_memory=False)
     except Exception as error:  # of the network, of files, of what is in them: many packages' own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise UserError(f"dataset.path={options.path}: cannot be loaded ({reason}); {_advice(error)}") from error
 
 
 def _advice(error: Exception) -> str:
     match error:
         case ConnectionError():
-            return "without a network, a set that was loaded before is found at once with HF_HUB_OFFLINE=1"
+            return "check the network; what was loaded before needs none with HF_HUB_OFFLINE=1"
         case FileNotFoundError():
-            return "give the name of a set on the Hugging Face Hub, or a folder with train-*.parquet and test-*.parquet"
+            return _EXPECTED
         case RuntimeError() if "script" in str(error):
             return "code that comes with a set is never run: take a version of the set in parquet files"
         case ValueError() if "onfig" in str(error):
@@ -184,12 +185,12 @@ def _choose_splits(options: DatasetConfig, splits: Mapping[str, Any]) -> dict[st
     found = f"{options.path} has {', '.join(splits)}"
     test = options.test_split or next((name for name in _TEST_SPLITS if name in splits), None)
     if test is None:
-        raise UserError(f"dataset.test_split=null: {found}, but neither {' nor '.join(_TEST_SPLITS)}; name one")
+        raise UserError(
+            f"dataset.test_split=null: {found}, but neither {' nor '.join(_TEST_SPLITS)}; name one of its splits"
+        )
     for option, name in (("train_split", options.train_split), ("test_split", test)):
         if name not in splits:
             raise UserError(f"dataset.{option}={name}: there is no such split; {found}")
-        if not len(splits[name]):
-            raise UserError(f"dataset.{option}={name}: has no images")
     if test == options.train_split:
         raise UserError(f"dataset.test_split={test}: is the split to train on, too; {found}")
     return {name: splits[name] for name in (options.train_split, test)}
