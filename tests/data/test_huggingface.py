@@ -1,6 +1,7 @@
 """Images that `datasets` loads, of parquet files that are made here: the same as those of a folder."""
 
 import io
+import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -16,12 +17,14 @@ from rethink_prune.config import DatasetConfig
 from rethink_prune.data import DatasetInfo, ImageDataset, decode_cache, describe_dataset, load_dataset, train_batches
 from rethink_prune.data.sources.huggingface import ImageRows
 from rethink_prune.errors import UserError
+from rethink_prune.export import main as export
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 MakeFolder = Callable[..., Path]
+Run = Callable[..., dict[str, Any]]
 MIXED = ("cat", "dog", "emu")
 
 
@@ -302,3 +305,20 @@ def test_images_that_cannot_be_read_are_named(tmp_path: Path, streamed: bool) ->
 
 def test_streamed_images_are_in_colour(tmp_path: Path) -> None:
     assert refusal("x", streamed=True, channels=1) == "dataset.channels=1: streamed images have 3 channels"
+
+
+def test_the_study_of_a_set_that_moved_is_in_the_store(
+    make_folder: MakeFolder, small_study: Run, tmp_path: Path
+) -> None:
+    path = to_parquet(make_folder(size=(20, 16)), tmp_path / "parquet")
+    whole = ("dataset.train_limit=null", "dataset.test_limit=null", "dataset.streamed=true", "dataset.workers=0")
+    arguments = ("dataset=huggingface", *whole, "recipe.batch_size=8", "arms=[finetune,scratch_e]")
+    summary = small_study(*arguments, f"dataset.path={path}")
+    assert (summary["study"]["train_images"], summary["study"]["test_images"]) == (18, 6)
+    moved = path.rename(tmp_path / "elsewhere")
+    assert small_study(*arguments, f"dataset.path={moved}")["arms"] == summary["arms"], "with the seconds they took"
+    on_cpu = ("--device", "cpu", "--precision", "fp32")
+    arm, found = summary["arms"]["finetune"], tmp_path / "found.json"
+    images = ("dataset=huggingface", f"dataset.path={moved}", "dataset.streamed=true", "dataset.image_size=8")
+    assert export([arm["stage"], *on_cpu, "--json", str(found), "--evaluate", *images]) == 0
+    assert json.loads(found.read_text())["loss"] == pytest.approx(arm["loss"])

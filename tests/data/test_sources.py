@@ -108,7 +108,7 @@ def test_finding_data_sets_imports_nothing_slow() -> None:
         from rethink_prune.data import describe_dataset
         for name in ("digits", "cifar10", "imagenet"):
             describe_dataset(DatasetConfig(name=name))
-        print(sorted({"torchvision", "sklearn"} & set(sys.modules)))
+        print(sorted({"torchvision", "sklearn", "datasets"} & set(sys.modules)))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
