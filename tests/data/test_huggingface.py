@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -269,6 +271,9 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, monkeypatch: pytest.Monk
     assert message.endswith("; check the network; what was loaded before needs none with HF_HUB_OFFLINE=1")
     for path in (tmp_path / "gone", tmp_path):
         assert refusal(path).endswith(advice)
+    assert refusal("some/set", revision="main") == (
+        "dataset.revision=main: give a commit, 40 hexadecimal digits; branches and tags move"
+    )
     assert refusal(tmp_path, revision="main") == "dataset.revision=main: PATH is a folder, which has no revisions"
     (tmp_path / "coded").mkdir()
     (tmp_path / "coded/coded.py").write_text("raise SystemExit('this was run')")
@@ -280,6 +285,21 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, monkeypatch: pytest.Monk
         DatasetConfig(name="folder", path="x", streamed=True)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert refusal("x").endswith('; install it with pip install "rethink-prune[hub]"')
+
+
+def test_without_a_network_what_was_loaded_before_is_found(make_folder: MakeFolder, tmp_path: Path) -> None:
+    path = to_parquet(make_folder(), tmp_path / "parquet")
+    before = load(path)
+    (table,) = (tmp_path / "tables").glob("parquet/default/0.0.0/*/")
+    for age, commit in ((1, "a" * 40), (0, "b" * 40)):  # as `datasets` keeps two versions of a set on the hub
+        kept = tmp_path / "tables/owner___parquet/default/0.0.0" / commit
+        shutil.copytree(table, kept)
+        os.utime(kept, (time.time() - age,) * 2)
+        shutil.rmtree(path, ignore_errors=True)
+        assert load_dataset(options("owner/parquet"), cache_dir=tmp_path).fingerprint == before.fingerprint
+    assert describe_dataset(options("owner/parquet", revision="b" * 40)).train_images == 18
+    message = refusal("owner/parquet", revision="a" * 40)  # a silent choice of the newest otherwise
+    assert message == f"dataset.revision={'a' * 40}: the hub cannot be reached; {'b' * 40} was loaded last"
 
 
 @pytest.mark.parametrize("streamed", [False, True])

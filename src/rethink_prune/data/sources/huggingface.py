@@ -4,7 +4,7 @@
 disk. It never runs code that comes with a set. The options:
 
 - ``path``: a name on the hub, or a folder;
-- ``config``: which part, of a set that has several; ``revision``: which version, of a set on the hub;
+- ``config``: which part, of a set that has several; ``revision``: which commit, of a set on the hub;
 - ``train_split``, ``test_split``: the splits to train on and to test on; without the latter, ``test`` or else
   ``validation``;
 - ``image_key``: the column with the images, as files in the table (``datasets.Image``, or bytes);
@@ -20,6 +20,7 @@ path and with the times of its files.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,15 +157,24 @@ def _load_splits(options: DatasetConfig) -> Mapping[str, Any]:
         install = 'pip install "rethink-prune[hub]"'
         raise UserError(f"dataset=huggingface: needs datasets ({error}); install it with {install}") from None
     folder = Path(str(options.path)).expanduser()
-    if folder.is_dir() and options.revision is not None:
-        raise UserError(f"dataset.revision={options.revision}: {options.path} is a folder, which has no revisions")
+    revision = options.revision
+    if revision is not None and folder.is_dir():
+        raise UserError(f"dataset.revision={revision}: {options.path} is a folder, which has no revisions")
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is None:
+        raise UserError(f"dataset.revision={revision}: give a commit, 40 hexadecimal digits; branches and tags move")
     path = str(folder.absolute()) if folder.is_dir() else options.path
     try:
         # On the disk: a set can be larger than the memory.
-        return load_dataset(path, options.config, revision=options.revision, keep_in_memory=False)
+        splits: Mapping[str, Any] = load_dataset(path, options.config, revision=revision, keep_in_memory=False)
     except Exception as error:  # of the network, of files, of what is in them: many packages' own
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise UserError(f"dataset.path={options.path}: cannot be loaded ({reason}); {_advice(error)}") from error
+    # Without the hub, `datasets` takes what it loaded last, of any version. The folder is named after the commit.
+    found = {Path(file["filename"]).parent.name for table in splits.values() for file in table.cache_files}
+    if revision is not None and found != {revision}:
+        last = ", ".join(sorted(found))
+        raise UserError(f"dataset.revision={revision}: the hub cannot be reached; {last} was loaded last")
+    return splits
 
 
 def _advice(error: Exception) -> str:
