@@ -6,6 +6,7 @@ of Python is a file if it starts with its name, ``# my_network.py``, and is run 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -18,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from torch.distributed.run import get_args_parser
@@ -99,6 +102,19 @@ def write_photos(root: Path) -> None:
                 Image.fromarray(random.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{number}.png")
 
 
+def write_hub_sets(folder: Path) -> None:
+    """Write small parquet files where a name on the hub is found first: in a folder of that name."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    buffers = [io.BytesIO() for _ in pixels]
+    for image, buffer in zip(pixels, buffers, strict=True):
+        Image.fromarray(image).save(buffer, "PNG")
+    images = [{"bytes": buffer.getvalue(), "path": None} for buffer in buffers]
+    for name, key, test in (("uoft-cs/cifar10", "img", "test"), ("ILSVRC/imagenet-1k", "image", "validation")):
+        (folder / name).mkdir(parents=True)
+        for split in ("train", test):
+            pq.write_table(pa.table({key: images, "label": [0, 1, 0, 1]}), folder / name / f"{split}.parquet")
+
+
 def write_modules(page: Path, folder: Path) -> None:
     """Write the Python files that a page shows."""
     for language, content in blocks(page):
@@ -122,8 +138,10 @@ def run(words: Sequence[str], folder: Path, *, environment: dict[str, str]) -> N
 
 
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path]), "OMP_NUM_THREADS": "1"}
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    ours = {"PYTHONPATH": os.pathsep.join([".", *sys.path]), "OMP_NUM_THREADS": "1"}
+    tables = str(tmp_path_factory.mktemp("tables"))
+    return {**os.environ, **ours, "HF_DATASETS_CACHE": tables, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +149,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, s
     """Return a folder with a run, its store, images, and the files that the first page shows."""
     folder = tmp_path_factory.mktemp("workplace")
     write_photos(folder / "photos")
+    write_hub_sets(folder)
     write_modules(ROOT_PAGE, folder)
     run(["python", "-m", "rethink_prune", *SMALL], folder, environment=environment)
     return folder

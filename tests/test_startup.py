@@ -50,5 +50,5 @@ def test_the_first_step_comes_soon_and_without_libraries_it_has_no_use_for(tmp_p
     modules = set(line.split())
     assert "torch" in modules
     # Other data sets', other pruners', the report's. Where pandas is installed, torch imports it.
-    assert not modules & {"torchvision", "sklearn.linear_model", "matplotlib", "tensorflow"}
+    assert not modules & {"torchvision", "sklearn.linear_model", "matplotlib", "tensorflow", "datasets"}
     assert seconds < 60, "ten are asked for of an idle machine: scripts/benchmark.py startup"

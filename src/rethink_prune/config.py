@@ -31,6 +31,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+# Of a data set that the package `datasets` loads.
+HUB_OPTIONS = ("path", "config", "revision", "train_split", "test_split", "image_key", "label_key", "streamed")
 TARGET_OPTIONS = ("ratio", "variant", "widths", "size", "target_macs", "target_params", "share_per_round")
 
 
@@ -53,6 +55,8 @@ class DatasetConfig(Frozen):
         :mod:`rethink_prune.data.sources.own`.
     root : str or None
         Where the images are, or for CIFAR (default ``datasets``) are downloaded to; digits need none.
+    path, config, revision, train_split, test_split, image_key, label_key, streamed
+        Of ``huggingface`` alone, see :mod:`rethink_prune.data.sources.huggingface`.
     image_size : int or None
         Height and width in pixels that images are brought to; None keeps them (digits: 16, ImageNet: 224).
     channels : int
@@ -78,6 +82,14 @@ class DatasetConfig(Frozen):
 
     name: str
     root: str | None = None
+    path: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    test_split: str | None = None
+    image_key: str = "image"
+    label_key: str = "label"
+    streamed: bool = False
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     channels: Literal[1, 3] = 3
     train_limit: Count | None = None
@@ -99,6 +111,14 @@ class DatasetConfig(Frozen):
                 raise ValueError(f"{name} needs {self.channels} value(s), one per channel; got {len(values)}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _hub_options_have_a_use(self) -> DatasetConfig:
+        fields = type(self).model_fields
+        given = [name for name in HUB_OPTIONS if getattr(self, name) != fields[name].default]
+        if given and self.name != "huggingface":
+            raise ValueError(f"{', '.join(given)}: only dataset=huggingface takes this")
         return self
 
     def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> DatasetConfig:

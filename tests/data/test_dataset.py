@@ -125,7 +125,7 @@ def test_fingerprint_covers_what_decides_results(tmp_path: Path) -> None:
             "mnist",
             {},
             "dataset.name=mnist: no such data set (your own: path.to.module:factory); known are digits, cifar10, "
-            "cifar100, imagenet, folder",
+            "cifar100, imagenet, folder, huggingface",
         ),
         ("digits", {"train_limit": 1443}, "dataset.train_limit=1443: there are only 1442 train images"),
         (

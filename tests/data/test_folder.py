@@ -25,17 +25,17 @@ def load(root: Path, **options: object) -> ImageDataset:
 
 
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that get decoded."""
-    names: list[str] = []
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the files that get decoded."""
+    sizes: list[int] = []
     original = decode_cache.read_square
 
-    def spy(path: Path, size: int, **options: object) -> Pixels:
-        names.append(path.name)
-        return original(path, size, **options)  # type: ignore[arg-type]
+    def spy(content: Pixels, size: int, **options: object) -> Pixels:
+        sizes.append(len(content))
+        return original(content, size, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(decode_cache, "read_square", spy)
-    return names
+    return sizes
 
 
 def test_images_come_sorted_with_their_labels(make_folder: MakeFolder) -> None:
@@ -50,7 +50,7 @@ def test_images_come_sorted_with_their_labels(make_folder: MakeFolder) -> None:
         assert np.array_equal(dataset.train.images[i].numpy(), np.asarray(Image.open(path)))
 
 
-def test_description_counts_without_decoding(make_folder: MakeFolder, decoded: list[str]) -> None:
+def test_description_counts_without_decoding(make_folder: MakeFolder, decoded: list[int]) -> None:
     info = describe_dataset(DatasetConfig(name="folder", root=str(make_folder(test_name="val")), train_limit=12))
     assert (info.train_images, info.test_images, info.image_size, info.channels) == (12, 6, 8, 3)
     assert info.num_classes == 3
@@ -85,7 +85,7 @@ def test_grey_and_transparent_files_become_colour(make_folder: MakeFolder) -> No
     assert images[1].view(-1, 3).unique(dim=0).tolist() == [[1, 2, 3]]
 
 
-def test_second_load_decodes_nothing(make_folder: MakeFolder, decoded: list[str]) -> None:
+def test_second_load_decodes_nothing(make_folder: MakeFolder, decoded: list[int]) -> None:
     root = make_folder()
     first = load(root)
     assert len(decoded) == 24
@@ -95,7 +95,7 @@ def test_second_load_decodes_nothing(make_folder: MakeFolder, decoded: list[str]
     assert first.fingerprint == second.fingerprint
 
 
-def test_touched_file_is_decoded_again(make_folder: MakeFolder, decoded: list[str]) -> None:
+def test_touched_file_is_decoded_again(make_folder: MakeFolder, decoded: list[int]) -> None:
     root = make_folder()
     before = load(root)
     changed = root / "test/dog/000.png"
@@ -109,7 +109,7 @@ def test_touched_file_is_decoded_again(make_folder: MakeFolder, decoded: list[st
     assert len(decoded) == 24 + 6 + 6
 
 
-def test_copied_folder_has_the_same_fingerprint(make_folder: MakeFolder, decoded: list[str]) -> None:
+def test_copied_folder_has_the_same_fingerprint(make_folder: MakeFolder, decoded: list[int]) -> None:
     root = make_folder()
     copy = root.parent / "copy"
     shutil.copytree(root, copy, copy_function=shutil.copyfile)
@@ -117,7 +117,7 @@ def test_copied_folder_has_the_same_fingerprint(make_folder: MakeFolder, decoded
     assert len(decoded) == 48
 
 
-def test_limit_decodes_only_what_it_takes(make_folder: MakeFolder, decoded: list[str]) -> None:
+def test_limit_decodes_only_what_it_takes(make_folder: MakeFolder, decoded: list[int]) -> None:
     dataset = load(make_folder(), train_limit=7, test_limit=3)
     assert len(decoded) == 10
     assert sorted(torch.bincount(dataset.train.labels).tolist()) == [2, 2, 3]
@@ -142,7 +142,7 @@ def test_subset_does_not_depend_on_the_order_on_disk(make_folder: MakeFolder, mo
     assert load(root, train_limit=7).fingerprint == before.fingerprint
 
 
-def test_validation_is_held_out_of_the_folder(make_folder: MakeFolder, decoded: list[str]) -> None:
+def test_validation_is_held_out_of_the_folder(make_folder: MakeFolder, decoded: list[int]) -> None:
     root = make_folder()
     whole = load(root)
     parts = load(root, validation=0.5)
@@ -155,7 +155,7 @@ def test_validation_is_held_out_of_the_folder(make_folder: MakeFolder, decoded: 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
 def test_damaged_cache_is_named_and_made_anew(
-    make_folder: MakeFolder, decoded: list[str], caplog: pytest.LogCaptureFixture, damage: str
+    make_folder: MakeFolder, decoded: list[int], caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     root = make_folder()
     before = load(root)
@@ -174,7 +174,7 @@ def test_damaged_cache_is_named_and_made_anew(
     assert len(decoded) == 24 + 18
 
 
-def test_runs_that_start_together_decode_once(make_folder: MakeFolder, decoded: list[str]) -> None:
+def test_runs_that_start_together_decode_once(make_folder: MakeFolder, decoded: list[int]) -> None:
     root = make_folder()
     prints: list[str] = []
     threads = [threading.Thread(target=lambda: prints.append(load(root).fingerprint)) for _ in range(3)]
@@ -195,7 +195,7 @@ def test_many_files_fill_several_chunks(make_folder: MakeFolder) -> None:
 
 
 def test_images_that_do_not_fit_are_refused_with_the_numbers(
-    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch, decoded: list[int]
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 2**20)
     with pytest.raises(UserError) as error:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from rethink_prune.config import DatasetConfig
+from rethink_prune.config import HUB_OPTIONS, DatasetConfig
 from rethink_prune.data import describe_dataset, eval_batches, load_dataset, sources, train_batches
 from rethink_prune.data.sources import built_in_sources
 from rethink_prune.errors import UserError
@@ -55,7 +55,7 @@ def names_in_error() -> list[str]:
 
 
 def test_an_unknown_name_is_answered_with_all_names_in_order() -> None:
-    shipped = ["digits", "cifar10", "cifar100", "imagenet", "folder"]
+    shipped = ["digits", "cifar10", "cifar100", "imagenet", "folder", "huggingface"]
     assert [name for name in names_in_error() if name in shipped] == shipped
     assert names_in_error() == list(built_in_sources())
 
@@ -66,11 +66,13 @@ def test_every_data_set_has_a_config_and_every_config_a_data_set() -> None:
 
 
 def test_configs_have_the_same_keys_and_describe_themselves() -> None:
-    assert {tuple(config) for config in CONFIGS.values()} == {tuple(DatasetConfig.model_fields)}
+    assert tuple(CONFIGS["huggingface"]) == tuple(DatasetConfig.model_fields)
+    common = tuple(name for name in DatasetConfig.model_fields if name not in HUB_OPTIONS)
+    assert {tuple(config) for name, config in CONFIGS.items() if name != "huggingface"} == {common}
     for name, config in CONFIGS.items():
         assert config["name"] == name
         options = DatasetConfig.model_validate(config)
-        if name != "folder":  # has no folder yet
+        if name not in ("folder", "huggingface"):  # have no folder yet
             assert describe_dataset(options).image_size == config["image_size"]
 
 
@@ -105,7 +107,7 @@ def test_finding_data_sets_imports_nothing_slow() -> None:
         from rethink_prune.data import describe_dataset
         for name in ("digits", "cifar10", "imagenet"):
             describe_dataset(DatasetConfig(name=name))
-        print(sorted({"torchvision", "sklearn"} & set(sys.modules)))
+        print(sorted({"torchvision", "sklearn", "datasets"} & set(sys.modules)))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ from rethink_prune.data.dataset import ImageDataset
 from rethink_prune.data.device_images import DeviceImages
 from rethink_prune.data.mixing import Mixing
 from rethink_prune.data.normalization import Batch, Normalization
-from rethink_prune.data.source import AnyImages, ImageFiles
+from rethink_prune.data.source import AnyImages, EncodedImages
 from rethink_prune.data.streamed_images import StreamedImages
 from rethink_prune.data.workers import BatchReader
 from rethink_prune.errors import UserError
@@ -276,7 +276,7 @@ def train_batches(
     normalize = Normalization(dataset.mean, dataset.std, image_size=dataset.image_size, device=device)
     flip = options.flip and augment
     mixing = Mixing(mixup, cutmix, len(dataset.classes), seed) if mixup or cutmix else None
-    if isinstance(dataset.train, ImageFiles):
+    if isinstance(dataset.train, EncodedImages):
         reader = BatchReader(
             dataset.train, dataset.image_size, seed, augment=augment, flip=flip, rand_augment=rand_augment
         )
@@ -321,7 +321,7 @@ def eval_batches(
     [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]]
     """
     normalize = Normalization(dataset.mean, dataset.std, image_size=dataset.image_size, device=device)
-    if isinstance(images, ImageFiles):
+    if isinstance(images, EncodedImages):
         reader = BatchReader(images, dataset.image_size)
         return EvalBatches(StreamedImages(reader, normalize, batch_size=batch_size, workers=workers), batch_size)
     return EvalBatches(DeviceImages(images, normalize), batch_size)

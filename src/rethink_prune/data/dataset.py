@@ -14,7 +14,7 @@ from rethink_prune.config import DatasetConfig
 from rethink_prune.data.decode_cache import decode_cached
 from rethink_prune.data.memory import check_memory
 from rethink_prune.data.normalization import channel_statistics
-from rethink_prune.data.source import AnyImages, Contents, DataSource, ImageArray, ImageFiles, Statistics
+from rethink_prune.data.source import AnyImages, Contents, DataSource, EncodedImages, ImageArray, Statistics
 from rethink_prune.data.sources import find_source
 from rethink_prune.data.subsets import Subsets, choose_subsets, count_subsets
 from rethink_prune.errors import UserError
@@ -64,8 +64,9 @@ class ImageDataset:
     image_size : int
         Height and width in pixels.
     fingerprint : str
-        SHA-256 in hexadecimal of everything above but the name: where the images came from does not count. Images in
-        files count by the classes, how many files each has, and which of them are used.
+        SHA-256 in hexadecimal of everything above but the name: where the images came from does not count. Images
+        that are decoded in every epoch count by the classes, how many images each has, and which of them are used;
+        those of ``huggingface`` also by their content.
     """
 
     name: str
@@ -83,7 +84,8 @@ def describe_dataset(options: DatasetConfig) -> DatasetInfo:
     """Count what :func:`load_dataset` would load, decoding no image.
 
     ``digits``, the CIFAR sets and ImageNet are known beforehand and need no files; ImageNet is listed if it is there;
-    a folder is listed and one image's header is read where ``image_size`` is None; a user's own factory is called.
+    a folder is listed and one image's header is read where ``image_size`` is None; a user's own factory is called; a
+    set of the Hugging Face Hub is downloaded.
 
     Raises
     ------
@@ -104,14 +106,14 @@ def describe_dataset(options: DatasetConfig) -> DatasetInfo:
 
 
 def load_dataset(options: DatasetConfig, *, cache_dir: Path, progress: bool = True) -> ImageDataset:
-    """Load a data set into memory, or list the files of one that is decoded in every epoch (ImageNet).
+    """Load a data set into memory, or list the images of one that is decoded in every epoch (ImageNet).
 
     Parameters
     ----------
     options : DatasetConfig
         Which images.
     cache_dir : Path
-        Where the decoded images of a folder are kept.
+        Where decoded images, and digests of images that are not, are kept.
     progress : bool
         Show a progress bar while decoding, if the output is a terminal.
 
@@ -132,7 +134,7 @@ def load_dataset(options: DatasetConfig, *, cache_dir: Path, progress: bool = Tr
     # Train and validation are decoded together, in the data set's order: another hold-out then finds the same cache.
     used = torch.cat([chosen.train, chosen.validation]).sort().values
     both, test = contents.train.take(used), contents.test.take(chosen.test)
-    if isinstance(both, ImageFiles) and isinstance(test, ImageFiles) and both.versions is not None:
+    if isinstance(both, EncodedImages) and isinstance(test, EncodedImages) and both.versions is not None:
         # Setting held-out images apart takes a second copy for a moment.
         most = len(used) * (2 if len(chosen.validation) else 1) + len(chosen.test)
         check_memory(most, image_size=source.image_size, channels=source.channels)
@@ -141,10 +143,12 @@ def load_dataset(options: DatasetConfig, *, cache_dir: Path, progress: bool = Tr
     train = both.take(torch.searchsorted(used, chosen.train))
     validation = both.take(torch.searchsorted(used, chosen.validation)) if len(chosen.validation) else None
     statistics = _find_statistics(options, contents, train)
-    if isinstance(train, ImageFiles):
-        fingerprint = _fingerprint_files(source, chosen, contents.classes, statistics)
+    if isinstance(train, EncodedImages):
+        sides = [side for side in (contents.train, contents.test) if isinstance(side, EncodedImages)]
+        digests = [digest for side in sides if (digest := side.digest(cache_dir, progress=progress))]
+        fingerprint = _fingerprint_encoded(source, chosen, contents.classes, statistics, digests)
     else:
-        arrays = [part for part in (train, validation, test) if not isinstance(part, ImageFiles)]
+        arrays = [part for part in (train, validation, test) if not isinstance(part, EncodedImages)]
         fingerprint = _fingerprint_arrays(arrays, contents.classes, statistics)
     return ImageDataset(
         options.name, train, validation, test, contents.classes, *statistics, source.image_size, fingerprint
@@ -156,7 +160,7 @@ def _find_statistics(options: DatasetConfig, contents: Contents, train: AnyImage
         return options.mean, options.std
     if contents.statistics is not None:
         return contents.statistics
-    if isinstance(train, ImageFiles):
+    if isinstance(train, EncodedImages):
         raise UserError(f"dataset.name={options.name}: has no fixed mean and std; set dataset.mean and dataset.std")
     # Of the training images alone: those to test on must not influence a network.
     mean, std = channel_statistics(train.images)
@@ -180,15 +184,20 @@ def _fingerprint_arrays(parts: Sequence[ImageArray | None], classes: Sequence[st
     return _hash_all({"shapes": shapes, "classes": classes}, statistics, blocks)
 
 
-def _fingerprint_files(
-    source: DataSource, chosen: Subsets[torch.Tensor], classes: Sequence[str], statistics: Statistics
+def _fingerprint_encoded(
+    source: DataSource,
+    chosen: Subsets[torch.Tensor],
+    classes: Sequence[str],
+    statistics: Statistics,
+    digests: Sequence[str],
 ) -> str:
-    """Return the SHA-256 of what is listed: classes, how many files each has, which are used, and at which size.
+    """Return the SHA-256 of what is listed: classes, how many images each has, which are used, and at which size.
 
-    Where the files are does not count, nor what is in them.
+    Where the images are does not count; what is in them counts by `digests`, of which files have none.
     """
-    # Reading a million files would take as long as an epoch.
-    header = {"counts": [source.train_counts, source.test_counts], "classes": classes, "size": source.image_size}
+    counts = [source.train_counts, source.test_counts]
+    header = {"counts": counts, "classes": classes, "size": source.image_size}
+    header |= {"content": digests} if digests else {}
     blocks = [block for part in chosen for block in (f"{len(part)}:".encode(), _label_bytes(part))]
     return _hash_all(header, statistics, blocks)
 

@@ -1,4 +1,4 @@
-"""Decode image files into one array of bytes, and keep the array in a file."""
+"""Decode images into one array of bytes, and keep the array in a file."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rethink_prune.config import DatasetConfig
 from rethink_prune.data.decoding import Pixels, WrongSizeError, describe_failure, read_square
-from rethink_prune.data.source import ImageArray, ImageFiles
+from rethink_prune.data.source import EncodedImages, ImageArray
 from rethink_prune.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -26,16 +26,16 @@ _SHOWN = 10  # files named in an error
 
 
 def decode_cached(
-    files: ImageFiles, options: DatasetConfig, *, size: int, cache_dir: Path, progress: bool
+    files: EncodedImages, options: DatasetConfig, *, size: int, cache_dir: Path, progress: bool
 ) -> ImageArray:
     """Return the images of `files`, decoded now or at an earlier time.
 
-    The result is kept in `cache_dir` under a name made of the path and version of every file and of how they were
+    The result is kept in `cache_dir` under a name made of the path and version of every image and of how they were
     decoded, so a changed folder is decoded anew. Older results stay until somebody deletes them.
 
     Parameters
     ----------
-    files : ImageFiles
+    files : EncodedImages
         What to decode, in this order; with versions.
     options : DatasetConfig
         Says how many channels; and with ``image_size=None`` that all images must have the same size.
@@ -67,7 +67,7 @@ def decode_cached(
     return ImageArray(torch.from_numpy(images), files.labels)
 
 
-def _cache_key(files: ImageFiles, size: int, resize: bool, channels: int) -> str:
+def _cache_key(files: EncodedImages, size: int, resize: bool, channels: int) -> str:
     versions = [] if files.versions is None else files.versions.tolist()
     listed = [[files.name(i), *version] for i, version in enumerate(versions)]
     made_of = [str(files.root), size, resize, channels, listed]
@@ -98,7 +98,7 @@ def _write_entry(entry: Path, images: Pixels) -> None:
     partial.replace(entry)
 
 
-def _decode_files(files: ImageFiles, images: Pixels, resize: bool, progress: bool) -> Pixels:
+def _decode_files(files: EncodedImages, images: Pixels, resize: bool, progress: bool) -> Pixels:
     """Decode all files into `images` (uint8, N x H x W x C) and return it."""
     _, size, _, channels = images.shape
 
@@ -106,7 +106,7 @@ def _decode_files(files: ImageFiles, images: Pixels, resize: bool, progress: boo
         failures: list[tuple[str, Exception]] = []
         for i in range(start, min(start + _CHUNK, len(files))):
             try:
-                images[i] = read_square(files.root / files.name(i), size, resize=resize, channels=channels)
+                images[i] = read_square(files.read(i), size, resize=resize, channels=channels)
             except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
                 failures.append((files.name(i), error))
         return failures
@@ -125,19 +125,19 @@ def _decode_files(files: ImageFiles, images: Pixels, resize: bool, progress: boo
     finally:
         pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not decode the rest
     if failures:
-        _refuse_images(files.root, failures, size)
+        _refuse_images(files.option, failures, size)
     return images
 
 
-def _refuse_images(root: Path, failures: list[tuple[str, Exception]], size: int) -> None:
+def _refuse_images(option: str, failures: list[tuple[str, Exception]], size: int) -> None:
     unreadable = [f"{name} ({describe_failure(e)})" for name, e in failures if not isinstance(e, WrongSizeError)]
     # First what no option can repair.
     if unreadable:
         named = ", ".join(unreadable[:_SHOWN]) + (", ..." if len(unreadable) > _SHOWN else "")
         count = "1 image" if len(unreadable) == 1 else f"{len(unreadable)} images"
-        raise UserError(f"dataset.root={root}: {count} cannot be read: {named}")
+        raise UserError(f"{option}: {count} cannot be read: {named}")
     name, error = failures[0]
     raise UserError(
-        f"dataset.root={root}: {name} is {error}, but the first image is {size} x {size}; "
+        f"{option}: {name} is {error}, but the first image is {size} x {size}; "
         "set dataset.image_size to bring all images to one size"
     )

@@ -1,4 +1,4 @@
-"""Decode one image file: whole, a random part of it, or its centre.
+"""Decode one image, from the bytes of its file: whole, a random part of it, or its centre.
 
 Random crops are those of the paper, and of GoogLeNet before (arXiv:1409.4842), drawn as torchvision draws them.
 """
@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -81,13 +80,13 @@ def place_crop(width: int, height: int, draws: Sequence[float]) -> CropBox:
     return CropBox((width - w) // 2, (height - h) // 2, w, h)
 
 
-def read_square(path: Path, size: int, *, resize: bool, channels: int) -> Pixels:
+def read_square(content: Pixels, size: int, *, resize: bool, channels: int) -> Pixels:
     """Decode an image to uint8, size x size x channels.
 
     With `resize`, its shorter side is scaled to `size` (bilinear, antialiased) and the centre is cut out. Without, it
     must have that size; otherwise :class:`WrongSizeError` is raised.
     """
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(content.data)) as image:
         if not resize and image.size != (size, size):
             raise WrongSizeError(f"{image.width} x {image.height}")
         pixels = _convert(image, channels)
@@ -96,16 +95,14 @@ def read_square(path: Path, size: int, *, resize: bool, channels: int) -> Pixels
     return np.asarray(pixels).reshape(size, size, channels)
 
 
-def read_whole(path: Path) -> torch.Tensor:
+def read_whole(content: Pixels) -> torch.Tensor:
     """Decode an image whole, to uint8, 3 x H x W."""
-    content = np.fromfile(path, dtype=np.uint8)
     with Image.open(io.BytesIO(content.data)) as image:
         return _decode_opened(image, content, whole=True).permute(2, 0, 1).contiguous()
 
 
-def read_crop(path: Path, size: int, choose: Callable[[int, int], CropBox]) -> torch.Tensor:
+def read_crop(content: Pixels, size: int, choose: Callable[[int, int], CropBox]) -> torch.Tensor:
     """Decode the part of an image that `choose` says for its width and height, resized to uint8, size x size x 3."""
-    content = np.fromfile(path, dtype=np.uint8)
     with Image.open(io.BytesIO(content.data)) as image:
         width, height = image.size
         box = choose(width, height)
@@ -119,9 +116,8 @@ def read_crop(path: Path, size: int, choose: Callable[[int, int], CropBox]) -> t
     return _resize(pixels[top : max(top + 1, bottom), left : max(left + 1, right)], height=size, width=size)
 
 
-def read_centre(path: Path, size: int) -> torch.Tensor:
+def read_centre(content: Pixels, size: int) -> torch.Tensor:
     """Decode an image whole, resize its shorter side to 256 and cut out the central 224, or in that proportion."""
-    content = np.fromfile(path, dtype=np.uint8)
     with Image.open(io.BytesIO(content.data)) as image:
         # Not at a fraction of its size: tests see exactly what everybody else's see.
         pixels = _decode_opened(image, content, whole=True)

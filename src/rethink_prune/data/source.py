@@ -1,4 +1,4 @@
-"""The images of a data set with their labels, in memory or in files, and what it tells about itself.
+"""The images of a data set with their labels, in memory or encoded, and what it tells about itself.
 
 Subsets, statistics and batches are made of these.
 """
@@ -6,9 +6,11 @@ Subsets, statistics and batches are made of these.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +52,62 @@ class ImageArray:
         return ImageArray(self.images[positions], self.labels[positions])
 
 
+class EncodedImages(ABC):
+    """Images with their labels, decoded when they are needed: in files, or in the rows of a table.
+
+    Attributes
+    ----------
+    root : Path
+        The folder that holds them, absolute.
+    labels : torch.Tensor
+        int64, N.
+    versions : numpy.ndarray or None
+        For images that are decoded once, into an :class:`ImageArray`: each one's size in bytes and time of last
+        modification in nanoseconds when it was listed (int64, N x 2). None for images that are decoded in every epoch.
+    """
+
+    root: Path
+    labels: torch.Tensor
+    versions: npt.NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    @property
+    @abstractmethod
+    def option(self) -> str:
+        """The option that says where the images are, as errors name it."""
+
+    @abstractmethod
+    def name(self, position: int) -> str:
+        """Return the name of an image, which begins with its side and a slash."""
+
+    @abstractmethod
+    def read(self, position: int) -> npt.NDArray[np.uint8]:
+        """Return an image as it is stored, not decoded: N bytes."""
+
+    @abstractmethod
+    def take(self, positions: torch.Tensor) -> Self:
+        """Return the images at these positions (int64)."""
+
+    @abstractmethod
+    def digest(self, cache_dir: Path, *, progress: bool) -> str | None:
+        """Return what stands for the images and labels in a fingerprint of images that are decoded in every epoch.
+
+        None: what is in the images does not count.
+
+        Parameters
+        ----------
+        cache_dir : Path
+            Where the digest is kept, if it takes long.
+        progress : bool
+            Draw a progress bar, if the output is a terminal.
+        """
+
+
 @dataclass(frozen=True)
-class ImageFiles:
+class ImageFiles(EncodedImages):
     """Image files with their labels.
 
     Attributes
@@ -63,8 +119,7 @@ class ImageFiles:
     labels : torch.Tensor
         int64, N.
     versions : numpy.ndarray or None
-        For files that are decoded once, into an :class:`ImageArray`: each file's size in bytes and time of last
-        modification in nanoseconds when it was listed (int64, N x 2). None for files that are decoded in every epoch.
+        As of :class:`EncodedImages`.
 
     Examples
     --------
@@ -79,13 +134,22 @@ class ImageFiles:
     labels: torch.Tensor
     versions: npt.NDArray[np.int64] | None = None
 
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.labels)
+    @property
+    def option(self) -> str:
+        """The option that says where the files are, as errors name it."""
+        return f"dataset.root={self.root}"
 
     def name(self, position: int) -> str:
         """Return the name of a file, relative to the root."""
         return os.fsdecode(bytes(self.names[position]))
+
+    def read(self, position: int) -> npt.NDArray[np.uint8]:
+        """Return the content of a file."""
+        return np.fromfile(self.root / self.name(position), dtype=np.uint8)
+
+    def digest(self, cache_dir: Path, *, progress: bool) -> str | None:
+        """Return None: reading a million files would take as long as an epoch."""
+        return None
 
     def take(self, positions: torch.Tensor) -> ImageFiles:
         """Return the files at these positions (int64)."""
@@ -94,7 +158,7 @@ class ImageFiles:
         return ImageFiles(self.root, self.names[index], self.labels[positions], versions)
 
 
-AnyImages = ImageArray | ImageFiles
+AnyImages = ImageArray | EncodedImages
 
 
 def count_labels(labels: torch.Tensor, num_classes: int) -> tuple[int, ...]:

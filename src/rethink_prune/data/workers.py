@@ -10,16 +10,23 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from rethink_prune.data.decoding import CROP_DRAWS, describe_failure, jpeg_decoder, place_crop, read_centre, read_crop
+from rethink_prune.data.decoding import (
+    CROP_DRAWS,
+    Pixels,
+    describe_failure,
+    jpeg_decoder,
+    place_crop,
+    read_centre,
+    read_crop,
+)
 from rethink_prune.data.memory import MORE_SHARED_MEMORY, check_shared_memory
 from rethink_prune.data.rand_augment import apply_operations, draw_operations
-from rethink_prune.data.source import ImageFiles
+from rethink_prune.data.source import EncodedImages
 from rethink_prune.errors import UserError
 from rethink_prune.seeds import derive_generator
 
@@ -52,7 +59,7 @@ class BatchReader(Dataset[RawBatch | UserError]):
 
     Attributes
     ----------
-    files : ImageFiles
+    files : EncodedImages
         All images.
     image_size : int
         Height and width of the result, in pixels.
@@ -66,7 +73,7 @@ class BatchReader(Dataset[RawBatch | UserError]):
         Strength of :mod:`~rethink_prune.data.rand_augment`, after crop and flip; 0: without.
     """
 
-    files: ImageFiles
+    files: EncodedImages
     image_size: int
     seed: int = 0
     augment: bool = False
@@ -97,24 +104,24 @@ class BatchReader(Dataset[RawBatch | UserError]):
             except RuntimeError as error:
                 return UserError(f"dataset.workers: {error}; {MORE_SHARED_MEMORY}")
         for row, request in enumerate(requests):
-            name = self.files.name(request.image)
             try:
-                batch.images[row], batch.mirrored[row] = self._read(self.files.root / name, request)
+                batch.images[row], batch.mirrored[row] = self._decode(self.files.read(request.image), request)
             except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
                 return UserError(
-                    f"dataset.root={self.files.root}: {name} cannot be read ({describe_failure(error)}); nothing "
-                    "finished is lost: put an intact file there and run the same command again"
+                    f"{self.files.option}: {self.files.name(request.image)} cannot be read "
+                    f"({describe_failure(error)}); nothing finished is lost: put an intact file there and run the same "
+                    "command again"
                 )
         return batch
 
-    def _read(self, path: Path, request: ReadRequest) -> tuple[torch.Tensor, bool]:
+    def _decode(self, content: Pixels, request: ReadRequest) -> tuple[torch.Tensor, bool]:
         # The draws belong to the position in the epoch: neither the number of workers nor that of processes matters.
         generator = derive_generator(self.seed, "augmentation", request.epoch, request.position)
         mirror, *draws = torch.rand(1 + CROP_DRAWS, generator=generator, dtype=torch.float64).tolist()
         if self.augment:
-            pixels = read_crop(path, self.image_size, partial(place_crop, draws=draws))
+            pixels = read_crop(content, self.image_size, partial(place_crop, draws=draws))
         else:
-            pixels = read_centre(path, self.image_size)
+            pixels = read_centre(content, self.image_size)
         mirrored = self.flip and mirror < 0.5
         if not self.rand_augment:
             return pixels, mirrored

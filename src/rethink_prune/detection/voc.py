@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import numpy as np
 import torch
 from filelock import FileLock
 
@@ -87,7 +88,7 @@ class VocPictures:
     def picture(self, index: int) -> torch.Tensor:
         """Return a picture: uint8, 3 x height x width; raise `UserError` if it is damaged or has another size."""
         try:
-            pixels = read_whole(self.files[index])
+            pixels = read_whole(np.fromfile(self.files[index], dtype=np.uint8))
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
             raise UserError(f"{self.files[index]}: cannot be read ({describe_failure(error)})") from error
         height, width = self.sizes[index]

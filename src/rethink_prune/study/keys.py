@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rethink_prune.config import StudyConfig
+from rethink_prune.config import HUB_OPTIONS, StudyConfig
 from rethink_prune.imports import source_digest
 from rethink_prune.models import model_factory
 from rethink_prune.models.initialisers import initialiser
@@ -250,7 +250,8 @@ def architecture_key(architecture: Architecture) -> dict[str, Any]:
 
 def settings(config: StudyConfig, parts: KeyParts) -> dict[str, Any]:
     """Return what results depend on beside the seed, in full: the report does not mix runs that differ in it."""
-    dataset = config.dataset.model_dump(mode="json", exclude={"root", "workers"})
+    # Of a set that `datasets` loads, the fingerprint holds what its options choose.
+    dataset = config.dataset.model_dump(mode="json", exclude={"root", "workers", *HUB_OPTIONS})
     return {
         "dataset": {**dataset, "fingerprint": parts.training["data"]["fingerprint"]},
         "model": parts.training["network"],

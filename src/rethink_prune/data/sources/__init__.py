@@ -4,7 +4,8 @@ The module is found by itself. It defines
 
 - ``SOURCES``: for each ``dataset.name`` that it serves, a function that takes the
   :class:`~rethink_prune.config.DatasetConfig` and returns a :class:`~rethink_prune.data.source.DataSource`. The
-  function decodes and downloads nothing, and raises `UserError` for options that do not fit the data set;
+  function decodes nothing, downloads no more than it needs to count the images, and raises `UserError` for options
+  that do not fit the data set;
 - ``RANK``: errors list the names in this order, from small to large data sets.
 
 Every configuration imports the module: packages that take long to import belong inside the function that needs them.

@@ -3,11 +3,14 @@
 Images are decoded once; :mod:`rethink_prune.data.decode_cache` keeps the result.
 """
 
+import io
+
 from PIL import Image
 
 from rethink_prune.config import DatasetConfig
+from rethink_prune.data.decoding import describe_failure
 from rethink_prune.data.listing import EXPECTED_FOLDERS, list_image_folder
-from rethink_prune.data.source import Contents, DataSource, ImageFiles
+from rethink_prune.data.source import Contents, DataSource, EncodedImages
 from rethink_prune.errors import UserError
 
 RANK = 40
@@ -28,17 +31,18 @@ def folder_source(options: DatasetConfig) -> DataSource:
     if options.root is None:
         raise UserError(f"dataset.root=null: give the folder of the images; {EXPECTED_FOLDERS}")
     classes, train, test = list_image_folder(options.root, decode_once=True)
-    size = options.image_size or _size_of_first(train)
+    size = options.image_size or size_of_first(train)
     return DataSource.from_contents(Contents(classes, train, test), image_size=size, channels=options.channels)
 
 
-def _size_of_first(files: ImageFiles) -> int:
-    where, name = f"dataset.root={files.root}", files.name(0)
+def size_of_first(images: EncodedImages) -> int:
+    """Return the width of the first image, read from its header; raise `UserError` if it is not square."""
+    where, name = images.option, images.name(0)
     try:
-        with Image.open(files.root / name) as image:
+        with Image.open(io.BytesIO(images.read(0).data)) as image:
             width, height = image.size
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{where}: cannot read {name} ({error})") from error
+        raise UserError(f"{where}: cannot read {name} ({describe_failure(error)})") from error
     if width != height:
         raise UserError(f"{where}: {name} is {width} x {height}; set dataset.image_size")
     return width

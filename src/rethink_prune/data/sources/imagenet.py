@@ -19,7 +19,7 @@ from rethink_prune.errors import UserError
 
 RANK = 30
 # The values that the field uses: of the training images.
-_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLASSES = 1000
 _TRAIN_IMAGES, _VALIDATION_IMAGES = 1_281_167, 50_000
 
@@ -39,7 +39,7 @@ def imagenet_source(options: DatasetConfig) -> DataSource:
     size = options.image_size or 224
     root = options.root
     if root is not None and Path(root).expanduser().exists():
-        contents = Contents(*list_image_folder(root, decode_once=False), _STATISTICS)
+        contents = Contents(*list_image_folder(root, decode_once=False), STATISTICS)
         return DataSource.from_contents(contents, image_size=size, channels=3)
     # The classes have 732 to 1,300 training images each. A plan needs their sum only, so they are evened out here.
     each, more = divmod(_TRAIN_IMAGES, _CLASSES)
