@@ -62,8 +62,8 @@ class Trackers:
         Gets what they keep on this machine, and which runs are complete; made when something is sent.
     study : mapping
         The part ``study`` of the summary.
-    patience : float or None
-        Seconds that the end waits for what is not sent yet; None waits for all of it.
+    patient : bool
+        Whether the end waits until all is sent, instead of `PATIENCE_SECONDS` at most.
     runs : Path or None
         The study's run folder, for messages.
     """
@@ -74,11 +74,11 @@ class Trackers:
         folder: Path,
         *,
         study: Mapping[str, Any] | None = None,
-        patience: float | None = PATIENCE_SECONDS,
+        patient: bool = False,
         runs: Path | None = None,
     ) -> None:
         self.study = study or {}
-        self._patience = patience
+        self._patient = patient
         there = [name for name in names if name not in missing_trackers(names)]
         for name in missing_trackers(names):
             install = f'pip install "rethink-prune[{name}]"'
@@ -90,13 +90,12 @@ class Trackers:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # After a signal, a batch system may kill the study within seconds.
-        stopped = isinstance(error, KeyboardInterrupt)
-        patience = STOPPED_PATIENCE_SECONDS if stopped and self._patience is not None else self._patience
-        end = None if patience is None else time.monotonic() + patience
+        seconds = STOPPED_PATIENCE_SECONDS if isinstance(error, KeyboardInterrupt) else PATIENCE_SECONDS
+        end = time.monotonic() + seconds
         for sender in self.senders.values():
             sender.finish()
         for sender in self.senders.values():
-            sender.wait(None if end is None else max(0.0, end - time.monotonic()))
+            sender.wait(None if self._patient else max(0.0, end - time.monotonic()))
 
     def send(self, run: TrackedRun, rows: Sequence[Mapping[str, float]], state: State = "running") -> None:
         """Have a run sent: all its rows so far. Returns at once."""

@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,18 +142,18 @@ def plain_metrics(row: Mapping[str, float], flops: float | None) -> dict[str, fl
 
 
 class _RunByInit:
-    """A run of W&B or Trackio."""
+    """A run of W&B or Trackio; `finish` ends it."""
 
-    def __init__(self, run: Any, epochs: int, exit_codes: Mapping[State, int] | None = None) -> None:
+    def __init__(self, run: Any, epochs: int, finish: Callable[[State], object]) -> None:
         self.epochs = epochs
         self._run = run
-        self._exit_codes = exit_codes
+        self._finish = finish
 
     def log(self, metrics: Mapping[str, float], epoch: int) -> None:
         self._run.log(dict(metrics), step=epoch)
 
     def close(self, state: State) -> None:
-        self._run.finish(**({"exit_code": self._exit_codes[state]} if self._exit_codes else {}))
+        self._finish(state)
 
 
 def _init(module: Any, run: TrackedRun, **options: Any) -> Any:
@@ -163,9 +165,6 @@ def _init(module: Any, run: TrackedRun, **options: Any) -> Any:
 
 class WandbTracker:
     """Weights & Biases: online where one is logged in, otherwise offline; ``WANDB_MODE`` decides if it is set."""
-
-    # W&B shows 255 as killed.
-    _EXIT_CODES: Mapping[State, int] = {"finished": 0, "failed": 1, "stopped": 255}
 
     def __init__(self, folder: Path) -> None:
         import wandb
@@ -197,7 +196,9 @@ class WandbTracker:
             reinit="create_new",
             settings=quiet,
         )
-        return _RunByInit(begun, max(0, begun.step - 1) if begun.resumed else 0, self._EXIT_CODES)
+        codes = {"finished": 0, "failed": 1, "stopped": 255}  # W&B shows 255 as killed
+        epochs = max(0, begun.step - 1) if begun.resumed else 0
+        return _RunByInit(begun, epochs, lambda state: begun.finish(exit_code=codes[state]))
 
 
 class TrackioTracker:
@@ -213,18 +214,28 @@ class TrackioTracker:
 
     def open(self, run: TrackedRun) -> OpenRun:
         """Begin a run, or go on with it."""
-        # It knows runs by their names alone.
-        begun = _init(
-            self._trackio,
-            run,
-            project=PROJECT,
-            name=run.id,
-            embed=False,
-            auto_log_cpu=False,
-            auto_log_gpu=False,
-        )
+        plain = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
+        with _trackio_warnings_raised():
+            # It knows runs by their names alone.
+            begun = _init(self._trackio, run, project=PROJECT, name=run.id, **plain)
+
+        def finish(state: State) -> None:
+            with _trackio_warnings_raised():
+                begun.finish()
+
         # The step it would give to the next metrics: one after the last that it has.
-        return _RunByInit(begun, max(0, begun._next_step - 1))
+        return _RunByInit(begun, max(0, begun._next_step - 1), finish)
+
+
+@contextmanager
+def _trackio_warnings_raised() -> Iterator[None]:
+    """Raise what Trackio warns of: it has no errors for a server that cannot be reached, or for lost metrics."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    for warning in said:
+        if Path(warning.filename).parent.name == "trackio" and issubclass(warning.category, UserWarning):
+            raise RuntimeError(str(warning.message))
 
 
 class MlflowTracker:
