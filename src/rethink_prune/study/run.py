@@ -94,11 +94,11 @@ def run_study(
     described, kept = summary.content["study"], study.store.root / "trackers"
     with Trackers(config.tracker, kept, study=described, runs=run_dir) as trackers:
         runner = Runner(study, run_dir, interrupts, [*planned.values(), *detection], trackers)
-        _run_stages(study, planned, runner, summary, at_once)
+        _run_planned(study, planned, runner, summary, at_once)
     return summary.content
 
 
-def _run_stages(
+def _run_planned(
     study: PreparedStudy, planned: Mapping[str, StageSpec], runner: Runner, summary: Summary, at_once: int
 ) -> None:
     """Run the stages of a study; `planned` has those that are known before pruning, by title."""

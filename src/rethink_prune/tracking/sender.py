@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from rethink_prune.errors import first_line
 from rethink_prune.files import write_json
@@ -277,8 +277,13 @@ class _Desk:
         marker = self._complete / f"{run.id}.json"
         if run.id not in self._open:
             # One process at a time: a training that ends is often reused at once by several studies of a sweep.
-            lock = FileLock(self._complete / f"{run.id}.lock", timeout=_LOCK_SECONDS)
-            lock.acquire()
+            lock = FileLock(self._complete / f"{run.id}.lock")
+            try:
+                # While the training goes on, it is asked for again.
+                lock.acquire(timeout=0 if state == "running" else _LOCK_SECONDS)
+            except Timeout:
+                print(f"{run.id}: another process sends it")
+                return 0
             if marker.is_file():
                 lock.release()
                 return 0
