@@ -49,7 +49,7 @@ def test_the_first_step_comes_soon_and_without_libraries_it_has_no_use_for(tmp_p
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("modules")]
     modules = set(line.split())
     assert "torch" in modules
-    # Other data sets', other pruners', the report's, the trackers'. (scikit-learn imports pandas where it is installed.)
+    # What others use; not pandas, which scikit-learn imports where it is installed.
     others = {"torchvision", "sklearn.linear_model", "matplotlib", "tensorflow", "wandb", "trackio", "mlflow"}
     assert not modules & others
     assert seconds < 60, "ten are asked for of an idle machine: scripts/benchmark.py startup"

@@ -183,6 +183,8 @@ def environment() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for name in VARIABLES:
             patch.delenv(name, raising=False)
+        # However busy the machine is.
+        patch.setattr(sender, "PATIENCE_SECONDS", 300.0)
         # Nobody is logged in here, whoever runs the tests.
         patch.setenv("NETRC", "/nonexistent")
         yield dict(os.environ)
@@ -256,12 +258,14 @@ def tracked(home: Home) -> Runs:
     return home.check_rows()
 
 
+@pytest.mark.slow
 def test_a_killed_study_leaves_its_runs_open(killed: Home) -> None:
     for name, runs in killed.stopped.items():
         states = {run["arm"]: (run["epochs"], run["finished"]) for run in runs.values()}
         assert states == {"large": ([1, 2], True), "scratch_e": ([1], name == "trackio")}
 
 
+@pytest.mark.slow
 def test_each_training_is_a_run_and_a_reused_one_is_not_written_again(home: Home, tracked: Runs) -> None:
     summary = json.loads((home.folder / "second/summary.json").read_text())
     entries = {"large": summary["large"], **summary["arms"]}
@@ -277,6 +281,7 @@ def test_each_training_is_a_run_and_a_reused_one_is_not_written_again(home: Home
             assert last == pytest.approx(entry["train_flops_total"] / 1e9)
 
 
+@pytest.mark.slow
 def test_they_keep_their_files_beside_the_store_alone(home: Home, tracked: object) -> None:
     assert {path.name for path in home.folder.iterdir()} == {"store", "killed", "first", "second"}
     assert {path.name for path in (home.folder / "store").iterdir()} == {
@@ -284,6 +289,7 @@ def test_they_keep_their_files_beside_the_store_alone(home: Home, tracked: objec
     }
 
 
+@pytest.mark.slow
 def test_runs_that_are_pushed_later_are_the_same(home: Home, tracked: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--push", "--tracker", "wandb", "--tracker", "trackio", str(home.folder / "store")]
     home.trackers.rename(home.folder / "before")
@@ -295,11 +301,16 @@ def test_runs_that_are_pushed_later_are_the_same(home: Home, tracked: Runs, caps
     assert "wandb: 0 of 3 trainings were new" in capsys.readouterr().out
 
 
-def test_a_push_needs_to_know_where_to(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report(["--push", str(home.folder / "first")]) == 1
-    assert capsys.readouterr().err == ("--push: wandb, trackio, mlflow are installed; name one, e.g. --tracker wandb\n")
-    assert report(["--push", "--tracker", "wandbb", str(home.folder / "first")]) == 1
-    assert capsys.readouterr().err == "--tracker wandbb: no such tracker; there are wandb, trackio, mlflow\n"
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, environment: Mapping[str, str]) -> None:
+    home = Home(tmp_path, environment)
+    for epochs, state in ((2, "running"), (3, "finished")):
+        with Trackers(tuple(KNOWN), home.trackers) as each:
+            each.send(run_named("finetune-1"), rows(epochs), state)
+        assert [sender.problem for sender in each.senders.values()] == [None] * 3
+        for name, runs in home.tracked().items():
+            assert runs["finetune-1"]["epochs"] == list(range(1, epochs + 1)), name
+            assert runs["finetune-1"]["rows"][epochs]["test/top1"] == 50 + epochs
+            assert runs["finetune-1"]["finished"] == (state == "finished" or name == "trackio")
 
 
 BAD_TRACKERS = """
@@ -343,7 +354,7 @@ def rows(epochs: int) -> list[dict[str, float]]:
 
 
 def run_named(stage: str) -> TrackedRun:
-    return TrackedRun(stage, "finetune", "group", {"seed": 0})
+    return TrackedRun(stage, "finetune", "group", {"arm": "finetune", "seed": 0, "params": 10})
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def push_runs(gathered: GatheredRuns, names: Sequence[str]) -> list[str]:
             problems += [f"tracker={name}: {sender.problem}"] if sender.problem else []
     if problems:
         raise UserError("\n".join(problems))
-    return said or ["nothing to send: the stages of these runs are gone"]
+    return said or ["nothing to send: no finished training of these runs is there"]
 
 
 def _chosen(names: Sequence[str]) -> Sequence[str]:
