@@ -13,7 +13,7 @@ from rethink_prune.report.__main__ import main
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "--push: wandb, trackio, mlflow are installed; name one, e.g. --tracker wandb"),
+        ((), "--push: these runs name no tracker; name one of wandb, trackio, mlflow: --tracker wandb"),
         (("--tracker", "wandbb"), "--tracker wandbb: no such tracker; there are wandb, trackio, mlflow"),
     ],
 )
@@ -27,8 +27,9 @@ def test_it_has_to_be_clear_where_to(
 def test_stages_that_are_not_finished_are_not_sent(
     write_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = write_run(0, {"finetune": 90.0})  # its stages have curves, but no status
-    assert main(["--push", "--tracker", "wandb", str(run)]) == 0
+    # Its stages have curves, but no status. What the run names is taken, but never imported.
+    run = write_run(0, {"finetune": 90.0}, tracker=["wandb", "not_there:Tracker"])
+    assert main(["--push", str(run)]) == 0
     assert capsys.readouterr().out == "nothing to send: no finished training of these runs is there\n"
 
 

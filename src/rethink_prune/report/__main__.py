@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--by", action="append", default=[], metavar="SETTING", help=by)
     parser.add_argument("--mix", action="store_true", help=mix)
     push = "write no report, but send finished trainings to a tracker; what it has already is not sent again"
-    tracker = "which one (with --push; the one that is installed); can be repeated"
+    tracker = "which one (with --push; those that the runs were given, else the one that is installed); can be repeated"
     parser.add_argument("--push", action="store_true", help=push)
     parser.add_argument("--tracker", action="append", default=[], metavar="NAME", help=tracker)
     options = parser.parse_args(arguments)

@@ -21,14 +21,16 @@ def push_runs(gathered: GatheredRuns, names: Sequence[str]) -> list[str]:
     ----------
     gathered : GatheredRuns
     names : sequence of str
-        The trackers; none: the one that is installed.
+        The trackers; none: those that the studies were given, or else the one that is installed.
 
     Raises
     ------
     UserError
         If a tracker is not known or not installed, it is not clear which one is meant, or one does not take the runs.
     """
-    names = _chosen(names)
+    # Own ones have to be typed: what a summary names is never imported.
+    given = dict.fromkeys(name for run in gathered.runs for name in run.study.tracker if name in TRACKERS)
+    names = _chosen(names or tuple(given))
     runs: dict[Path, dict[str, TrackedRun]] = defaultdict(dict)
     for record in gathered.runs:
         for run in _finished_runs(record, gathered):
@@ -53,7 +55,9 @@ def _chosen(names: Sequence[str]) -> Sequence[str]:
     if not names and len(installed) == 1:
         return installed
     if not names and installed:
-        raise UserError(f"--push: {', '.join(installed)} are installed; name one, e.g. --tracker {installed[0]}")
+        raise UserError(
+            f"--push: these runs name no tracker; name one of {', '.join(installed)}: --tracker {installed[0]}"
+        )
     for name in names or TRACKERS[:1]:
         if name not in TRACKERS and ":" not in name:
             raise UserError(f"--tracker {name}: no such tracker; there are {', '.join(TRACKERS)}")
