@@ -303,6 +303,8 @@ def test_runs_that_are_pushed_later_are_the_same(home: Home, tracked: Runs, caps
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, environment: Mapping[str, str]) -> None:
     home = Home(tmp_path, environment)
+    home.trackers.mkdir(parents=True)
+    (home.trackers / "mlflow.db.new").write_text("what a kill leaves while MLflow makes its database")
     for epochs, state in ((2, "running"), (3, "finished")):
         with Trackers(tuple(KNOWN), home.trackers) as each:
             each.send(run_named("finetune-1"), rows(epochs), state)

@@ -179,7 +179,7 @@ class WandbTracker:
     def open(self, run: TrackedRun) -> OpenRun:
         """Begin a run, or go on with it."""
         if self._mode == "offline":
-            # A kill can leave a part of an epoch, and nobody is sure to have sent it: the new files have all epochs.
+            # Files of a process that was killed lack what it had not written yet: the new ones have all epochs.
             for folder in (self._files / "wandb").glob(f"offline-run-*-{run.id}"):
                 shutil.rmtree(folder, ignore_errors=True)
         # Nothing is watched but what is sent.
@@ -242,8 +242,8 @@ class MlflowTracker:
     """MLflow: in a database on this machine, or where ``MLFLOW_TRACKING_URI`` says."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+        self._database = folder.absolute() / "mlflow.db"
+        self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self._database}"
         self._experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         self._client: Any = None
         self._experiment_id = ""
@@ -261,7 +261,7 @@ class MlflowTracker:
             tags = {"stage": run.id, "arm": run.title, "study": run.group}
             begun = self._client.create_run(self._experiment_id, tags=tags, run_name=run.title)
         opened = _MlflowRun(self._client, begun)
-        if not found:
+        if not begun.data.params:
             opened.describe(run.config)
         return opened
 
@@ -270,7 +270,14 @@ class MlflowTracker:
         from mlflow import MlflowClient
 
         # Several studies may begin at once, and make the same database and experiment.
-        with FileLock(self._folder / "mlflow.lock"):
+        with FileLock(self._database.with_suffix(".lock")):
+            if self._uri.endswith(str(self._database)) and not self._database.exists():
+                # Under another name first: MLflow cannot use one that it was killed in making.
+                for file in self._database.parent.glob("mlflow.db.new*"):
+                    file.unlink()
+                fresh = self._database.with_suffix(".db.new")
+                MlflowClient(f"sqlite:///{fresh}").search_experiments(max_results=1)
+                fresh.rename(self._database)
             client = MlflowClient(self._uri)
             known = client.get_experiment_by_name(self._experiment)
             self._experiment_id = known.experiment_id if known else client.create_experiment(self._experiment)
