@@ -33,6 +33,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 # Of a data set that the package `datasets` loads.
 HUB_OPTIONS = ("path", "config", "revision", "train_split", "test_split", "image_key", "label_key", "streamed")
+TRACKERS = ("wandb", "trackio", "mlflow")
 TARGET_OPTIONS = ("ratio", "variant", "widths", "size", "target_macs", "target_params", "share_per_round")
 
 
@@ -603,6 +604,7 @@ class StudyConfig(Frozen):
     store: StoreConfig
     large: LargeConfig = LargeConfig()
     rewind: RewindConfig = RewindConfig()
+    tracker: tuple[str, ...] = ()
 
     @field_validator("together", mode="before")
     @classmethod
@@ -610,6 +612,17 @@ class StudyConfig(Frozen):
         if together != "auto" and (not isinstance(together, int) or isinstance(together, bool) or together < 1):
             raise ValueError("must be auto or a number from 1")
         return together
+
+    @field_validator("tracker")
+    @classmethod
+    def _trackers_are_known(cls, tracker: tuple[str, ...]) -> tuple[str, ...]:
+        for name in tracker:
+            if name not in TRACKERS and ":" not in name:
+                listed = ", ".join(TRACKERS)
+                raise ValueError(f"{name}: no such tracker; there are {listed}, or your own as path.to.module:Class")
+        if len(set(tracker)) < len(tracker):
+            raise ValueError("a tracker is named twice")
+        return tracker
 
     @model_validator(mode="after")
     def _rewinds_within_the_training(self) -> StudyConfig:

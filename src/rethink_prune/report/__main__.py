@@ -21,13 +21,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--margin", type=float, default=0.5, metavar="POINTS", help=margin)
     parser.add_argument("--by", action="append", default=[], metavar="SETTING", help=by)
     parser.add_argument("--mix", action="store_true", help=mix)
+    push = "write no report, but send finished trainings to a tracker; what it has already is not sent again"
+    tracker = "which one (with --push; those that the runs were given, else the one that is installed); can be repeated"
+    parser.add_argument("--push", action="store_true", help=push)
+    parser.add_argument("--tracker", action="append", default=[], metavar="NAME", help=tracker)
     options = parser.parse_args(arguments)
     if not (math.isfinite(options.margin) and options.margin > 0):
         parser.error("--margin: must be a number of points above 0")
+    if options.tracker and not options.push:
+        parser.error("--tracker: goes with --push")
     # Imported here: --help needs no SciPy.
     from rethink_prune.report import documents, gather, groups, results
 
     try:
+        if options.push:
+            from rethink_prune.report.push import push_runs
+
+            print("\n".join(push_runs(gather.gather(options.places), options.tracker)))
+            return 0
         gathered = gather.gather(options.places, masks=True)
         found = groups.group_runs(gathered.runs, by=options.by, mix=options.mix)
         report = results.compute_report(found, margin=options.margin, problems=gathered.problems)

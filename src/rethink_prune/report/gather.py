@@ -27,12 +27,14 @@ _UNREADABLE = (OSError, ValueError, RecursionError)
 class GatheredRuns:
     """The runs that were found, and in words what could not be used; `masks` says whether to read masks.
 
-    `detections` has the pictures with what detectors found, by stage, where the stages are still there.
+    `detections` has the pictures with what detectors found, by stage, where the stages are still there, and `stages`
+    the folders of those.
     """
 
     runs: list[RunRecord] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     detections: dict[str, Path] = field(default_factory=dict)
+    stages: dict[str, Path] = field(default_factory=dict)
     masks: bool = False
     _files: set[Path] = field(default_factory=set)
 
@@ -58,6 +60,8 @@ class GatheredRuns:
                 whole["pruned"] = {**whole["pruned"], "kernels": _kept_kernels(content, stages)}
             self.runs.append(RunRecord.model_validate(whole))
             self.detections |= _stage_pictures(content, stages)
+            folders = [_stage_folder(stage, stages) for stage in _named_stages(content)]
+            self.stages |= {folder.name: folder for folder in folders if folder.is_dir()}
         except ValidationError as error:
             # The first error is enough to find the file's fault; the others often follow from it.
             advice = "if an older version made it, run its command again: finished stages are reused"
@@ -188,6 +192,15 @@ def _stage_folder(stage: str, stages: Path | None) -> Path:
     folder = Path(stage)
     # The store may have moved since the summary was written.
     return stages / folder.name if not folder.is_dir() and stages is not None else folder
+
+
+def _named_stages(content: Any) -> Iterator[str]:
+    """Yield the stages that a summary names, at any depth."""
+    for name, value in content.items() if isinstance(content, Mapping) else enumerate(content):
+        if isinstance(value, Mapping | list):
+            yield from _named_stages(value)
+        elif name in ("stage", "trained_stage") and value:
+            yield value
 
 
 def _stage_pictures(content: Mapping[str, Any], stages: Path | None) -> dict[str, Path]:

@@ -218,6 +218,7 @@ class StudyRecord(SummaryPart):
     train_images: int | None = None
     test_images: int | None = None
     arms: tuple[Text, ...] = ()
+    tracker: tuple[Text, ...] = ()
     settings: dict[str, Any] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
     ledger: LedgerRecord = LedgerRecord()

@@ -19,12 +19,13 @@ from rethink_prune.files import write_json
 from rethink_prune.store.stage import Done, Failed
 from rethink_prune.study.keys import add_keys, shared_by_processes
 from rethink_prune.study.plan import StageSpec, plan_arms, plan_between, plan_content
-from rethink_prune.study.prepare import check_config, prepare_study
+from rethink_prune.study.prepare import PreparedStudy, check_config, prepare_study
 from rethink_prune.study.stages import Runner
 from rethink_prune.study.summary import Summary
 from rethink_prune.study.tables import plan_text
 from rethink_prune.study.work import Order, pruned_network, shuffled_architecture, train_stage
 from rethink_prune.surgery.cut import reshape
+from rethink_prune.tracking.sender import Trackers
 from rethink_prune.training.distributed import ALONE, Processes
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.runtime import describe_device
@@ -89,8 +90,19 @@ def run_study(
     log.info("%s, precision %s%s", describe_device(study.runtime.device), study.runtime.precision, auto)
     planned = {spec.title: spec for spec in add_keys(stages, study.parts, {})}
     at_once = arms_at_once(config.together, study.runtime.device, processes, study.inputs.train_batches)
-    runner = Runner(study, run_dir, interrupts, [*planned.values(), *detection])
     summary = Summary(run_dir, study, experiment)
+    described, kept = summary.content["study"], study.store.root / "trackers"
+    with Trackers(config.tracker, kept, study=described, runs=run_dir) as trackers:
+        runner = Runner(study, run_dir, interrupts, [*planned.values(), *detection], trackers)
+        _run_planned(study, planned, runner, summary, at_once)
+    return summary.content
+
+
+def _run_planned(
+    study: PreparedStudy, planned: Mapping[str, StageSpec], runner: Runner, summary: Summary, at_once: int
+) -> None:
+    """Run the stages of a study; `planned` has those that are known before pruning, by title."""
+    config = study.config
     done: dict[str, Done] = {}
 
     def run(spec: StageSpec) -> Done | Failed:
@@ -150,7 +162,6 @@ def run_study(
 
         summary.add_transfer(spec.title, run_detection(study, spec, done, run))
     summary.finish()
-    return summary.content
 
 
 def join_study(interrupts: Interrupts, processes: Processes) -> None:

@@ -4,9 +4,10 @@ The runner alone knows locks, heartbeats, checkpoints and progress. What a stage
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from rethink_prune.study.prepare import PreparedStudy
 from rethink_prune.study.product import StageAccess
 from rethink_prune.study.work import do_stage
 from rethink_prune.text import duration
+from rethink_prune.tracking.sender import Trackers
 from rethink_prune.tracking.tensorboard import ArmEvents
+from rethink_prune.tracking.trackers import State, tracked_run
 from rethink_prune.training.checkpoint import Checkpoints
 from rethink_prune.training.interrupts import Interrupts
 from rethink_prune.training.progress import Row
@@ -46,14 +49,22 @@ class Runner:
         Tells when to stop.
     stages : sequence of StageSpec
         All of the study's, as far as they are known.
+    trackers : Trackers, optional
+        Get every training, beside TensorBoard.
     """
 
     def __init__(
-        self, study: PreparedStudy, run_dir: Path, interrupts: Interrupts, stages: Sequence[StageSpec]
+        self,
+        study: PreparedStudy,
+        run_dir: Path,
+        interrupts: Interrupts,
+        stages: Sequence[StageSpec],
+        trackers: Trackers | None = None,
     ) -> None:
         self._study = study
         self._run_dir = run_dir
         self._interrupts = interrupts
+        self._trackers = trackers
         self._flops_left: dict[str, int | None] = {}
         self._timed: set[str] = set()
         # What failed of that which arms start from.
@@ -88,28 +99,29 @@ class Runner:
             return Failed(self._what_is_missing(spec, parents))
         stage = self._study.store.stage(stage_name(spec.kind, spec.key))
         started, done_before = start_of(parents), total_flops(parents)
-        with self._events(spec, done_before) as events:
+        with self._curves(spec, stage, done_before) as curves:
             result: dict[str, Any] | Failed | None = stage.result(started)
             if isinstance(result, dict):
                 log.info("%s: %s, from %s", spec.title, _reached(result), stage.name)
             else:
                 with stage.hold():
                     # Another process may have finished it while this one waited for the lock.
-                    result = stage.result(started) or self._do(spec, stage, parents, events)
+                    result = stage.result(started) or self._do(spec, stage, parents, curves)
             self._flops_left[spec.title] = 0
+            failed = isinstance(result, Failed)
+            if curves is not None:
+                # A stage from the store has its curves in every run that uses it.
+                curves.write(read_metrics(stage.folder), "failed" if failed else "finished")
             if isinstance(result, Failed):
                 if known_arm(spec.title) is None:
                     self._failed = spec.title
                 return result
-            if events is not None:
-                # A stage from the store has its curves in every run that uses it.
-                events.write(read_metrics(stage.folder))
-                if (stage.folder / DETECTIONS_FILE).is_file():
-                    events.write_picture(stage.folder / DETECTIONS_FILE)
+            if curves is not None and (stage.folder / DETECTIONS_FILE).is_file():
+                curves.events.write_picture(stage.folder / DETECTIONS_FILE)
         return Done(stage, result, parents)
 
     def _do(
-        self, spec: StageSpec, stage: Stage, parents: tuple[Done, ...], events: ArmEvents | None
+        self, spec: StageSpec, stage: Stage, parents: tuple[Done, ...], curves: "_Curves | None"
     ) -> dict[str, Any] | Failed:
         """Do the work of a stage that is held, and keep what it makes."""
         # What `config.yaml` says, also for those who take the network along.
@@ -127,8 +139,8 @@ class Runner:
 
         def on_epoch(rows: list[Row]) -> None:
             write_metrics(stage.folder, rows)
-            if events is not None:
-                events.write(rows)
+            if curves is not None:
+                curves.write(rows, "running")
             self._log_time_left(spec, rows)
 
         checkpoints = Checkpoints(stage.folder, stage.check_owner)
@@ -157,13 +169,25 @@ class Runner:
         log.info("%s: %s in %.1f s", spec.title, _reached(result), result["seconds"])
         return result
 
-    def _events(self, spec: StageSpec, done_before: int | None) -> Any:
+    def _curves(self, spec: StageSpec, stage: Stage, done_before: int | None) -> Any:
         """Return where a training's curves go, as a context; None where nothing is trained."""
         if spec.optimizer is None or spec.cost is None:
             return nullcontext()
         folder = self._run_dir / "tensorboard" / file_name(spec.title)
         per_image = self._study.budget.image_flops(spec.cost, taught=spec.teacher is not None)
-        return closing(ArmEvents(folder, flops_before=done_before, flops_per_image=per_image))
+        events = ArmEvents(folder, flops_before=done_before, flops_per_image=per_image)
+        if self._trackers is None:
+            return closing(_Curves(events))
+        run = tracked_run(
+            self._trackers.study,
+            spec.title,
+            stage.name,
+            **asdict(spec.cost),
+            epochs=spec.optimizer.epochs,
+            flops_before=done_before,
+            flops_per_image=per_image,
+        )
+        return closing(_Curves(events, partial(self._trackers.send, run)))
 
     def _log_time_left(self, spec: StageSpec, rows: list[Row]) -> None:
         """Say how long the rest of the study will take, once in each stage, when it has found its pace."""
@@ -197,6 +221,23 @@ class Runner:
         if spec.teacher is not None and (spec.parent is None or is_pruned):
             return f"{spec.teacher} failed, so there is no network to learn from"
         return f"{failed} failed, so there is no pruned network to start from"
+
+
+class _Curves:
+    """Where the rows of one training go: to its events, and to the trackers."""
+
+    def __init__(
+        self, events: ArmEvents, send: Callable[[Sequence[Row], State], None] = lambda rows, state: None
+    ) -> None:
+        self.events = events
+        self._send = send
+
+    def write(self, rows: Sequence[Row], state: State) -> None:
+        self.events.write(rows)
+        self._send(rows, state)
+
+    def close(self) -> None:
+        self.events.close()
 
 
 def _reached(result: Mapping[str, Any]) -> str:

@@ -275,6 +275,7 @@ def describe_study(study: PreparedStudy, experiment: str | None) -> dict[str, An
         "device": describe_device(study.runtime.device),
         "precision": study.runtime.precision,
         "arms": list(config.arms),
+        **({"tracker": list(config.tracker)} if config.tracker else {}),
         "settings": {
             **settings(config, study.parts),
             **({"transfer": study.transfer.settings()} if study.transfer else {}),

@@ -1,6 +1,5 @@
 """Curves and tables for the programs that show them.
 
-A tracker is a module with the same two parts as :mod:`tensorboard`: a class that takes one arm's rows as they come
-(``write(rows)`` with all rows so far, ``close()``), and ``write_study(...)``, which writes a study as one row.
-:mod:`board` writes many studies at once, for ``rethink-prune-board``.
+:mod:`tensorboard` writes a study's event files, and :mod:`board` those of many studies, for ``rethink-prune-board``.
+:mod:`trackers` has the other programs, each behind one protocol, and :mod:`sender` feeds them.
 """
