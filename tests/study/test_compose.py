@@ -72,6 +72,13 @@ def test_a_program_that_uses_hydra_itself_keeps_its_own(tmp_path: Path) -> None:
     assert not GlobalHydra.instance().is_initialized()
 
 
+def test_users_add_configurations_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/tiny.yaml").write_text("# @package _global_\npruner:\n  ratio: 0.25\n")
+    study = Study({"hydra.searchpath": [f"file://{tmp_path}"], "experiment": "tiny"})
+    assert (study.experiment, study.config.pruner.ratio) == ("tiny", 0.25)
+
+
 def test_its_plan_is_that_of_a_dry_run_and_trains_nothing(tmp_path: Path) -> None:
     overrides = {**TINY, "store.root": tmp_path / "store"}
     plan = Study(overrides).plan()
