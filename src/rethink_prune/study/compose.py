@@ -25,7 +25,8 @@ class Study:
     ----------
     overrides : mapping of str to object, optional
         What differs from the default study, as on the command line: choices of groups, such as ``{"model": "vgg16"}``,
-        and values of keys, such as ``{"pruner.ratio": 0.3}``. A key that is in no file takes a ``+`` in front.
+        and values of keys, such as ``{"pruner.ratio": 0.3}`` or ``{"recipe": {"epochs": 2}}``. A key that is in no file
+        takes a ``+`` in front.
 
     Attributes
     ----------
