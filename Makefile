@@ -3,13 +3,15 @@
 # make slow   run the tests that make test leaves out because each takes tens of seconds
 # make lint   formatting, lint and types
 # make board  TensorBoard over the runs, means over seeds first; prints the address to open
+# make notebook  run the walk through a study in Python; results go to build/walkthrough/
+# make docs   build the API reference in build/reference/
 # make clean  remove .venv and what the tools leave behind; runs and store stay
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test slow lint board clean
+.PHONY: help demo test slow lint board notebook docs clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -32,6 +34,16 @@ lint: $(VENV)/installed-dev
 
 board: $(VENV)/installed
 	$(BIN)/python -m rethink_prune.board runs
+
+# The copy is run where it lies: its runs and its store lie beside it.
+notebook: $(VENV)/installed-dev
+	mkdir -p build/walkthrough
+	cp experiments/walkthrough/walkthrough.ipynb build/walkthrough/
+	$(BIN)/jupyter-execute --inplace build/walkthrough/walkthrough.ipynb
+	@echo "Open build/walkthrough/walkthrough.ipynb in Jupyter or an editor."
+
+docs: $(VENV)/installed-dev
+	$(BIN)/python scripts/reference.py --out build/reference
 
 # The environment is installed again only when the dependencies change: the package itself is installed in place, so a
 # change of its code needs nothing. Python stands after the bar, because a newer interpreter alone is no reason either.

@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_map
 
 from rethink_prune.config import StudyConfig
 from rethink_prune.files import conf_dir
-from rethink_prune.study.plan import plan_content
 from rethink_prune.study.prepare import check_config, prepare_study
 from rethink_prune.surgery.architecture import named_tensors
 from rethink_prune.surgery.channels import Channels
@@ -48,11 +47,8 @@ def configure(*overrides: str) -> StudyConfig:
 
 def plan_of(config: StudyConfig) -> dict[str, Any]:
     """Return the content of ``plan.json``."""
-    study = prepare_study(config)
-    stages = study.plan()
-    detection = study.plan_transfer(stages, study.target.known_architecture if study.target.known else None)
-    sparse = study.pruner.trains_sparse
-    return plan_content(study.budget, stages, study.target, trains_sparse=sparse, detection=detection)
+    _, _, content = prepare_study(config).full_plan()
+    return content
 
 
 def command(

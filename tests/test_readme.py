@@ -253,6 +253,10 @@ def check_command(command: str, folder: Path, environment: dict[str, str], *, fi
         return
     if words[:2] == ["make", "board"] or words[0] == "tensorboard" or words[2:3] == ["rethink_prune.board"]:
         check_board(words, folder, environment)
+    elif words[0] == "eval":  # shell completion; tests/commands/test_completion.py asks it
+        path = {**environment, "PATH": f"{BIN}{os.pathsep}{environment['PATH']}"}
+        script = f"{command}\ncomplete -p rethink-prune"
+        subprocess.run(["bash", "-c", script], env=path, check=True, capture_output=True)
     elif words[0] == "make":
         subprocess.run([*words, "-n"], cwd=CHECKOUT, check=True, capture_output=True)
     elif words[0].endswith(".sh"):  # experiments run for hours

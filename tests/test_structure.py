@@ -20,7 +20,7 @@ MOST_LINES = 20_000
 
 # A folder, or a module at the root, imports only from rows below its own, and from its own folder.
 LAYERS = (
-    {"__main__", "board", "export", "patterns", "sensitivity", "status"},
+    {"__main__", "board", "doctor", "export", "patterns", "sensitivity", "status"},
     {"commands", "report"},
     {"finished"},
     {"study"},

@@ -10,17 +10,21 @@ if TYPE_CHECKING:
     from rethink_prune.finished.load import load_model
     from rethink_prune.models import build_model
     from rethink_prune.pruning import PruneResult, prune
+    from rethink_prune.study.compose import Study
+    from rethink_prune.study.run import run_study
 
-__all__ = ["Cost", "PruneResult", "build_model", "count_cost", "load_model", "prune"]
+__all__ = ["Cost", "PruneResult", "Study", "build_model", "count_cost", "load_model", "prune", "run_study"]
 
 # Imported on first use, so that the command line answers before torch is loaded.
 _MODULES = {
     "Cost": "rethink_prune.cost",
     "PruneResult": "rethink_prune.pruning",
+    "Study": "rethink_prune.study.compose",
     "build_model": "rethink_prune.models",
     "count_cost": "rethink_prune.cost",
     "load_model": "rethink_prune.finished.load",
     "prune": "rethink_prune.pruning",
+    "run_study": "rethink_prune.study.run",
 }
 
 

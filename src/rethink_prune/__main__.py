@@ -33,7 +33,7 @@ def run_composed(tree: DictConfig) -> None:
         Interrupts(sweeps.stop_signals()) as interrupts,
     ):
         # Imported here: Hydra's --help and its errors need no torch.
-        from rethink_prune.study.composition import check_hydra_keys
+        from rethink_prune.study.compose_errors import check_hydra_keys
         from rethink_prune.study.prepare import check_config
         from rethink_prune.study.run import run_study
         from rethink_prune.training.distributed import this_process
@@ -68,7 +68,7 @@ def run() -> None:
     except Refused as refused:
         raise refused.error from refused.__cause__
     except HydraException as error:
-        from rethink_prune.study.composition import composition_error
+        from rethink_prune.study.compose_errors import composition_error
 
         raise composition_error(error, sys.argv[1:]) from error
     finally:

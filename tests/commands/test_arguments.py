@@ -1,4 +1,4 @@
-"""The command line, in processes of its own: from any folder, from a wheel, with wrong input."""
+"""The command line, in processes of its own: from any folder, with wrong input."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 
 from harness import SMALL, command
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -85,51 +81,6 @@ def test_the_store_can_be_named_by_an_environment_variable(tmp_path: Path) -> No
     )
     assert list((tmp_path / "elsewhere/stages").glob("scratch-*"))
     assert not (tmp_path / "store").exists()
-
-
-@pytest.mark.slow
-def test_the_wheel_finds_its_configuration_from_an_empty_folder(tmp_path: Path) -> None:
-    """The dependencies come from the test's environment by a path file; the package itself only from the wheel."""
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
-    packages = next((tmp_path / "venv").glob("lib/python*/site-packages"))
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            str(packages),
-            str(wheel),
-        ],
-        check=True,
-    )
-    (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
-    empty = tmp_path / "empty"
-    empty.mkdir()
-
-    def run(*arguments: str) -> str:
-        return subprocess.run(
-            [str(tmp_path / "venv/bin/python"), *arguments],
-            cwd=empty,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-
-    home = run("-c", "import rethink_prune; print(rethink_prune.__file__)").strip()
-    assert Path(home).is_relative_to(packages)
-    output = run("-m", "rethink_prune", "experiment=l1_vgg16_cifar10", "dry_run=true")
-    assert "| scratch_b" in output
-    assert "243" in output
 
 
 def test_help_lists_the_groups(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rethink_prune.files import conf_dir
 from rethink_prune.finished.load import Factory, detector_of, load_model, read_config
 from rethink_prune.store.stage import Stage
 from rethink_prune.store.store import Store
-from rethink_prune.study.composition import composition_error
+from rethink_prune.study.compose_errors import composition_error
 from rethink_prune.study.prepare import check_config
 from rethink_prune.training.evaluate import evaluate
 from rethink_prune.training.runtime import Runtime, describe_device

@@ -23,7 +23,7 @@ from rethink_prune.study.budget import Budget
 from rethink_prune.study.inputs import Inputs
 from rethink_prune.study.keys import KeyParts, key_parts
 from rethink_prune.study.networks import Networks, reference_macs
-from rethink_prune.study.plan import StageSpec, needs_pruning, plan_study
+from rethink_prune.study.plan import StageSpec, needs_pruning, plan_content, plan_study
 from rethink_prune.study.pretrained import Checkpoint, read_checkpoint
 from rethink_prune.study.transfer import Transfer, plan_transfer, transfer_entries
 from rethink_prune.study.trial import try_training
@@ -89,6 +89,14 @@ class PreparedStudy:
         if self.transfer is None:
             return ()
         return plan_transfer(self.transfer, lambda left: reshape(self.networks.large(), left), arms, pruned)
+
+    def full_plan(self) -> tuple[tuple[StageSpec, ...], tuple[StageSpec, ...], dict[str, Any]]:
+        """Return the stages, those of detection, and the content of ``plan.json``."""
+        stages = self.plan()
+        detection = self.plan_transfer(stages, self.target.known_architecture if self.target.known else None)
+        sparse = self.pruner.trains_sparse
+        content = plan_content(self.budget, stages, self.target, trains_sparse=sparse, detection=detection)
+        return stages, detection, content
 
     def prune_with(self, pruner: Pruner, model: nn.Module, target: Target, *purpose: int) -> PruneResult:
         """Have a network pruned: on the images of the first epoch, in its order, with the draws of a purpose."""

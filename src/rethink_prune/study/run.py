@@ -17,8 +17,9 @@ from rethink_prune.config import StudyConfig
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_json
 from rethink_prune.store.stage import Done, Failed
+from rethink_prune.study.compose import Study
 from rethink_prune.study.keys import add_keys, shared_by_processes
-from rethink_prune.study.plan import StageSpec, plan_arms, plan_between, plan_content
+from rethink_prune.study.plan import StageSpec, plan_arms, plan_between
 from rethink_prune.study.prepare import PreparedStudy, check_config, prepare_study
 from rethink_prune.study.stages import Runner
 from rethink_prune.study.summary import Summary
@@ -36,25 +37,27 @@ log = logging.getLogger(__name__)
 
 
 def run_study(
-    config: StudyConfig,
-    run_dir: Path,
-    interrupts: Interrupts,
+    config: Study | StudyConfig,
+    run_dir: Path | str,
+    interrupts: Interrupts | None = None,
     *,
     experiment: str | None = None,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Run a study and return its summary.
 
+    What the store has already is not computed again. Ctrl-C, or SIGTERM, saves and stops it: the same call goes on.
+
     Parameters
     ----------
-    config : StudyConfig
-        A validated configuration.
-    run_dir : Path
+    config : Study or StudyConfig
+        A study, or its validated configuration.
+    run_dir : Path or str
         Gets ``plan.json``, ``summary.json``, ``summary.md`` and ``tensorboard/``.
-    interrupts : Interrupts
-        Tells when to stop.
+    interrupts : Interrupts, optional
+        Tells when to stop, where the caller listens for signals already.
     experiment : str, optional
-        Name of the experiment file, for the summary.
+        Name of the experiment file, for the summary; a `Study` knows its own.
     processes : Processes
         Those that train together; the others run `join_study`.
 
@@ -67,17 +70,20 @@ def run_study(
     ------
     UserError
         If something does not fit, before any training; or at the end, if an arm failed.
+    KeyboardInterrupt
+        At a signal, when everything is saved.
     """
+    if isinstance(config, Study):
+        experiment, config = config.experiment, config.config
+    if interrupts is None:
+        with Interrupts() as listening:
+            return run_study(config, run_dir, listening, experiment=experiment, processes=processes)
+    run_dir = Path(run_dir)
     # Everything that can be wrong is found here, before anything is trained or written.
     study = prepare_study(config, processes)
     for warning in study.target.report().warnings:
         log.warning(warning)
-    stages = study.plan()
-    known = study.target.known_architecture if study.target.known else None
-    detection = study.plan_transfer(stages, known)
-    plan = plan_content(
-        study.budget, stages, study.target, trains_sparse=study.pruner.trains_sparse, detection=detection
-    )
+    stages, detection, plan = study.full_plan()
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "plan.json", plan)
     if config.dry_run:

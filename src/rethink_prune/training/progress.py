@@ -1,12 +1,11 @@
 """Where a training stands, and the bar that shows it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rethink_prune.data.batches import Batches
 from rethink_prune.turns import number_at_once
@@ -59,5 +58,12 @@ def progress_bar(progress: Progress, batches: Batches, *, epochs: int, title: st
     bar = tqdm(
         total=epochs * images, initial=done, desc=title, unit="img", unit_scale=True, leave=False, disable=not shown
     )
-    with bar, logging_redirect_tqdm() if shown and number_at_once() == 1 else nullcontext():
+    if not shown or number_at_once() > 1:
+        with bar:
+            yield bar
+        return
+    # Imported here: in a notebook, where no bar is shown, this warns of missing widgets.
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with bar, logging_redirect_tqdm():
         yield bar

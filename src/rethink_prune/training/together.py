@@ -13,7 +13,6 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import torch
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rethink_prune.data.batches import TrainBatches
 from rethink_prune.data.streamed_images import StreamedImages
@@ -101,6 +100,9 @@ def train_together(trainings: Sequence[Callable[[], Made]], *, at_once: int, dev
         return [training() for training in trainings]
     ready = torch.cuda.current_stream(device) if device.type == "cuda" else None
     works = [partial(_on_own_stream, training, ready) for training in trainings]
+    # Imported here: in a notebook, this warns of missing widgets.
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     # Lines of the log go above the bars of all trainings, whichever ends first.
     with logging_redirect_tqdm():
         outcomes = do_in_turns(works, at_once=at_once)

@@ -8,7 +8,7 @@ from hydra.errors import HydraException
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import conf_dir
-from rethink_prune.study.composition import check_hydra_keys, composition_error
+from rethink_prune.study.compose_errors import check_hydra_keys, composition_error
 
 
 def answer(*overrides: str) -> str:
