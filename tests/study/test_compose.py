@@ -49,8 +49,8 @@ def test_it_composes_what_the_command_line_composes(overrides: dict[str, Any] | 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"model": "vgg17"}, "Could not find 'model/vgg17'"),
-        ({"pruner.ratoi": 0.3}, "Could not override 'pruner.ratoi'"),
+        ({"model": "vgg17"}, "model=vgg17: no such choice; did you mean vgg"),
+        ({"pruner.ratoi": 0.3}, "pruner.ratoi: unknown key; did you mean ratio?"),
         ({"experiment": None}, "must be a string or a list"),
         ({"dataset.root": "${nothing}"}, "'nothing' not found"),
         ({"pruner.ratio": 1.2}, r"pruner.ratio=1.2: must be in \(0, 1\)"),
