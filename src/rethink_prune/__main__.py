@@ -28,6 +28,7 @@ def run(tree: DictConfig) -> None:
         sweeps.wait_for_requeue(),
         Interrupts(sweeps.stop_signals()) as interrupts,
     ):
+        sweeps.refuse_after_deaths(outcome)
         # Imported here: Hydra's --help and its errors need no torch.
         from rethink_prune.study.prepare import check_config
         from rethink_prune.study.run import run_study

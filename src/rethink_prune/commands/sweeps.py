@@ -17,7 +17,7 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from rethink_prune.errors import Interrupted, UserError
 from rethink_prune.files import write_json
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 Outcome = Mapping[str, Any]
 OUTCOME_FILE = "outcome.json"
 PLANNED = "planned"  # the state of a job that is left for the end of its multirun
+MOST_DEATHS = 3  # of one job on Ray
 
 
 def job_device(number: int, gpus: int) -> str:
@@ -68,28 +69,61 @@ class StartSweep(Callback):
         """Keep the multirun's configuration, and remove the outcomes that an earlier one left in its folder."""
         # Hydra itself sets this only inside jobs, of which some launchers run none in this process.
         HydraConfig.instance().set_config(config)
-        for file in Path(config.hydra.sweep.dir).rglob(OUTCOME_FILE):
+        sweep = Path(config.hydra.sweep.dir).absolute()
+        for file in sweep.rglob(OUTCOME_FILE):
             file.unlink()
+        if config.hydra.runtime.choices["hydra/launcher"] == "ray":
+            # The processes of Ray's machines start in other folders. From these overrides, Hydra composes each job.
+            with read_write(config.hydra):
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{sweep}'")
 
 
 @contextmanager
 def record_outcome(run: HydraConf) -> Iterator[dict[str, Any]]:
     """Run the body as a job of a multirun: write an error to the log and to ``outcome.json`` instead of raising it.
 
-    Outside of a multirun, errors pass. What the body puts into the mapping that it gets is written as well.
+    Outside of a multirun, errors pass. What the body puts into the mapping that it gets is written as well. For a job
+    that Ray has started again because its process or machine died, it holds how often (``deaths``).
     """
     if run.mode != RunMode.MULTIRUN:
         yield {}
         return
-    with write_outcome(Path(run.runtime.output_dir), run.job.num, list(run.overrides.task)) as outcome:
+    folder = Path(run.runtime.output_dir)
+    deaths = _count_deaths(folder) if run.runtime.choices["hydra/launcher"] == "ray" else 0
+    with write_outcome(
+        folder, run.job.num, list(run.overrides.task), **({"deaths": deaths} if deaths else {})
+    ) as outcome:
         yield outcome
 
 
+def _count_deaths(folder: Path) -> int:
+    # The multirun starts without outcomes: this one is from an earlier try.
+    file = folder / OUTCOME_FILE
+    earlier = json.loads(file.read_text()) if file.exists() else {"state": "new"}
+    return earlier.get("deaths", 0) + (earlier["state"] == "running")
+
+
+def refuse_after_deaths(outcome: Outcome) -> None:
+    """Raise `UserError` in a job that Ray starts once more although its process has died several times.
+
+    Ray itself would give up with an error that ends the whole multirun, and so the jobs beside it.
+
+    Examples
+    --------
+    >>> refuse_after_deaths({"state": "done", "deaths": 3})
+    Traceback (most recent call last):
+        ...
+    rethink_prune.errors.UserError: its process or machine died 3 times (killed, or out of memory?)
+    """
+    if outcome.get("deaths", 0) >= MOST_DEATHS:
+        raise UserError(f"its process or machine died {outcome['deaths']} times (killed, or out of memory?)")
+
+
 @contextmanager
-def write_outcome(folder: Path, number: int, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Run the body as a job, and write to ``outcome.json`` in its folder what became of it."""
-    file, job = folder / OUTCOME_FILE, {"job": number, "overrides": list(overrides)}
-    outcome = {"state": "done"}
+def write_outcome(folder: Path, number: int, overrides: Sequence[str], **more: Any) -> Iterator[dict[str, Any]]:
+    """Run the body as a job, and write to ``outcome.json`` in its folder what became of it, and `more`."""
+    file, job = folder / OUTCOME_FILE, {"job": number, "overrides": list(overrides), **more}
+    outcome = {"state": "done", **more}
     # A job whose process is killed leaves this.
     write_json(file, {**job, "state": "running"})
     try:

@@ -5,7 +5,6 @@ processes work on one stage.
 """
 
 import fcntl
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +59,9 @@ def _check_rename(made: Path, folder: Path) -> None:
         try:
             new.replace(old)
         except OSError as error:
-            raise UserError(f"{folder}: its file system cannot rename a file ({error.strerror}); {_ELSEWHERE}") from error
+            raise UserError(
+                f"{folder}: its file system cannot rename a file ({error.strerror}); {_ELSEWHERE}"
+            ) from error
         # Where the content is copied instead, a reader that has the old file open sees the new content, or half of it.
         if new.exists() or old.read_text() != "new" or reader.read() != "old":
             raise UserError(f"{folder}: its file system does not replace a file at once; {_ELSEWHERE}")
