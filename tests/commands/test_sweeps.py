@@ -291,7 +291,7 @@ def test_jobs_on_ray(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs("hydra_ray_launcher", "ray")
 def test_a_machine_of_a_ray_cluster_that_dies(tmp_path: Path) -> None:
-    """Two machines with a job each: the job of the one that dies goes on on the other one, and nothing is done twice."""
+    """Two machines with a job each: when one dies, its job goes on on the other one, and nothing is done twice."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     psutil = pytest.importorskip("psutil")
     noticed_soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}

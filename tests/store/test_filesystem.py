@@ -77,7 +77,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("locks", "has no file locks (No locks available)"),
         ("flock", "has no file locks (Function not implemented)"),
         ("sight", "hides file locks from other processes"),
-        ("rename", "cannot rename a file (Operation not supported)"),
+        ("rename", "cannot rename files (Operation not supported)"),
         ("atomicity", "does not replace a file at once"),
     ],
 )

@@ -10,11 +10,11 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from hydra.conf import HydraConf
-from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -29,6 +29,8 @@ Outcome = Mapping[str, Any]
 OUTCOME_FILE = "outcome.json"
 PLANNED = "planned"  # the state of a job that is left for the end of its multirun
 MOST_DEATHS = 3  # of one job on Ray
+# Of the multirun that this process has started. Hydra's own record of it is gone, or of its last job, when it ends.
+_sweep_folder: ContextVar[Path | None] = ContextVar("sweep_folder", default=None)
 
 
 def job_device(number: int, gpus: int) -> str:
@@ -66,10 +68,9 @@ class StartSweep(Callback):
     """Prepares :func:`raise_if_jobs_failed`; ``conf/config.yaml`` names this class."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Keep the multirun's configuration, and remove the outcomes that an earlier one left in its folder."""
-        # Hydra itself sets this only inside jobs, of which some launchers run none in this process.
-        HydraConfig.instance().set_config(config)
+        """Keep the multirun's folder, and remove the outcomes that an earlier one left in it."""
         sweep = Path(config.hydra.sweep.dir).absolute()
+        _sweep_folder.set(sweep)
         for file in sweep.rglob(OUTCOME_FILE):
             file.unlink()
         if config.hydra.runtime.choices["hydra/launcher"] == "ray":
@@ -156,9 +157,9 @@ def raise_if_jobs_failed(run_packed: Callable[[Sequence[Outcome]], None]) -> Ite
 
 
 def _end_sweep(run_packed: Callable[[Sequence[Outcome]], None]) -> None:
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+    sweep = _sweep_folder.get()
+    if sweep is None:
         return
-    sweep = Path(HydraConfig.get().sweep.dir)
     planned = [job for job in _outcomes(sweep) if job["state"] == PLANNED]
     if planned:
         try:

@@ -1,7 +1,7 @@
 """What a store needs of its file system: a rename that replaces a file at once, and locks that other processes see.
 
-Network and object file systems may lack them. Without such a rename, a reader finds half a file. Without such locks, two
-processes work on one stage.
+Network and object file systems may lack them. Without such a rename, a reader finds half a file. Without such locks,
+two processes work on one stage.
 """
 
 import fcntl
