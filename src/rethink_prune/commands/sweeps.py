@@ -100,8 +100,8 @@ def record_outcome(run: HydraConf) -> Iterator[dict[str, Any]]:
 def _count_deaths(folder: Path) -> int:
     # The multirun starts without outcomes: this one is from an earlier try.
     file = folder / OUTCOME_FILE
-    earlier = json.loads(file.read_text()) if file.exists() else {"state": "new"}
-    return earlier.get("deaths", 0) + (earlier["state"] == "running")
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    return int(earlier.get("deaths", 0)) + int(earlier.get("state") == "running")
 
 
 def refuse_after_deaths(outcome: Outcome) -> None:
