@@ -60,7 +60,7 @@ def _check_rename(made: Path, folder: Path) -> None:
             new.replace(old)
         except OSError as error:
             raise UserError(
-                f"{folder}: its file system cannot rename a file ({error.strerror}); {_ELSEWHERE}"
+                f"{folder}: its file system cannot rename files ({error.strerror}); {_ELSEWHERE}"
             ) from error
         # Where the content is copied instead, a reader that has the old file open sees the new content, or half of it.
         if new.exists() or old.read_text() != "new" or reader.read() != "old":
