@@ -262,6 +262,8 @@ def check_command(command: str, folder: Path, environment: dict[str, str], *, fi
     elif words[0].endswith(".sh"):  # experiments run for hours
         assert os.access(CHECKOUT / words[0], os.X_OK), words[0]
         subprocess.run(["bash", "-n", words[0]], cwd=CHECKOUT, check=True)
+    elif words[0] in ("sbatch", "ray", "sky"):  # need a cluster; tests/test_cluster_recipes.py runs what they start
+        assert [word for word in words[1:] if "scripts/" in word and not (CHECKOUT / word).exists()] == []
     elif words[:3] == ["python", "-m", "pytest"]:
         assert [word for word in words[3:] if not word.startswith("-") and not (CHECKOUT / word).exists()] == []
     elif words[0] == "python" and words[1].startswith("scripts/"):

@@ -32,6 +32,7 @@ def run_composed(tree: DictConfig) -> None:
         sweeps.wait_for_requeue(),
         Interrupts(sweeps.stop_signals()) as interrupts,
     ):
+        sweeps.refuse_after_deaths(outcome)
         # Imported here: Hydra's --help and its errors need no torch.
         from rethink_prune.study.compose_errors import check_hydra_keys
         from rethink_prune.study.prepare import check_config

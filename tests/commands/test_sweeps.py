@@ -20,7 +20,13 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from harness import SMALL, command
-from rethink_prune.commands.sweeps import choose_device, job_device
+from rethink_prune.commands.sweeps import (
+    MOST_DEATHS,
+    choose_device,
+    job_device,
+    record_outcome,
+    refuse_after_deaths,
+)
 
 # One stage, as short as can be.
 TINY = [*SMALL, "recipe.epochs=1", "arms=[scratch_e]"]
@@ -271,10 +277,74 @@ def test_jobs_of_a_slurm_cluster(tmp_path: Path) -> None:
 
 @needs("hydra_ray_launcher", "ray")
 def test_jobs_on_ray(tmp_path: Path) -> None:
-    result = command("-m", "launcher=ray", *TINY, "pruner.ratio=7,0.5", cwd=tmp_path)
+    # Not on a cluster that runs here for another test.
+    local = "hydra.launcher.ray.init.address=local"
+    result = command("-m", "launcher=ray", local, *TINY, "pruner.ratio=7,0.5", cwd=tmp_path)
     assert result.returncode == 1
     failed, job, reason = result.stderr.splitlines()[-3:]
     assert failed.startswith("1 of 2 jobs failed")
     assert job.startswith("#0 launcher=ray")
     assert reason == f"    {WRONG}"
     assert len(tops(tmp_path)) == 1
+
+
+@pytest.mark.slow
+@needs("hydra_ray_launcher", "ray")
+def test_a_machine_of_a_ray_cluster_that_dies(tmp_path: Path) -> None:
+    """Two machines with a job each: when one dies, its job goes on on the other one, and nothing is done twice."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    psutil = pytest.importorskip("psutil")
+    noticed_soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": noticed_soon}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        address = f"hydra.launcher.ray.init.address={cluster.address}"
+        arguments = ["-m", "launcher=ray", address, *TINY, "recipe.epochs=40,41", "store.checkpoint_seconds=0.1"]
+        with (tmp_path / "log").open("w") as log:
+            sweep = subprocess.Popen(
+                [sys.executable, "-m", "rethink_prune", *arguments, "hydra.sweep.dir=sweep"],
+                cwd=tmp_path,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        wait_for(lambda: list(tmp_path.rglob("checkpoint*")), sweep)
+        stage = next(tmp_path.rglob("checkpoint*")).parent
+        worker = psutil.Process(json.loads((stage / "status.json").read_text())["pid"])
+        machine = worker.parent()
+        for process in [machine, *machine.children(recursive=True)]:
+            process.kill()
+        assert sweep.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+        outcomes = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("sweep/*/outcome.json"))]
+        assert sorted(outcome.get("deaths", 0) for outcome in outcomes) == [0, 1]
+        assert {outcome["state"] for outcome in outcomes} == {"done"}
+        files = sorted(tmp_path.glob("store/stages/*/metrics.csv"))
+        epochs = [[line.split(",")[0] for line in file.read_text().splitlines()[1:]] for file in files]
+        assert sorted(map(len, epochs)) == [40, 41]
+        assert all(found == [str(epoch) for epoch in range(1, len(found) + 1)] for found in epochs)
+
+        before = [file.stat().st_mtime_ns for file in files]
+        again = command(*arguments, "hydra.sweep.dir=again", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert [file.stat().st_mtime_ns for file in files] == before
+        assert len(tops(tmp_path)) == 4
+    finally:
+        cluster.shutdown()
+
+
+def test_a_job_that_dies_again_and_again_on_ray_fails_and_ends_no_other(tmp_path: Path) -> None:
+    run = OmegaConf.structured(HydraConf)
+    run.mode, run.runtime.choices, run.runtime.output_dir = RunMode.MULTIRUN, {"hydra/launcher": "ray"}, str(tmp_path)
+    run.job.num, run.overrides.task = 4, ["seed=4"]
+    died = {"job": 4, "overrides": ["seed=4"], "state": "running"}
+    found = []
+    for deaths in range(MOST_DEATHS):
+        (tmp_path / "outcome.json").write_text(json.dumps({**died, "deaths": deaths}))
+        with record_outcome(run) as outcome:
+            refuse_after_deaths(outcome)
+        ended = json.loads((tmp_path / "outcome.json").read_text())
+        found.append((ended["state"], ended["deaths"], ended.get("reason")))
+    reason = "its process or machine died 3 times (killed, or out of memory?)"
+    assert found == [("done", 1, None), ("done", 2, None), ("failed", 3, reason)]

@@ -10,14 +10,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from hydra.conf import HydraConf
-from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from rethink_prune.errors import Interrupted, Refused, UserError
 from rethink_prune.files import write_json
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 Outcome = Mapping[str, Any]
 OUTCOME_FILE = "outcome.json"
 PLANNED = "planned"  # the state of a job that is left for the end of its multirun
+MOST_DEATHS = 3  # of one job on Ray
+# Of the multirun that this process has started. Hydra's own record of it is gone, or of its last job, when it ends.
+_sweep_folder: ContextVar[Path | None] = ContextVar("sweep_folder", default=None)
 
 
 def job_device(number: int, gpus: int) -> str:
@@ -65,11 +68,15 @@ class StartSweep(Callback):
     """Prepares :func:`raise_if_jobs_failed`; ``conf/config.yaml`` names this class."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Keep the multirun's configuration, and remove the outcomes that an earlier one left in its folder."""
-        # Hydra itself sets this only inside jobs, of which some launchers run none in this process.
-        HydraConfig.instance().set_config(config)
-        for file in Path(config.hydra.sweep.dir).rglob(OUTCOME_FILE):
+        """Keep the multirun's folder, and remove the outcomes that an earlier one left in it."""
+        sweep = Path(config.hydra.sweep.dir).absolute()
+        _sweep_folder.set(sweep)
+        for file in sweep.rglob(OUTCOME_FILE):
             file.unlink()
+        if config.hydra.runtime.choices["hydra/launcher"] == "ray":
+            # The processes of Ray's machines start in other folders. From these overrides, Hydra composes each job.
+            with read_write(config.hydra):
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{sweep}'")
 
 
 @contextmanager
@@ -77,7 +84,8 @@ def record_outcome(run: HydraConf) -> Iterator[dict[str, Any]]:
     """Run the body as a job of a multirun: write an error to the log and to ``outcome.json`` instead of raising it.
 
     Outside of a multirun, errors pass, a `UserError` as `Refused`. What the body puts into the mapping that it gets is
-    written as well.
+    written as well. For a job that Ray has started again because its process or machine died, it holds how often
+    (``deaths``).
     """
     if run.mode != RunMode.MULTIRUN:
         try:
@@ -85,15 +93,42 @@ def record_outcome(run: HydraConf) -> Iterator[dict[str, Any]]:
         except UserError as error:
             raise Refused(error) from error.__cause__
         return
-    with write_outcome(Path(run.runtime.output_dir), run.job.num, list(run.overrides.task)) as outcome:
+    folder = Path(run.runtime.output_dir)
+    deaths = _count_deaths(folder) if run.runtime.choices["hydra/launcher"] == "ray" else 0
+    with write_outcome(
+        folder, run.job.num, list(run.overrides.task), **({"deaths": deaths} if deaths else {})
+    ) as outcome:
         yield outcome
 
 
+def _count_deaths(folder: Path) -> int:
+    # The multirun starts without outcomes: this one is from an earlier try.
+    file = folder / OUTCOME_FILE
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    return int(earlier.get("deaths", 0)) + int(earlier.get("state") == "running")
+
+
+def refuse_after_deaths(outcome: Outcome) -> None:
+    """Raise `UserError` in a job that Ray starts once more although its process has died several times.
+
+    Ray itself would give up with an error that ends the whole multirun, and so the jobs beside it.
+
+    Examples
+    --------
+    >>> refuse_after_deaths({"state": "done", "deaths": 3})
+    Traceback (most recent call last):
+        ...
+    rethink_prune.errors.UserError: its process or machine died 3 times (killed, or out of memory?)
+    """
+    if outcome.get("deaths", 0) >= MOST_DEATHS:
+        raise UserError(f"its process or machine died {outcome['deaths']} times (killed, or out of memory?)")
+
+
 @contextmanager
-def write_outcome(folder: Path, number: int, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Run the body as a job, and write to ``outcome.json`` in its folder what became of it."""
-    file, job = folder / OUTCOME_FILE, {"job": number, "overrides": list(overrides)}
-    outcome = {"state": "done"}
+def write_outcome(folder: Path, number: int, overrides: Sequence[str], **more: Any) -> Iterator[dict[str, Any]]:
+    """Run the body as a job, and write to ``outcome.json`` in its folder what became of it, and `more`."""
+    file, job = folder / OUTCOME_FILE, {"job": number, "overrides": list(overrides), **more}
+    outcome = {"state": "done", **more}
     # A job whose process is killed leaves this.
     write_json(file, {**job, "state": "running"})
     try:
@@ -129,9 +164,9 @@ def raise_if_jobs_failed(run_packed: Callable[[Sequence[Outcome]], None]) -> Ite
 
 
 def _end_sweep(run_packed: Callable[[Sequence[Outcome]], None]) -> None:
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+    sweep = _sweep_folder.get()
+    if sweep is None:
         return
-    sweep = Path(HydraConfig.get().sweep.dir)
     planned = [job for job in _outcomes(sweep) if job["state"] == PLANNED]
     if planned:
         try:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from rethink_prune.errors import UserError
 from rethink_prune.files import write_json
+from rethink_prune.store.filesystem import check_file_system
 from rethink_prune.store.ownership import LOCK_FILE
 from rethink_prune.store.stage import Stage
 
@@ -68,12 +69,13 @@ class Store:
             )
 
     def prepare(self) -> None:
-        """Make the folders of the store and check that they can be written.
+        """Make the folders of the store and check that they, and their file system, can be used.
 
         Raises
         ------
         UserError
-            If :meth:`check` finds a problem, or a folder cannot be made or written.
+            If :meth:`check` finds a problem, a folder cannot be made or written, or the file system lacks what a store
+            needs.
         """
         self.check()
         try:
@@ -85,6 +87,7 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
             # Permissions do not tell whether a file can be made: quotas and read-only mounts count, too.
             TemporaryFile(dir=self.root / "runs").close()
+            check_file_system(self.root / "stages")
         except OSError as error:
             raise UserError(
                 f"store.root={self.root}: cannot be written ({error.strerror}); "
