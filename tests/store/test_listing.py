@@ -14,7 +14,7 @@ import pytest
 
 from rethink_prune.errors import UserError
 from rethink_prune.status import main
-from rethink_prune.store.listing import StageState, list_stages, stages_table
+from rethink_prune.store.listing import StageProgress, StageState, list_stages, stages_table
 from rethink_prune.store.stage import Stage
 from rethink_prune.text import size
 
@@ -66,7 +66,7 @@ def test_every_state_is_told_with_its_progress(store: Path) -> None:
     }
     assert list(found) == ["running", "died", "silent", "failed", "stopped", "unfinished"]
     running = found["running"]
-    assert (running.epoch, running.epochs, running.remaining) == (4, 10, 12.0)
+    assert (running.progress.epoch, running.progress.epochs, running.progress.remaining) == (4, 10, 12.0)
     assert running.note.startswith(f"process {os.getpid()} on ")
     assert found["failed"].note == "the training loss became nan in epoch 3"
     table = stages_table(store, list_stages(store))
@@ -106,7 +106,7 @@ def test_finished_stages_go_only_if_no_run_is_left_that_uses_them(small_study: R
     small_study("arms=[finetune]", "pruner.ratio=0.7")
     names = {found.folder.name.split("-")[0]: found for found in list_stages(store)}
     assert set(names) == {"large", "prune", "finetune"}
-    assert (names["large"].epoch, names["large"].epochs, names["large"].remaining) == (2, 2, None)
+    assert names["large"].progress == StageProgress("resnet20 (large)", 2, 2, None)
     assert main([str(store), "--clean", "--yes"]) == 0
     assert len(list_stages(store)) == 5
 
