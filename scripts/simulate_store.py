@@ -42,7 +42,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,17 @@ from typing import Any
 from rethink_prune.store.store import Store
 from rethink_prune.text import markdown
 
-ARMS = ("finetune", "scratch_e", "scratch_b", "lottery", "reshuffle", "retrain@2", "retrain@3", "scratch@2", "scratch@3")
+ARMS = (
+    "finetune",
+    "scratch_e",
+    "scratch_b",
+    "lottery",
+    "reshuffle",
+    "retrain@2",
+    "retrain@3",
+    "scratch@2",
+    "scratch@3",
+)
 # A study of a few seconds.
 STUDY = (
     *("dataset.image_size=8", "dataset.train_limit=200", "dataset.test_limit=100", "precision=fp32", "device=cpu"),

@@ -75,6 +75,19 @@ def test_every_state_is_told_with_its_progress(store: Path) -> None:
     assert "1 running, 2 stale, 1 failed, 1 stopped, 1 unfinished; " in table
 
 
+def test_a_long_table_ends_with_how_many_stages_follow(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = stages_table(store, list_stages(store), most=2)
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:4]] == ["running", "stale"]
+    assert table.splitlines()[5] == "and 4 more stages, which --all lists"
+    assert "1 running, 2 stale, 1 failed, 1 stopped, 1 unfinished; " in table
+    for name in range(100):
+        (store / "stages" / f"large-{name}").mkdir()
+    assert main([str(store)]) == 0
+    assert "and 6 more stages, which --all lists" in capsys.readouterr().out
+    assert main([str(store), "--all"]) == 0
+    assert "more stages" not in capsys.readouterr().out
+
+
 def test_clean_removes_what_is_needless_after_asking(
     store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

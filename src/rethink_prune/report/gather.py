@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 _UNREADABLE = (OSError, ValueError, RecursionError)
 
 # Of more runs, a report has no curves, no masks, and few pictures.
-DETAILED_RUNS = 500
+DETAILED_RUNS = 1_000
 
 
 @dataclass

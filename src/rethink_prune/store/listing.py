@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from rethink_prune.errors import UserError
 from rethink_prune.store.metrics import read_metrics, steady_pace
-from rethink_prune.store.ownership import STALE_SECONDS
+from rethink_prune.store.ownership import STALE_SECONDS, read_status
 from rethink_prune.store.stage import Stage
 from rethink_prune.store.store import Store
 from rethink_prune.text import duration, markdown, size
@@ -144,20 +144,22 @@ def stages_table(root: Path, stages: Sequence[StageState], *, most: int | None =
     counts = ", ".join(f"{n:,} {s}" for s in STATES if (n := sum(stage.state == s for stage in stages)))
     unused = sum(stage.state == "done" and not stage.referenced for stage in stages)
     total = f"{counts or 'no stages'}{f' ({unused:,} used by no run)' if unused else ''}; "
-    total += f"{size(sum(stage.disk for stage in stages))} in stages, {size(_folder_bytes(root / 'cache'))} in the cache"
+    total += (
+        f"{size(sum(stage.disk for stage in stages))} in stages, {size(_folder_bytes(root / 'cache'))} in the cache"
+    )
     more = [f"and {len(stages) - len(rows):,} more stages, which --all lists"] if len(rows) < len(stages) else []
     return "\n\n".join([*([markdown(COLUMNS, rows)] if rows else []), *more, total])
 
 
 def _read_stage(folder: Path, referenced: bool) -> StageState:
-    status = Stage(folder).status()
+    status = read_status(f"{folder}/status.json")
     state: State = status["state"] if status.get("state") in STATES else "unfinished"
     if state == "running":
         silence = time.time() - (folder / "status.json").stat().st_mtime
         state = "stale" if silence > STALE_SECONDS or _process_is_gone(status) else "running"
     process = f"process {status.get('pid')} on {status.get('host')}"
     notes = {"failed": str(status.get("reason", "")), "running": f"{process} works on it", "stale": f"{process} died"}
-    return StageState(folder, state, _folder_bytes(folder), notes.get(state, ""), referenced)
+    return StageState(folder, state, _folder_bytes(str(folder)), notes.get(state, ""), referenced)
 
 
 def _process_is_gone(status: Mapping[str, Any]) -> bool:
