@@ -1,4 +1,4 @@
-"""Measure a store that many people share: 10,000 runs with 100,000 stages, and 64 processes that ask for stages at once.
+"""Measure a store of many people: 10,000 runs with 100,000 stages, and 64 processes that ask for stages at once.
 
     python scripts/simulate_store.py                                # all of it; let nothing else run meanwhile
     python scripts/simulate_store.py --runs 1000                    # a tenth
@@ -8,7 +8,7 @@ One small study is really run. Its stages and its summary are written again and 
 accuracies and ten times as many epochs: the same files with the same content, but for weights, which are empty files of
 the right size. So no study can use a simulated stage; those of the real study lie among them, and can be used. 500 runs
 share a network and a data set: 5 pruners x 10 ratios x 10 seeds. A run has a prune stage and nine arms of its own, and
-shares the large network of its seed. Of every 1,000 runs, one left a stage that was stopped, and one that failed.
+shares the large network of its seed. Of every 500 runs, one left a stage that was stopped, and one that failed.
 
 What is measured:
 
@@ -79,7 +79,7 @@ ASKED, STAGES_ASKED = 25, 100
 
 @dataclass(frozen=True)
 class Template:
-    """The real study: the record that its store keeps, and by the title of each stage its files and sizes of weights."""
+    """The real study: the record that its store keeps, and by title each stage's files and sizes of weights."""
 
     record: dict[str, Any]
     files: dict[str, dict[str, bytes]]
@@ -196,9 +196,9 @@ def write_run(root: Path, template: Template, run: SimulatedRun) -> None:
 
 
 def write_part(root: Path, template: Template, runs: Sequence[SimulatedRun]) -> None:
-    for number, run in enumerate(runs):
+    for run in runs:
         write_run(root, template, run)
-        if number % 1000 == 0:
+        if run == SimulatedRun(run.network, PRUNERS[0], RATIOS[0], SEEDS[0]):
             status = json.loads(template.files["scratch_e"]["status.json"])
             for state in ("stopped", "failed"):
                 folder = root / "store/stages" / run.stage(state, "scratch-")
@@ -221,6 +221,12 @@ def at_once(works: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def in_process(function: Any, *arguments: Any) -> Any:
+    """Return what a function returns in a process of its own: this one stays small, which commands begin as copies of."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def time_command(*words: str, output: Path) -> Took:
@@ -283,7 +289,7 @@ def measure(root: Path, options: argparse.Namespace) -> tuple[list[list[str]], b
         print(f"{time.perf_counter() - began:5.0f} s  {what}", flush=True)
 
     say("runs the real study")
-    run_real_study(root / "store", root / "first")
+    in_process(run_real_study, root / "store", root / "first")
     shutil.copytree(root / "store", root / "alone")
     say(f"writes {options.runs:,} runs")
     make_store(root, options.runs)
@@ -296,7 +302,7 @@ def measure(root: Path, options: argparse.Namespace) -> tuple[list[list[str]], b
         say(f"status, {number + 1} of {options.rounds}")
         taken["status"].append(time_command(status, store, output=root / "status.txt"))
     say(f"start of a study, {options.pairs} pairs")
-    starts = time_starts(root, options.pairs)
+    starts = in_process(time_starts, root, options.pairs)
     say(f"{options.processes} processes ask for {ASKED} of {STAGES_ASKED} stages each")
     (root / "journals").mkdir()
     asking = time.perf_counter()

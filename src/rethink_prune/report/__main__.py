@@ -10,8 +10,8 @@ from rethink_prune.errors import UserError
 # Of a report with many runs: a picture takes a third of a second.
 MOST_PICTURES = 40
 MANY_RUNS = (
-    "these are {runs:,} runs, more than {most:,}: curves, masks and pictures of single rows are left out, and of tables "
-    "and sweeps the first {pictures} pictures are drawn; name fewer runs, or add --details"
+    "these are {runs:,} runs, more than {most:,}: curves, masks and pictures of single rows are left out, and of "
+    "tables and sweeps the first {pictures} pictures are drawn; name fewer runs, or add --details"
 )
 
 

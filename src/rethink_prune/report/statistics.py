@@ -100,7 +100,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, margin
 
 
 def _t_tests(differences: Sequence[float], margin: float) -> tuple[tuple[float, float], float]:
-    """Return the interval of the mean, and the larger p of the tests that it is above ``-margin`` and below `margin`."""
+    """Return the interval of the mean, and the larger p of the two tests that it lies within `margin`."""
     # As `ttest_1samp` does, whose checks of its arguments take ten times as long as all of a comparison.
     n, mean = len(differences), np.mean(differences)
     error = np.sqrt(np.mean(np.subtract(differences, mean) ** 2) * (n / (n - 1)) / n)
