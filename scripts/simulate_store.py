@@ -224,7 +224,7 @@ def at_once(works: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
 
 
 def in_process(function: Any, *arguments: Any) -> Any:
-    """Return what a function returns in a process of its own: this one stays small, which commands begin as copies of."""
+    """Call a function in a process of its own: this one stays small, since commands begin as copies of it."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(function, arguments)
 

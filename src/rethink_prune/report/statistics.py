@@ -7,6 +7,7 @@ everything here but :func:`describe_seeds` looks at differences within seeds.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,4 +158,4 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 @cache
 def _every_flip(n: int) -> NDArray[np.float64]:
     """Return all ways to give `n` numbers a sign, a row each."""
-    return 1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+    return np.array(list(product((1.0, -1.0), repeat=n)))
