@@ -11,6 +11,9 @@ from rethink_prune.store.listing import list_stages, stages_table
 from rethink_prune.store.store import Store
 from rethink_prune.text import size
 
+# What wants attention comes first.
+MOST_LISTED = 100
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the stages of a store, or remove those that nobody needs; returns the exit status."""
@@ -20,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="print it again and again, until Ctrl-C")
     parser.add_argument("--clean", action="store_true", help="remove unfinished stages and those that no run uses")
     parser.add_argument("--yes", action="store_true", help="with --clean: do not ask")
+    parser.add_argument("--all", action="store_true", help=f"list every stage, not the first {MOST_LISTED}")
     options = parser.parse_args(arguments)
     if options.watch is not None and not options.watch > 0:
         parser.error("--watch: must be more than 0")
@@ -30,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
             _clean(options.store, ask=not options.yes)
             return 0
         while True:
-            table = stages_table(options.store, list_stages(options.store))
+            table = stages_table(options.store, list_stages(options.store), most=None if options.all else MOST_LISTED)
             # On a terminal, clear the screen first.
             print(f"\033[H\033[2J{table}" if options.watch and sys.stdout.isatty() else table, flush=True)
             if options.watch is None:

@@ -197,6 +197,26 @@ def test_what_is_left_out_is_in_the_report(write_run: WriteRun, tmp_path: Path) 
         assert "broken/summary.json: left out: is damaged" in (tmp_path / "report" / name).read_text()
 
 
+def test_of_many_runs_a_report_draws_few_pictures_and_says_so(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = str(written.parent / "runs")
+    monkeypatch.setattr("rethink_prune.report.gather.DETAILED_RUNS", 6)
+    monkeypatch.setattr("rethink_prune.report.plots._MOST_DIFFERENCES", 3)
+    assert main([runs, "--out", str(tmp_path / "few")]) == 0
+    said = "these are 7 runs, more than 6: curves, masks and pictures of single rows are left out"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "few/report.html").read_text()
+    names = {path.name for path in (tmp_path / "few").glob("*.svg")}
+    assert names == {"differences-01.svg", "targets-01.svg"}
+    assert "the first 3 of 4; the table has all" in (tmp_path / "few/differences-01.svg").read_text()
+    assert main([runs, "--out", str(tmp_path / "all"), "--details"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "all").glob("*.svg")} == {path.name for path in written.glob("*.svg")}
+    for table in written.glob("*.csv"):
+        assert (tmp_path / "few" / table.name).read_text() == table.read_text()
+
+
 def test_help_needs_no_library(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "rethink_prune.report", "--help"],

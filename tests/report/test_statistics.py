@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rethink_prune.report.statistics import Difference, describe_seeds, holm, paired_difference, sign_flip_p
 
@@ -131,3 +132,20 @@ def test_holm_keeps_the_rate_of_tables_with_any_false_positive() -> None:
         corrected += min(holm(ps)) <= 0.05
     assert plain / STUDIES > 0.12
     assert corrected / STUDIES <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / STUDIES)
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 10])
+def test_scipy_gives_the_same(n: int) -> None:
+    differences = np.round(np.random.default_rng(n).normal(0.2, 0.4, n), 2).tolist()
+    found = differ(*differences)
+    differences = np.round(np.add(90, differences) - 90, 9)
+    interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    above = stats.ttest_1samp(differences, -0.5, alternative="greater").pvalue
+    below = stats.ttest_1samp(differences, 0.5, alternative="less").pvalue
+    counts = np.rint(differences * 1e9)
+    exact = stats.permutation_test(
+        (counts,), np.sum, permutation_type="samples", vectorized=True, n_resamples=2**16
+    ).pvalue
+    assert found.interval == pytest.approx((interval.low, interval.high), rel=1e-12)
+    assert found.p_equivalent == pytest.approx(max(above, below), rel=1e-12)
+    assert found.p == exact

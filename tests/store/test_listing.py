@@ -14,7 +14,7 @@ import pytest
 
 from rethink_prune.errors import UserError
 from rethink_prune.status import main
-from rethink_prune.store.listing import StageState, list_stages, stages_table
+from rethink_prune.store.listing import StageProgress, StageState, list_stages, stages_table
 from rethink_prune.store.stage import Stage
 from rethink_prune.text import size
 
@@ -66,13 +66,26 @@ def test_every_state_is_told_with_its_progress(store: Path) -> None:
     }
     assert list(found) == ["running", "died", "silent", "failed", "stopped", "unfinished"]
     running = found["running"]
-    assert (running.epoch, running.epochs, running.remaining) == (4, 10, 12.0)
+    assert (running.progress.epoch, running.progress.epochs, running.progress.remaining) == (4, 10, 12.0)
     assert running.note.startswith(f"process {os.getpid()} on ")
     assert found["failed"].note == "the training loss became nan in epoch 3"
     table = stages_table(store, list_stages(store))
     cells = [cell.strip() for cell in table.splitlines()[2].split("|")]
     assert cells[1:6] == ["running", "large-running", "resnet20 (large)", "4/10", "12 s"]
     assert "1 running, 2 stale, 1 failed, 1 stopped, 1 unfinished; " in table
+
+
+def test_a_long_table_ends_with_how_many_stages_follow(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = stages_table(store, list_stages(store), most=2)
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:4]] == ["running", "stale"]
+    assert table.splitlines()[5] == "and 4 more stages, which --all lists"
+    assert "1 running, 2 stale, 1 failed, 1 stopped, 1 unfinished; " in table
+    for name in range(100):
+        (store / "stages" / f"large-{name}").mkdir()
+    assert main([str(store)]) == 0
+    assert "and 6 more stages, which --all lists" in capsys.readouterr().out
+    assert main([str(store), "--all"]) == 0
+    assert "more stages" not in capsys.readouterr().out
 
 
 def test_clean_removes_what_is_needless_after_asking(
@@ -106,7 +119,7 @@ def test_finished_stages_go_only_if_no_run_is_left_that_uses_them(small_study: R
     small_study("arms=[finetune]", "pruner.ratio=0.7")
     names = {found.folder.name.split("-")[0]: found for found in list_stages(store)}
     assert set(names) == {"large", "prune", "finetune"}
-    assert (names["large"].epoch, names["large"].epochs, names["large"].remaining) == (2, 2, None)
+    assert names["large"].progress == StageProgress("resnet20 (large)", 2, 2, None)
     assert main([str(store), "--clean", "--yes"]) == 0
     assert len(list_stages(store)) == 5
 

@@ -60,5 +60,5 @@ def test_the_log_and_the_table_of_stages_tell_the_time_that_is_left(
     for count in (1, 2):
         write_metrics(stage.folder, rows(count))
         (found,) = list_stages(study.store.root)
-        remaining.append(found.remaining)
+        remaining.append(found.progress.remaining)
     assert remaining == [None, pytest.approx(18 * OTHERS)]

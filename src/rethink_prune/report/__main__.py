@@ -7,6 +7,13 @@ from pathlib import Path
 
 from rethink_prune.errors import UserError
 
+# Of a report with many runs: a picture takes a third of a second.
+MOST_PICTURES = 40
+MANY_RUNS = (
+    "these are {runs:,} runs, more than {most:,}: curves, masks and pictures of single rows are left out, and of "
+    "tables and sweeps the first {pictures} pictures are drawn; name fewer runs, or add --details"
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Write a report over the given runs; returns the exit status."""
@@ -16,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     margin = "within which arms are equivalent (%(default)s)"
     by = "give each value of a setting, such as recipe.lr, rows of its own; can be repeated"
     mix = "put runs into one row though their settings differ"
+    details = "read curves and masks, and draw every picture, however many runs there are"
     parser.add_argument("places", nargs="+", type=Path, metavar="RUN_OR_STORE", help=places)
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="(%(default)s)")
     parser.add_argument("--margin", type=float, default=0.5, metavar="POINTS", help=margin)
@@ -25,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     tracker = "which one (with --push; those that the runs were given, else the one that is installed); can be repeated"
     parser.add_argument("--push", action="store_true", help=push)
     parser.add_argument("--tracker", action="append", default=[], metavar="NAME", help=tracker)
+    parser.add_argument("--details", action="store_true", help=details)
     options = parser.parse_args(arguments)
     if not (math.isfinite(options.margin) and options.margin > 0):
         parser.error("--margin: must be a number of points above 0")
@@ -39,14 +48,19 @@ def main(arguments: list[str] | None = None) -> int:
 
             print("\n".join(push_runs(gather.gather(options.places), options.tracker)))
             return 0
-        gathered = gather.gather(options.places, masks=True)
+        most = None if options.details else gather.DETAILED_RUNS
+        gathered = gather.gather(options.places, masks=True, most_detailed=most)
+        detailed = most is None or len(gathered.runs) <= most
+        if not detailed:
+            gathered.problems.append(MANY_RUNS.format(runs=len(gathered.runs), most=most, pictures=MOST_PICTURES))
         found = groups.group_runs(gathered.runs, by=options.by, mix=options.mix)
         report = results.compute_report(found, margin=options.margin, problems=gathered.problems)
-        documents.publish(report, found, options.out, detections=gathered.detections)
+        pictures = None if detailed else MOST_PICTURES
+        overview = documents.publish(report, found, options.out, detections=gathered.detections, most_pictures=pictures)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    print(documents.write_overview(report))
+    print(overview)
     print(f"\nThe page: {options.out / documents.PAGE_FILE}")
     return 0
 

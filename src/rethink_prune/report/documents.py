@@ -43,9 +43,14 @@ _LATEX = str.maketrans(
 
 
 def publish(
-    report: Report, groups: Sequence[RunGroup], folder: Path, *, detections: Mapping[str, Path] | None = None
-) -> None:
-    """Write a report into `folder`, over one that is there.
+    report: Report,
+    groups: Sequence[RunGroup],
+    folder: Path,
+    *,
+    detections: Mapping[str, Path] | None = None,
+    most_pictures: int | None = None,
+) -> str:
+    """Write a report into `folder`, over one that is there, and return its overview as Markdown.
 
     Writes ``report.html``, ``report.md``, ``results.json``, ``tables.tex``, a CSV file for each table, and each picture
     as PNG and SVG.
@@ -56,6 +61,8 @@ def publish(
         The runs it was computed from, for ``results.json``: a later report can start from that file.
     detections
         PNG files with what detectors found, by stage.
+    most_pictures
+        So many, and of tables and sweeps alone; all by default.
 
     Raises
     ------
@@ -63,9 +70,13 @@ def publish(
         If the folder cannot be made or written, or is a run's own.
     """
     _make_folder(folder)
-    pictures = [*draw_pictures(report), *detection_pictures(report, detections or {})]
+    pictures = draw_pictures(report, most=most_pictures)
+    if most_pictures is None:
+        pictures += detection_pictures(report, detections or {})
     files, listing = _picture_files(pictures), folder / "results.json"
-    documents = {name: text.encode() for name, text in write_documents(report, pictures).items()}
+    grids = report_grids(report)
+    overview = _write_overview(report, grids)
+    documents = {name: text.encode() for name, text in _write_documents(report, grids, overview, pictures).items()}
     _write_files(files, listing, others=[*documents])
     runs = [run.model_dump(mode="json", exclude_none=True) for group in groups for run in group.runs]
     header: dict[str, Any] = {
@@ -80,6 +91,7 @@ def publish(
     # The page is the last file: where it stands, the report is whole.
     for name, data in documents.items():
         write_atomically(folder / name, data)
+    return overview
 
 
 def _picture_files(pictures: Sequence[Picture]) -> dict[str, bytes]:
@@ -104,9 +116,9 @@ def _listed_files(listing: Path) -> set[str]:
         return set()
 
 
-def write_overview(report: Report) -> str:
+def _write_overview(report: Report, every: Sequence[Grid]) -> str:
     """Return the tables of accuracies and of detection, the verdicts, and what was left out, as Markdown."""
-    grids = {grid.name: grid for grid in report_grids(report)}
+    grids = {grid.name: grid for grid in every}
     tables = [
         (table, grids[f"accuracy-{number}"], _with_grids(table, number, grids))
         for number, table in enumerate(report.tables, 1)
@@ -118,13 +130,14 @@ def _with_grids(table: ResultTable, number: int, grids: Mapping[str, Grid]) -> l
     return [(found, grids[f"detection-{number}-{place}"]) for place, found in enumerate(table.detection, 1)]
 
 
-def write_documents(report: Report, pictures: Sequence[Picture]) -> dict[str, str]:
+def _write_documents(
+    report: Report, grids: Sequence[Grid], overview: str, pictures: Sequence[Picture]
+) -> dict[str, str]:
     """Return every document of a report as text, by its file name; the page is the last."""
-    grids = report_grids(report)
     script, style = ((_TEMPLATES / name).read_text() for name in ("page.js", "page.css"))
     # No other script, style or address is admitted, whatever gets into the page.
     policy = f"default-src 'none'; img-src data:; script-src '{_digest(script)}'; style-src '{_digest(style)}'"
-    values = {"title": TITLE, "report": report, "overview": write_overview(report), "grids": grids}
+    values = {"title": TITLE, "report": report, "overview": overview, "grids": grids}
     values |= {"pictures": pictures, "script": script, "style": style, "policy": policy}
     values |= {"exact_up_to": EXACT_UP_TO, "resamples": RESAMPLES}
     templates = {"tables.tex": "tables.tex.jinja", "report.md": "report.md.jinja", PAGE_FILE: "page.html"}

@@ -20,7 +20,7 @@ from rethink_prune.report.comparisons import ArmComparison, compare_pair, correc
 from rethink_prune.report.networks import has_own_name, in_column_order, network_label
 from rethink_prune.report.notes import ONE_PRETRAINED, pretrained_networks
 from rethink_prune.report.records import RunRecord
-from rethink_prune.report.remaining import SizedRow, alike, mean_if_known, settings_beside_size
+from rethink_prune.report.remaining import SizedRow, alike, mean_if_known
 from rethink_prune.report.statistics import SeedStatistics, describe_seeds
 from rethink_prune.study.arms import known_arm
 
@@ -217,7 +217,7 @@ def _methods(rows: Sequence[SizedRow]) -> Iterator[tuple[str, list[SizedRow]]]:
 
 def _settings_of_method(row: SizedRow, *, of_pruner: bool) -> dict[str, str]:
     """Return the settings of a row without what says how much goes: the pruner's, or all others."""
-    found = {name: value for name, value in settings_beside_size(row).items() if name not in _ALSO_HOW_MUCH}
+    found = {name: value for name, value in row.settings.items() if name not in _ALSO_HOW_MUCH}
     chosen = {name: value for name, value in found.items() if name.startswith("pruner.") == of_pruner}
     guided = any("sources" in ((run.study.settings or {}).get("pruner") or {}) for run in row.runs)
     if of_pruner and guided and row.runs[0].study.experiment:

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 
 from rethink_prune.errors import UserError
@@ -22,10 +24,13 @@ FORMAT_VERSION = 1
 # What reading a damaged JSON file raises; the last one if its brackets are nested too deeply.
 _UNREADABLE = (OSError, ValueError, RecursionError)
 
+# Of more runs, a report has no curves, no masks, and few pictures.
+DETAILED_RUNS = 1_000
+
 
 @dataclass
 class GatheredRuns:
-    """The runs that were found, and in words what could not be used; `masks` says whether to read masks.
+    """The runs that were found, and in words what could not be used; `curves` and `masks` say whether to read them.
 
     `detections` has the pictures with what detectors found, by stage, where the stages are still there, and `stages`
     the folders of those.
@@ -35,6 +40,7 @@ class GatheredRuns:
     problems: list[str] = field(default_factory=list)
     detections: dict[str, Path] = field(default_factory=dict)
     stages: dict[str, Path] = field(default_factory=dict)
+    curves: bool = True
     masks: bool = False
     _files: set[Path] = field(default_factory=set)
 
@@ -55,7 +61,7 @@ class GatheredRuns:
             self._files.add(file.resolve())
         try:
             content = _read_json(file) if summary is None else summary
-            whole = _with_curves({**content, "name": name}, stages)
+            whole = _with_curves({**content, "name": name}, stages, read=self.curves)
             if self.masks and content.get("pruned"):
                 whole["pruned"] = {**whole["pruned"], "kernels": _kept_kernels(content, stages)}
             self.runs.append(RunRecord.model_validate(whole))
@@ -76,7 +82,7 @@ class GatheredRuns:
         self.problems.append(f"{file}: left out: {why}")
 
 
-def gather(places: Iterable[Path], *, masks: bool = False) -> GatheredRuns:
+def gather(places: Sequence[Path], *, masks: bool = False, most_detailed: int | None = None) -> GatheredRuns:
     """Return the runs in the given places, each once; unfinished ones too.
 
     Parameters
@@ -85,25 +91,26 @@ def gather(places: Iterable[Path], *, masks: bool = False) -> GatheredRuns:
         Run folders, folders that hold some at any depth, stores, or the ``results.json`` of earlier reports.
     masks
         Also read which kernel positions remain, where the stages are still there: files as large as the networks.
+    most_detailed
+        Of more runs, read neither curves nor masks.
 
     Raises
     ------
     UserError
         If a place is missing or holds no run, or no run at all can be read.
     """
-    gathered = GatheredRuns(masks=masks)
-    for place in places:
-        if not place.exists():
-            raise UserError(f"{place}: no such folder; run a study first, or name runs or a store")
+    missing = next((place for place in places if not place.exists()), None)
+    if missing is not None:
+        raise UserError(f"{missing}: no such folder; run a study first, or name runs or a store")
+    found = [(place, _files_of_runs(place)) for place in places]
+    detailed = most_detailed is None or sum(len(files) for _, files in found) <= most_detailed
+    gathered = GatheredRuns(curves=detailed, masks=masks and detailed)
+    for place, files in found:
         if place.is_file():
             gathered.runs += _read_results(place)
-        elif (place / "stages").is_dir() and (place / "runs").is_dir():
-            _search_store(place, gathered)
+        elif _is_store(place):
+            _read_records(place, files, gathered)
         else:
-            # Sorted: the order in which a file system lists a folder differs from machine to machine.
-            files = sorted(place.rglob(SUMMARY_FILE))
-            if not files:
-                raise UserError(f"{place}: holds no {SUMMARY_FILE}; give run folders, folders of runs, or a store")
             for file in files:
                 # The resolved name: a place may be "." or "..".
                 inside = Path(place.resolve().name) / file.parent.relative_to(place)
@@ -113,16 +120,34 @@ def gather(places: Iterable[Path], *, masks: bool = False) -> GatheredRuns:
     return gathered
 
 
-def _search_store(store: Path, gathered: GatheredRuns) -> None:
-    # Names with a dot in front are files that are being written.
-    records = sorted(path for path in (store / "runs").glob("*.json") if path.name[0] != ".")
-    if not records:
-        raise UserError(f"{store}: no run was recorded in this store")
+def _is_store(place: Path) -> bool:
+    return (place / "stages").is_dir() and (place / "runs").is_dir()
+
+
+def _files_of_runs(place: Path) -> list[Path]:
+    """Return a file for each run of a place: the records of a store, or summaries; that of a report has any number."""
+    if place.is_file():
+        return [place]
+    # Sorted: the order in which a file system lists a folder differs from machine to machine.
+    if _is_store(place):
+        # Names with a dot in front are files that are being written.
+        records = sorted(path for path in (place / "runs").glob("*.json") if path.name[0] != ".")
+        if not records:
+            raise UserError(f"{place}: no run was recorded in this store")
+        return records
+    files = sorted(place.rglob(SUMMARY_FILE))
+    if not files:
+        raise UserError(f"{place}: holds no {SUMMARY_FILE}; give run folders, folders of runs, or a store")
+    return files
+
+
+def _read_records(store: Path, records: Iterable[Path], gathered: GatheredRuns) -> None:
     lost = 0
     for path in records:
         try:
-            record = _read_json(path)
-            file = Path(record["run_dir"]) / SUMMARY_FILE
+            # Several times as fast as the module json; but numbers that are not finite would stay.
+            file = Path(from_json(path.read_bytes())["run_dir"]) / SUMMARY_FILE
+            record = {} if file.is_file() else _read_json(path)
         except (*_UNREADABLE, KeyError, TypeError) as error:
             gathered.leave_out(path, f"is damaged ({error})")
             continue
@@ -176,12 +201,13 @@ def _finite_float(digits: str) -> float | None:
     return value if math.isfinite(value) else None  # "1e999" is infinite
 
 
-def _with_curves(content: dict[str, Any], stages: Path | None) -> dict[str, Any]:
-    """Return a summary with each training's curve, and with names of stages instead of their folders."""
+def _with_curves(content: dict[str, Any], stages: Path | None, *, read: bool) -> dict[str, Any]:
+    """Return a summary with names of stages instead of their folders, and if `read` with each training's curve."""
     names = ("large", "sparse", "early", "pruned")
-    bases = {name: _with_curve(content[name], stages) for name in names if content.get(name)}
+    complete = partial(_with_curve, stages=stages) if read else _with_stage_names
+    bases = {name: complete(content[name]) for name in names if content.get(name)}
     parts = {
-        part: {name: _with_curve(entry, stages) for name, entry in (content.get(part) or {}).items()}
+        part: {name: complete(entry) for name, entry in (content.get(part) or {}).items()}
         for part in ("arms", "unfinished", "transfer")
     }
     rounds = [_with_stage_names(each) for each in content.get("rounds") or ()]

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, TypeVar
@@ -84,13 +84,13 @@ def group_runs(runs: Sequence[RunRecord], *, by: Sequence[str] = (), mix: bool =
         If settings differ within a group and `mix` is off, if one seed has two results, or if `by` names a setting
         that no run has. All such reasons in one message, a line each.
     """
-    known = {name for run in runs for name in recorded_settings(run)}
+    known = {name for run in runs for name in recorded_settings(run)} if by else set()
     unknown = [name for name in by if name not in known]
     if unknown:
         raise UserError(f"--by {unknown[0]}: no run has this setting; there are {', '.join(sorted(known))}")
     found: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
-        study, settings = run.study, recorded_settings(run)
+        study, settings = run.study, recorded_settings(run) if by else {}
         values = tuple((name, settings.get(name, "not recorded")) for name in by)
         # The target in words: it may be a list, which cannot be part of a key.
         names = (study.dataset, study.model, study.pruner, study.target_text, study.recipe, study.budget)
@@ -121,7 +121,8 @@ def natural_order(names: Sequence[str]) -> tuple[tuple[int, float, str], ...]:
 def _merge_seeds(runs: Sequence[RunRecord], *, mix: bool) -> tuple[list[RunRecord], list[str]]:
     """Return one run for each seed (and for the settings that differ, where they are mixed), and notes."""
     notes = []
-    if differing := differing_settings(runs):
+    settings_of = [recorded_settings(run) for run in runs]
+    if differing := differing_settings(runs, settings_of):
         settings = "; ".join(differing.values())
         if not mix:
             rows = " ".join(f"--by {name}" for name in differing)
@@ -129,8 +130,7 @@ def _merge_seeds(runs: Sequence[RunRecord], *, mix: bool) -> tuple[list[RunRecor
             raise UserError(f"these runs do not belong in one row: they differ in {settings}. {advice}")
         notes.append(f"mixes runs that differ in {settings}")
     same: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
-    for run in runs:
-        recorded = recorded_settings(run)
+    for run, recorded in zip(runs, settings_of, strict=True):
         # Mixed runs of one seed with different settings stay apart, and make pairs of their own. A transfer does not
         # change what is transferred: its settings would count one classification twice.
         apart = (recorded.get(name, "") for name in differing if not name.startswith(TRANSFER))
@@ -224,14 +224,14 @@ def recorded_settings(run: RunRecord) -> dict[str, str]:
     return settings
 
 
-def differing_settings(runs: Iterable[RunRecord]) -> dict[str, str]:
-    """Return the settings that differ, each with its values and runs in words.
+def differing_settings(runs: Sequence[RunRecord], settings: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the settings that differ, each with its values and runs in words; `settings` are those of each run.
 
     A setting that a run did not record agrees with any value.
     """
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        for name, value in recorded_settings(run).items():
+    for run, recorded in zip(runs, settings, strict=True):
+        for name, value in recorded.items():
             found[name][value].append(run.name)
     return {
         name: f"{name} ({', '.join(f'{_shortened(value)} in {name_runs(names)}' for value, names in values.items())})"

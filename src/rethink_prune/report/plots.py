@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ PLOT_STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
 
 # How the FLOPs of a search for widths are drawn, in grey or in the arm's colour.
 _SEARCH: dict[str, Any] = {"color": "#555555", "linestyle": ":", "linewidth": 1, "marker": ">", "fillstyle": "none"}
+
+# Of one picture: a higher one could not be looked at, nor at some point be drawn.
+_MOST_DIFFERENCES = 100
 
 # What each kind of picture shows, before the name of its row or table.
 _CAPTIONS = {
@@ -61,11 +65,12 @@ class Picture:
     svg: bytes
 
 
-def draw_pictures(report: Report) -> list[Picture]:
-    """Draw all pictures of a report for which it has the numbers."""
+def draw_pictures(report: Report, *, most: int | None = None) -> list[Picture]:
+    """Draw all pictures of a report for which it has the numbers; with `most`, so many of tables and sweeps alone."""
     pictures = []
     with mpl.rc_context(fname=PLOT_STYLE):
-        for kind, slug, title, figure in (each for table in report.tables for each in _figures(table, report.margin)):
+        figures = (each for table in report.tables for each in _figures(table, report.margin, of_rows=most is None))
+        for kind, slug, title, figure in islice(figures, most):
             pictures.append(save_figure(figure, f"{kind}-{slug}", f"{_CAPTIONS[kind]}: {title}"))
     return pictures
 
@@ -89,7 +94,7 @@ def save_figure(figure: Figure, name: str, caption: str) -> Picture:
     return Picture(name, caption, png.getvalue(), svg.getvalue())
 
 
-def _figures(table: ResultTable, margin: float) -> Iterator[tuple[str, str, str, Figure]]:
+def _figures(table: ResultTable, margin: float, *, of_rows: bool = True) -> Iterator[tuple[str, str, str, Figure]]:
     """Yield each figure with its kind, the end of its file name, and the name of its row or table."""
     if any(comparison.difference for row in table.rows for comparison in row.comparisons):
         yield "differences", table.rows[0].slug.split("-")[0], table.title, _differences_figure(table.rows)
@@ -105,7 +110,7 @@ def _figures(table: ResultTable, margin: float) -> Iterator[tuple[str, str, str,
     for sweep, rows in sweeps.items():
         if len(rows) > 1 and sweep not in {found.sweep for found in table.sweeps}:
             yield "targets", rows[0].slug.split("-")[0], sweep, _targets_figure(rows)
-    for row in table.rows:
+    for row in table.rows if of_rows else ():
         if row.curves:
             yield "gap", row.slug, row.title, gap_figure(row.curves, margin=margin)
         if drawn := [result for result in row.arms if result.curve is not None]:
@@ -284,7 +289,8 @@ def _spread_ticks(places: Sequence[float]) -> list[float]:
 
 
 def _differences_figure(rows: Sequence[ResultRow | DetectionRow], measure: str = "points of top-1") -> Figure:
-    shown = [(row, c, c.difference) for row in rows for c in row.comparisons if c.difference is not None]
+    found = [(row, c, c.difference) for row in rows for c in row.comparisons if c.difference is not None]
+    shown = found[:_MOST_DIFFERENCES]
     figure = Figure(figsize=(7.5, 1 + 0.55 * len(shown)), layout="constrained")
     axes = figure.subplots()
     labels = []
@@ -294,6 +300,8 @@ def _differences_figure(rows: Sequence[ResultRow | DetectionRow], measure: str =
         low, high = difference.interval or (difference.mean, difference.mean)
         error = [[difference.mean - low], [high - difference.mean]]
         axes.errorbar(difference.mean, y, xerr=error, color=style.color, marker=style.marker, capsize=4)
+    if len(found) > len(shown):
+        axes.set_title(f"the first {len(shown)} of {len(found):,}; the table has all", fontsize=9)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [clip(label) for label in labels], fontsize=8)
     # The first row of the table is at the top.

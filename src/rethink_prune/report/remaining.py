@@ -7,6 +7,8 @@ and networks pruned in rounds.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 
 import numpy as np
 
@@ -104,6 +106,11 @@ class SizedRow:
     runs: Sequence[RunRecord]
     left_out: Sequence[str] = ()
 
+    @cached_property
+    def settings(self) -> Mapping[str, str]:
+        """What its runs have in common, without what says how much goes."""
+        return _settings_beside_size(self)
+
 
 def rounds_over_seeds(runs: Sequence[RunRecord]) -> Iterator[RoundOverSeeds]:
     """Yield the rounds of a row's runs in their order; none where it prunes in one cut."""
@@ -144,7 +151,7 @@ def size_sweeps(rows: Sequence[SizedRow]) -> Iterator[SizeSweep]:
 
 def _equal_but_for_size(sweep: str, rows: Sequence[SizedRow]) -> Iterator[tuple[str, list[SizedRow]]]:
     """Yield the rows that differ in how much goes alone, each time with what sets them apart from the others."""
-    for apart, numbers in alike([settings_beside_size(row) for row in rows]):
+    for apart, numbers in alike([row.settings for row in rows]):
         yield ", ".join([sweep, *apart]), [rows[number] for number in numbers]
 
 
@@ -166,13 +173,14 @@ def alike(settings: Sequence[Mapping[str, str]]) -> Iterator[tuple[list[str], li
             families.append(family := [])
         family.append(number)
     # Between families alone: entries of one family have nothing to tell apart.
-    apart = sorted({name for one in settings for other in settings for name in _differing(one, other)})
+    pairs = product(settings, repeat=2) if len(families) > 1 else ()
+    apart = sorted({name for one, other in pairs for name in _differing(one, other)})
     for family in families:
         values = {name: settings[number][name] for number in family for name in apart if name in settings[number]}
         yield [f"{name} {value}" for name, value in values.items()], family
 
 
-def settings_beside_size(row: SizedRow) -> dict[str, str]:
+def _settings_beside_size(row: SizedRow) -> dict[str, str]:
     """Return what a row's runs have in common, without what says how much goes."""
     study = row.runs[0].study
     how_much = {*_HOW_MUCH, *study.target}

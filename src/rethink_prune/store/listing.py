@@ -7,12 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rethink_prune.errors import UserError
 from rethink_prune.store.metrics import read_metrics, steady_pace
-from rethink_prune.store.ownership import STALE_SECONDS
+from rethink_prune.store.ownership import STALE_SECONDS, read_status
 from rethink_prune.store.stage import Stage
 from rethink_prune.store.store import Store
 from rethink_prune.text import duration, markdown, size
@@ -25,8 +26,8 @@ COLUMNS = ("state", "stage", "network", "epoch", "remaining", "disk", "note")
 
 
 @dataclass(frozen=True)
-class StageState:
-    """One stage of a store.
+class StageProgress:
+    """What a stage trains, and how far it is.
 
     Attributes
     ----------
@@ -36,6 +37,20 @@ class StageState:
         Done, and to be done; 0 if it trains nothing.
     remaining : float or None
         Seconds of training that are left, at its steady pace; None where that is not known, as in the first two epochs.
+    """
+
+    network: str
+    epoch: int
+    epochs: int
+    remaining: float | None
+
+
+@dataclass(frozen=True)
+class StageState:
+    """One stage of a store.
+
+    Attributes
+    ----------
     disk : int
         Bytes in its folder.
     note : str
@@ -46,13 +61,22 @@ class StageState:
 
     folder: Path
     state: State
-    network: str
-    epoch: int
-    epochs: int
-    remaining: float | None
     disk: int
     note: str
     referenced: bool
+
+    @cached_property
+    def progress(self) -> StageProgress:
+        """What it trains, and how far it is: read when it is asked for, since it takes as long as all the rest."""
+        config, rows = Stage(self.folder).config(), read_metrics(self.folder)
+        epochs = int(((config.get("key") or {}).get("training") or {}).get("epochs", 0))
+        pace = steady_pace(rows) if self.state == "running" and epochs else None
+        return StageProgress(
+            network=f"{(config.get('network') or {}).get('name', '')} ({config['title']})" if "title" in config else "",
+            epoch=len(rows),
+            epochs=epochs,
+            remaining=None if pace is None else pace * (epochs - len(rows)),
+        )
 
     @property
     def removable(self) -> bool:
@@ -84,56 +108,58 @@ def list_stages(root: Path) -> list[StageState]:
         raise UserError(f"{root}: is no store: it has no folder stages")
     used = _used_stages(root)
     found = []
-    for path in folder.iterdir():
-        # Stages that are being removed have a name with a dot.
-        if path.is_dir() and not path.name.startswith("."):
-            # Another process may remove the stage at this moment.
-            with suppress(FileNotFoundError):
-                found.append(_read_stage(Stage(path), path.name in used))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # Stages that are being removed have a name with a dot.
+            if entry.is_dir() and not entry.name.startswith("."):
+                # Another process may remove the stage at this moment.
+                with suppress(FileNotFoundError):
+                    found.append(_read_stage(folder / entry.name, entry.name in used))
     return sorted(found, key=lambda stage: (STATES.index(stage.state), stage.folder.name))
 
 
-def stages_table(root: Path, stages: Sequence[StageState]) -> str:
-    """Return `stages` as a Markdown table, and a line with the sums and the size of the store's cache."""
+def stages_table(root: Path, stages: Sequence[StageState], *, most: int | None = None) -> str:
+    """Return `stages` as a Markdown table, and a line with the sums and the size of the store's cache.
+
+    Parameters
+    ----------
+    root : Path
+        The store.
+    stages : sequence of StageState
+    most : int, optional
+        Rows of the table: the other stages are only counted, which the text says.
+    """
     rows = [
         [
             stage.state,
             stage.folder.name,
-            stage.network,
-            f"{stage.epoch}/{stage.epochs}" if stage.epochs else "",
-            "" if stage.remaining is None else duration(stage.remaining),
+            stage.progress.network,
+            f"{stage.progress.epoch}/{stage.progress.epochs}" if stage.progress.epochs else "",
+            "" if stage.progress.remaining is None else duration(stage.progress.remaining),
             size(stage.disk),
             stage.note + ("" if stage.referenced or stage.state != "done" else "used by no run"),
         ]
-        for stage in stages
+        for stage in stages[:most]
     ]
-    counts = ", ".join(f"{n} {s}" for s in STATES if (n := sum(stage.state == s for stage in stages)))
-    cache = size(_folder_bytes(root / "cache"))
-    total = f"{counts or 'no stages'}; {size(sum(stage.disk for stage in stages))} in stages, {cache} in the cache"
-    return f"{markdown(COLUMNS, rows)}\n\n{total}" if rows else total
+    counts = ", ".join(f"{n:,} {s}" for s in STATES if (n := sum(stage.state == s for stage in stages)))
+    unused = sum(stage.state == "done" and not stage.referenced for stage in stages)
+    total = f"{counts or 'no stages'}{f' ({unused:,} used by no run)' if unused else ''}; "
+    total += (
+        f"{size(sum(stage.disk for stage in stages))} in stages, {size(_folder_bytes(root / 'cache'))} in the cache"
+    )
+    more = [f"and {len(stages) - len(rows):,} more stages, which --all lists"] if len(rows) < len(stages) else []
+    return "\n\n".join([*([markdown(COLUMNS, rows)] if rows else []), *more, total])
 
 
-def _read_stage(stage: Stage, referenced: bool) -> StageState:
-    status, config, rows = stage.status(), stage.config(), read_metrics(stage.folder)
+def _read_stage(folder: Path, referenced: bool) -> StageState:
+    status = read_status(f"{folder}/status.json")
     state: State = status["state"] if status.get("state") in STATES else "unfinished"
     if state == "running":
-        silence = time.time() - (stage.folder / "status.json").stat().st_mtime
+        silence = time.time() - (folder / "status.json").stat().st_mtime
         state = "stale" if silence > STALE_SECONDS or _process_is_gone(status) else "running"
     process = f"process {status.get('pid')} on {status.get('host')}"
     notes = {"failed": str(status.get("reason", "")), "running": f"{process} works on it", "stale": f"{process} died"}
-    epochs = int(((config.get("key") or {}).get("training") or {}).get("epochs", 0))
-    pace = steady_pace(rows) if state == "running" and epochs else None
-    return StageState(
-        folder=stage.folder,
-        state=state,
-        network=f"{(config.get('network') or {}).get('name', '')} ({config['title']})" if "title" in config else "",
-        epoch=len(rows),
-        epochs=epochs,
-        remaining=None if pace is None else pace * (epochs - len(rows)),
-        disk=_folder_bytes(stage.folder),
-        note=notes.get(state, ""),
-        referenced=referenced,
-    )
+    return StageState(folder, state, _folder_bytes(str(folder)), notes.get(state, ""), referenced)
 
 
 def _process_is_gone(status: Mapping[str, Any]) -> bool:
@@ -161,10 +187,12 @@ def _used_stages(root: Path) -> set[str]:
     return used
 
 
-def _folder_bytes(folder: Path) -> int:
+def _folder_bytes(folder: Path | str) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        # A file may go while the folder is read: a checkpoint, say.
-        with suppress(OSError):
-            total += 0 if path.is_dir() else path.stat().st_size
+    # A file or a folder may go while it is read: a checkpoint, say.
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                is_folder = entry.is_dir(follow_symlinks=False)
+                total += _folder_bytes(entry.path) if is_folder else entry.stat().st_size
     return total

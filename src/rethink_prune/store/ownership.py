@@ -29,6 +29,24 @@ STALE_SECONDS = 60.0
 POLL_SECONDS = 0.5
 
 
+def read_status(file: Path | str) -> dict[str, Any]:
+    """Return the content of a ``status.json``; an empty mapping if there is none or it is damaged.
+
+    Examples
+    --------
+    >>> read_status("no/such/status.json")
+    {}
+    """
+    try:
+        with open(file, "rb") as content:  # noqa: PTH123 (a store has many: making a path for each takes as long)
+            return json.loads(content.read())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError:
+        log.warning("%s is damaged: the stage is done again", file)
+        return {}
+
+
 class OwnedFolder:
     """The folder `folder`, which need not exist yet, and the ``status.json`` in it.
 
@@ -53,13 +71,7 @@ class OwnedFolder:
 
     def status(self) -> dict[str, Any]:
         """Return the content of ``status.json``; an empty mapping if there is none or it is damaged."""
-        try:
-            return json.loads(self._status_file.read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        except ValueError:
-            log.warning("%s is damaged: the stage is done again", self._status_file)
-            return {}
+        return read_status(self._status_file)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
