@@ -72,7 +72,7 @@ class TorchPruning(ChannelPruner[TorchPruningOptions]):
         importance = make_importance(name, arguments)
         images = FirstImages(data, self.options.images)
         copy = copy_for_gradients(model, images.device)
-        _show(copy, images, importance)
+        _leave_traces(copy, images, importance)
         example = next(iter(images))[:1].to(next(copy.parameters()))
         graph = _package().DependencyGraph().build_dependency(copy, example_inputs=example)
         scores = {}
@@ -153,7 +153,7 @@ def _package() -> ModuleType:
     return torch_pruning
 
 
-def _show(copy: nn.Module, images: FirstImages, importance: Any) -> None:
+def _leave_traces(copy: nn.Module, images: FirstImages, importance: Any) -> None:
     """Leave gradients and activations of the images where an importance looks for them."""
     by_image = hasattr(importance, "accumulate_grad")
     if by_image:
