@@ -15,7 +15,7 @@ from rethink_prune.pruning.channel_pruner import ChannelTarget, Channelwise, Cho
 from rethink_prune.pruning.pruner import Batches, PruneResult
 from rethink_prune.pruning.samples import FirstImages
 
-# Its own steps of 5 %, but any number of channels: by default it takes multiples of 32, and layers of ResNet-20 have 16.
+# Its own steps of 5 %, but any number of channels: its default is multiples of 32, and ResNet-20 has layers of 16.
 SHARES = tuple(step / 20 for step in range(1, 21))
 RULES = {
     "nn.Conv2d": {"*": {"channels_ratio": SHARES, "channel_divisor": 1}},

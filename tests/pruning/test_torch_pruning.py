@@ -124,9 +124,17 @@ def test_a_group_that_an_importance_cannot_score_is_named() -> None:
         pruned(plain, "BNScaleImportance")
 
 
-def test_padded_shortcuts_are_told() -> None:
+def test_padded_shortcuts_go_with_our_cut_and_not_with_its_own() -> None:
+    model = randomise(ResNet(8)).float()
+    assert pruned(model, "MagnitudeImportance").model(EXAMPLE).shape == (1, 10)
     with pytest.raises(UserError, match=r"has no scores for .*index.*; try another importance, or pruner.scope=inner"):
-        pruned(randomise(ResNet(8)).float(), "MagnitudeImportance", scope="all")
+        pruned(model, "MagnitudeImportance", scope="all")
+    importance = torch_pruning.importance.MagnitudeImportance(p=1)
+    torch_pruning.pruner.MagnitudePruner(
+        model, EXAMPLE, importance=importance, pruning_ratio=0.5, ignored_layers=[model.get_submodule("fc")]
+    ).step()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(EXAMPLE)
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
