@@ -16,12 +16,12 @@ be told of them. Its graph fails with ``scope=all`` where shortcuts pad channels
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from rethink_prune.config import ChannelOptions, Count
@@ -40,7 +40,7 @@ class TorchPruningOptions(ChannelOptions):
     """How many channels go, by which importance, and how many training images it may look at."""
 
     importance: str = "MagnitudeImportance"
-    importance_args: dict[str, int | float | bool | str | None] = Field(default_factory=dict)
+    importance_args: dict[str, int | float | bool | str | None] | None = None
     images: Count = 1000
 
 
@@ -105,14 +105,14 @@ class TorchPruning(ChannelPruner[TorchPruningOptions]):
         return super().prune(model, target, data=data, generator=generator)
 
 
-def make_importance(name: str, arguments: dict[str, Any]) -> Any:
+def make_importance(name: str, arguments: Mapping[str, Any] | None = None) -> Any:
     """Return an importance of Torch-Pruning.
 
     Parameters
     ----------
     name : str
         Of a class in ``torch_pruning.pruner.importance``.
-    arguments : dict
+    arguments : mapping, optional
         Its keyword arguments.
 
     Raises
@@ -137,7 +137,7 @@ def make_importance(name: str, arguments: dict[str, Any]) -> Any:
         near = difflib.get_close_matches(name, known) or sorted(known.keys() - _REFUSED)
         raise UserError(f"pruner.importance={name}: Torch-Pruning has no such importance; there is {', '.join(near)}")
     try:
-        return known[name](**arguments)
+        return known[name](**(arguments or {}))
     except (TypeError, AssertionError):
         taken = ", ".join(inspect.signature(known[name]).parameters) or "none"
         raise UserError(f"pruner.importance_args={arguments}: {name} takes {taken}") from None
