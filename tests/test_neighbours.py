@@ -25,10 +25,10 @@ def test_fastnas_prunes_to_the_macs_with_weights_that_it_inherits() -> None:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    options = {"name": "fastnas", "target_macs": 0.6, "ranking": "global", "images": 20}
+    options = {"name": "fastnas", "target_macs": 0.6, "ranking": "global", "images": 100}
     pruner = found(parse_pruner(options, found.options_type))
     target = pruner.target(model, torch.zeros(1, 3, 8, 8))
-    images = [(torch.randn(10, 3, 8, 8), torch.randint(10, (10,)))] * 2
+    images = [(torch.randn(50, 3, 8, 8), torch.randint(10, (50,)))] * 2
     result = pruner.prune(model, target, data=images, generator=torch.Generator())
     assert 0 < count_cost(result.model, (3, 8, 8)).macs <= 0.6 * target.full_cost.macs
     for name, value in model.state_dict().items():

@@ -56,6 +56,8 @@ class FastNAS(Channelwise[FastNASOptions]):
     def _search(self, network: nn.Module, target: ChannelTarget, images: FirstImages) -> nn.Module:
         batches = list(images.labelled())
         total = sum(len(labels) for _, labels in batches)
+        # It estimates statistics of batch norms anew for every candidate, but not from fewer than 50 batches.
+        pieces = torch.cat([pixels for pixels, _ in batches]).tensor_split(50)
 
         @torch.no_grad()
         def accuracy(candidate: nn.Module) -> float:
@@ -66,6 +68,6 @@ class FastNAS(Channelwise[FastNASOptions]):
             [("fastnas", RULES)],
             {"flops": f"{100 * self.options.target_macs}%"},
             dummy_input=torch.zeros(1, *target.input_shape),
-            config={"score_func": accuracy, "data_loader": batches, "collect_func": lambda batch: batch[0]},
+            config={"score_func": accuracy, "data_loader": pieces, "collect_func": lambda piece: piece},
         )
         return found
