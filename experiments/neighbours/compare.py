@@ -24,7 +24,8 @@ def table(results: Path) -> str:
     for (network, pruner, arm), values in found.items():
         ours = found.get((network, "l1", arm), {})
         seeds = sorted(values.keys() & ours.keys())
-        if pruner == "l1" or not seeds:
+        # Pruners that leave the same widths share their scratch arms, and one seed has no interval.
+        if pruner == "l1" or len(seeds) < 2 or (arm != "finetune" and values == ours):
             continue
         difference = paired_difference([values[s] for s in seeds], [ours[s] for s in seeds], margin=0.5)
         interval = "[{:+.2f}, {:+.2f}]".format(*difference.interval) if difference.interval else ""
