@@ -40,7 +40,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnext": lambda: ResNeXt(11, cardinality=4, base_width=4),
 }
 # Slow ones, and those that score or cut as another does.
-LONG = {"regression", "synflow", "grasp", "snip", "lamp", "fpgm", "taylor", "random"}
+LONG = {"regression", "synflow", "grasp", "snip", "lamp", "fpgm", "taylor", "random", "torch_pruning"}
 
 
 def marked(names: set[str]) -> list[Any]:
@@ -79,14 +79,14 @@ def options_for(pruner: str) -> dict[str, Any]:
         "thinet": {"ratio": 0.5, "entries_per_image": 20},
         "regression": {"ratio": 0.5, "positions_per_image": 20},
         "synflow": {"ratio": 0.5, "iterations": 10},
-        **{name: {"ratio": 0.5, "images": 10} for name in ("snip", "grasp", "taylor")},
+        **{name: {"ratio": 0.5, "images": 10} for name in ("snip", "grasp", "taylor", "torch_pruning")},
     }.get(pruner, {"ratio": 0.5})
 
 
 def test_no_pruner_inherits_what_it_cannot_use() -> None:
     of_weights = {name for name, found in PRUNERS.items() if issubclass(found, WeightPruner)}
     assert {name for name in PRUNERS if hasattr(PRUNERS[name], "scores")} == {*SCORING, *of_weights}
-    assert {"l1", "slimming", "soft_filter", "taylor", "fpgm", "random"} == set(SCORING)
+    assert {"l1", "slimming", "soft_filter", "taylor", "fpgm", "random", "torch_pruning"} == set(SCORING)
     assert of_weights == {"magnitude", "lamp", "snip", "grasp", "synflow"}
 
 

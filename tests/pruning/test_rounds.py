@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "thinet": {"entries_per_image": 20},
     "regression": {"positions_per_image": 20},
     "taylor": {"images": 20},
+    "torch_pruning": {"images": 20},
 }
 
 
@@ -45,7 +46,7 @@ def images() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def test_who_prunes_in_rounds() -> None:
-    assert set(IN_ROUNDS) == {"l1", "thinet", "regression", "taylor", "fpgm", "random"}
+    assert set(IN_ROUNDS) == {"l1", "thinet", "regression", "taylor", "fpgm", "random", "torch_pruning"}
     assert {name for name, found in PRUNERS.items() if found.in_rounds} == {*IN_ROUNDS, "magnitude", "lamp"}
     assert not any(found.in_rounds and (found.trains_sparse or found.at_start) for found in PRUNERS.values())
     for name, found in PRUNERS.items():
@@ -56,7 +57,13 @@ def test_who_prunes_in_rounds() -> None:
 CASES = [
     *(("l1", network, scope) for network in NETWORKS for scope in ("inner", "all")),
     *(
-        pytest.param(name, network, "all", marks=() if network == "resnet" else pytest.mark.slow)
+        # Torch-Pruning does not follow padded shortcuts.
+        pytest.param(
+            name,
+            network,
+            "inner" if name == "torch_pruning" else "all",
+            marks=() if network == "resnet" else pytest.mark.slow,
+        )
         for name in IN_ROUNDS
         if name != "l1"
         for network in ("resnet", "preresnet", "densenet")

@@ -32,7 +32,7 @@ OPTIONS = {
 INHERITED = [name for name, found in PRUNERS.items() if not found.fresh_only]
 CASES = [*((name, OPTIONS.get(name, [])) for name in INHERITED), ("soft_filter", ["pruner.scope=all"])]
 # Like others, as far as a whole study is concerned.
-ALIKE = {"fpgm", "taylor", "lamp", "grasp", "synflow", "random"}
+ALIKE = {"fpgm", "taylor", "lamp", "grasp", "synflow", "random", "torch_pruning"}
 
 
 @pytest.mark.parametrize(
