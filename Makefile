@@ -54,7 +54,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "Installing the development tools."
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,launchers,ray,onnx,wandb,trackio,mlflow,hub]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,launchers,ray,onnx,wandb,trackio,mlflow,hub,neighbours]"
 	@touch $@
 
 # Checked first: an older Python would fail much later, with an error that does not name the reason.

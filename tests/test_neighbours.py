@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[1] / "experiments/neighbours"
 
 
 def test_fastnas_prunes_to_the_macs_with_weights_that_it_inherits() -> None:
-    pytest.importorskip("modelopt", reason='pip install nvidia-modelopt "torchprofile<0.1"')
+    pytest.importorskip("modelopt", reason='pip install "rethink-prune[neighbours]"')
     found = runpy.run_path(str(FOLDER / "fastnas.py"))["FastNAS"]
     torch.manual_seed(0)
     model = VGG((8, "M", 12, 16), head="linear")

@@ -1,6 +1,6 @@
 """FastNAS of NVIDIA's Model Optimizer as a pruner: it searches the widths, and sorts the channels by their norms.
 
-It needs ``pip install nvidia-modelopt "torchprofile<0.1"``, and runs on a CPU.
+It needs ``pip install "rethink-prune[neighbours]"``, and runs on a CPU.
 """
 
 import modelopt.torch.prune as mtp

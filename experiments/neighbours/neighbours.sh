@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # FastNAS, Torch-Pruning and our pruners at half the MACs, on digits: neighbours.sh NETWORK SIZE SEEDS [OVERRIDE...]
-# such as neighbours.sh resnet20 8 0,1,2,3,4. FastNAS needs pip install nvidia-modelopt "torchprofile<0.1".
+# such as neighbours.sh resnet20 8 0,1,2,3,4. FastNAS needs pip install "rethink-prune[neighbours]".
 set -euo pipefail
 network=${1:?a network, such as resnet20} size=${2:?pixels} seeds=${3:?such as 0,1,2}
 cd "$(dirname "$0")"

@@ -104,8 +104,8 @@ def test_groups_of_a_convolution_go_whole() -> None:
 @pytest.mark.parametrize(
     ("importance", "arguments", "message"),
     [
-        ("MagnitudeImportanc", {}, "no such importance; there is MagnitudeImportance, GroupMagnitudeImportance"),
-        ("l1", {}, "no such importance; there is ActivationImportance, BNScaleImportance"),
+        ("MagnitudeImportanc", {}, "no such importance; did you mean MagnitudeImportance"),
+        ("l1", {}, "no such importance; known are ActivationImportance, BNScaleImportance"),
         ("OBDCImportance", {}, "needs hooks of Torch-Pruning's own pruner"),
         ("FPGMImportance", {"q": 1}, r"importance_args={'q': 1}: FPGMImportance takes p, group_reduction, normalizer"),
         ("RandomImportance", {"p": 1}, "RandomImportance takes none"),

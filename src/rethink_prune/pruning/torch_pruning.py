@@ -14,7 +14,6 @@ needs the hooks of Torch-Pruning's own pruner, and is refused. Heads of attentio
 be told of them. Its graph fails with ``scope=all`` where shortcuts pad channels, as in ``resnet20``.
 """
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 
 from rethink_prune.config import ChannelOptions, Count
-from rethink_prune.errors import UserError
+from rethink_prune.errors import UserError, suggestion
 from rethink_prune.pruning.channel_pruner import ChannelPruner, ChannelTarget, Groups, Scores
 from rethink_prune.pruning.gradients import copy_for_gradients, losses_of_batches
 from rethink_prune.pruning.pruner import Batches, PruneResult
@@ -134,8 +133,8 @@ def make_importance(name: str, arguments: Mapping[str, Any] | None = None) -> An
     if name in _REFUSED:
         raise UserError(f"pruner.importance={name}: needs hooks of Torch-Pruning's own pruner, so it is not for here")
     if name not in known:
-        near = difflib.get_close_matches(name, known) or sorted(known.keys() - _REFUSED)
-        raise UserError(f"pruner.importance={name}: Torch-Pruning has no such importance; there is {', '.join(near)}")
+        names = suggestion(name, sorted(known.keys() - _REFUSED))
+        raise UserError(f"pruner.importance={name}: Torch-Pruning has no such importance; {names}")
     try:
         return known[name](**(arguments or {}))
     except (TypeError, AssertionError):
