@@ -618,8 +618,8 @@ class StudyConfig(Frozen):
     def _trackers_are_known(cls, tracker: tuple[str, ...]) -> tuple[str, ...]:
         for name in tracker:
             if name not in TRACKERS and ":" not in name:
-                listed = ", ".join(TRACKERS)
-                raise ValueError(f"{name}: no such tracker; there are {listed}, or your own as path.to.module:Class")
+                own = "your own: path.to.module:Class"
+                raise ValueError(f"{name}: no such tracker ({own}); {suggestion(name, TRACKERS)}")
         if len(set(tracker)) < len(tracker):
             raise ValueError("a tracker is named twice")
         return tracker

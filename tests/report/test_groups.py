@@ -74,7 +74,7 @@ def test_mixed_settings_make_pairs_of_their_own(write_run: WriteRun, tmp_path: P
 
 def test_a_setting_that_no_run_has_is_refused(write_run: WriteRun, tmp_path: Path) -> None:
     write_run(0, {"finetune": 90.0})
-    with pytest.raises(UserError, match=r"--by recipe\.rl: no run has this setting; there are .*recipe\.lr"):
+    with pytest.raises(UserError, match=r"--by recipe\.rl: no run has this setting; did you mean recipe\.lr"):
         groups_of(tmp_path / "runs", by=("recipe.rl",))
 
 

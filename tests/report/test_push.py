@@ -14,7 +14,7 @@ from rethink_prune.report.__main__ import main
     ("words", "message"),
     [
         ((), "--push: these runs name no tracker; name one of wandb, trackio, mlflow: --tracker wandb"),
-        (("--tracker", "wandbb"), "--tracker wandbb: no such tracker; there are wandb, trackio, mlflow"),
+        (("--tracker", "wandbb"), "--tracker wandbb: no such tracker; did you mean wandb?"),
     ],
 )
 def test_it_has_to_be_clear_where_to(

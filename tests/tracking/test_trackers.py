@@ -476,7 +476,7 @@ def test_a_package_that_is_missing_is_said_with_how_to_get_it(
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ("[wandbb]", "tracker=[wandbb]: wandbb: no such tracker; there are wandb, trackio, mlflow, or your own"),
+        ("[wandbb]", "tracker=[wandbb]: wandbb: no such tracker (your own: path.to.module:Class); did you mean wandb?"),
         ("[wandb,wandb]", "tracker=[wandb, wandb]: a tracker is named twice"),
         ("wandb", "tracker=wandb: must be a list"),
     ],

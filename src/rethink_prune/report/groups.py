@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, TypeVar
 
-from rethink_prune.errors import UserError
+from rethink_prune.errors import UserError, suggestion
 from rethink_prune.report.records import RunRecord, StudyRecord, TrainingRecord, printable, value_text
 from rethink_prune.text import dotted_items
 
@@ -87,7 +87,7 @@ def group_runs(runs: Sequence[RunRecord], *, by: Sequence[str] = (), mix: bool =
     known = {name for run in runs for name in recorded_settings(run)} if by else set()
     unknown = [name for name in by if name not in known]
     if unknown:
-        raise UserError(f"--by {unknown[0]}: no run has this setting; there are {', '.join(sorted(known))}")
+        raise UserError(f"--by {unknown[0]}: no run has this setting; {suggestion(unknown[0], sorted(known))}")
     found: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
         study, settings = run.study, recorded_settings(run) if by else {}

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rethink_prune.config import TRACKERS
-from rethink_prune.errors import UserError
+from rethink_prune.errors import UserError, suggestion
 from rethink_prune.report.gather import GatheredRuns
 from rethink_prune.report.records import RunRecord
 from rethink_prune.store.metrics import read_metrics
@@ -60,7 +60,7 @@ def _chosen(names: Sequence[str]) -> Sequence[str]:
         )
     for name in names or TRACKERS[:1]:
         if name not in TRACKERS and ":" not in name:
-            raise UserError(f"--tracker {name}: no such tracker; there are {', '.join(TRACKERS)}")
+            raise UserError(f"--tracker {name}: no such tracker; {suggestion(name, TRACKERS)}")
         if missing_trackers([name]):
             install = f'pip install "rethink-prune[{name}]"'
             raise UserError(f"--tracker {name}: is not installed; {install}")
