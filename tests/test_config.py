@@ -10,7 +10,7 @@ import pytest
 from harness import configure
 from rethink_prune.errors import UserError
 from rethink_prune.files import conf_dir
-from rethink_prune.study.arms import ARMS
+from rethink_prune.study.arms import ARMS, arm_form
 
 EXPERIMENTS = sorted(path.stem for path in (Path(conf_dir()) / "experiment").glob("*.yaml"))
 
@@ -57,7 +57,7 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
         (["recipe.milestones=[inf]"], "must be a finite number"),
         (["+model.args.num_classes=3"], "num_classes comes from the data set"),
         (["dataset.image_size=100000000"], "dataset.image_size=100000000: must be less than or equal to 4096"),
-        (["arms=[foo]"], f"arms=[foo]: no arm foo; there are {', '.join(ARMS)}"),
+        (["arms=[foo]"], f"arms=[foo]: no arm foo; known are {', '.join(map(arm_form, ARMS))}"),
         (["arms=[finetune,finetune]"], "finetune is named twice"),
         (["recipe.epochs=0"], "recipe.epochs=0: must be greater than or equal to 1"),
         (["recipe.batch_size=0"], "recipe.batch_size=0: must be greater than or equal to 1"),

@@ -29,10 +29,10 @@ class Sleeper(nn.Module):
 
 def test_networks_take_turns_and_every_round_gives_one_number_each() -> None:
     calls: list[str] = []
-    slow, fast = Sleeper("slow", 0.08, calls), Sleeper("fast", 0.04, calls)
+    slow, fast = Sleeper("slow", 0.16, calls), Sleeper("fast", 0.04, calls)
     times = time_passes({"slow": slow, "fast": fast}, torch.zeros(1), rounds=3)
     assert [len(times["slow"]), len(times["fast"])] == [3, 3]
-    assert all(0.08 <= seconds < 0.16 for seconds in times["slow"])
+    assert all(0.16 <= seconds < 0.32 for seconds in times["slow"])
     assert all(
         0.04 <= seconds < slow_seconds for seconds, slow_seconds in zip(times["fast"], times["slow"], strict=True)
     )

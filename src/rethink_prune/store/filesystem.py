@@ -42,7 +42,7 @@ def check_file_system(folder: Path) -> None:
     --------
     >>> with TemporaryDirectory() as folder:
     ...     check_file_system(Path(folder))
-    ...     os.listdir(folder)
+    ...     list(Path(folder).iterdir())
     []
     """
     # A name with a dot is not listed as a stage.
