@@ -182,7 +182,9 @@ def smaller(words: list[str], *, first_page: bool) -> list[str]:
         not first_page and any(map(BIG.match, words[words.index("rethink_prune") + 1 :]))
     ):
         return [*(word for word in words if word != "dry_run=true"), "dry_run=true"]
-    return words + [option for option in SMALL if "dataset=folder" not in words or not option.startswith("dataset.")]
+    # The stand-ins for these sets are small already.
+    has_own_images = not {"dataset=folder", "dataset=huggingface"}.isdisjoint(words)
+    return words + [option for option in SMALL if not (has_own_images and option.startswith("dataset."))]
 
 
 def check_board(words: list[str], folder: Path, environment: dict[str, str]) -> None:

@@ -115,8 +115,8 @@ def check_hydra_keys(node: DictConfig, path: str = "hydra") -> None:
     rethink_prune.errors.UserError: hydra.job.chdri: unknown key; did you mean chdir?
     """
     kind = OmegaConf.get_type(node)
-    # Hydra's group hydra/env is in no class.
-    known = [*(field.name for field in fields(kind)), "env"] if is_dataclass(kind) else None
+    # A class without fields, as some launchers have, says nothing of its keys. Hydra's group hydra/env is in no class.
+    known = [*(field.name for field in fields(kind)), "env"] if is_dataclass(kind) and fields(kind) else None
     for key, value in node.items_ex(resolve=False):
         name = str(key)
         if known is not None and name not in known:
