@@ -3,12 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any
 
 from rethink_prune.config import DatasetConfig, StudyConfig
 from rethink_prune.data import describe_dataset, eval_batches, load_dataset
@@ -16,11 +11,10 @@ from rethink_prune.detection.batches import TestPictures
 from rethink_prune.detection.load import load_detection
 from rethink_prune.detection.task import AP, average_precision
 from rethink_prune.errors import UserError
-from rethink_prune.files import conf_dir
 from rethink_prune.finished.load import Factory, detector_of, load_model, read_config
 from rethink_prune.store.stage import Stage
 from rethink_prune.store.store import Store
-from rethink_prune.study.compose_errors import composition_error
+from rethink_prune.study.compose import compose_shipped
 from rethink_prune.study.prepare import check_config
 from rethink_prune.training.evaluate import evaluate
 from rethink_prune.training.runtime import Runtime, describe_device
@@ -167,17 +161,10 @@ def _compose_part(part: str, example: str, overrides: Sequence[str], option: str
             raise UserError(f"{option} {override}: only the {what} can be set: {part}=..., {part}.root=...")
     if not {part, f"{part}.name"} & set(keys):
         raise UserError(f"{option}: name the {what} first: {part}={example}, say")
-    return compose_shipped(overrides, option)
-
-
-def compose_shipped(overrides: Sequence[str] = (), option: str = "") -> StudyConfig:
-    """Compose the shipped configuration; arguments and errors as of `compose_dataset`, but for any overrides."""
     try:
-        with initialize_config_dir(conf_dir(), version_base="1.3"):
-            tree = compose("config", overrides=list(overrides))
-        plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{option} {composition_error(error, overrides)}".lstrip()) from None
+        plain, _ = compose_shipped(overrides)
+    except UserError as error:
+        raise UserError(f"{option} {error}") from None
     return check_config(plain)
 
 

@@ -13,10 +13,11 @@ from rethink_prune.config import DatasetConfig, RecipeConfig, StudyConfig, parse
 from rethink_prune.data import describe_dataset
 from rethink_prune.errors import UserError, first_line
 from rethink_prune.files import SUMMARY_FILE
-from rethink_prune.finished.evaluate import compose_dataset, compose_shipped, fit_images
+from rethink_prune.finished.evaluate import compose_dataset, fit_images
 from rethink_prune.finished.load import run_stages, single_stage
 from rethink_prune.pruning import Pruner, find_pruner
 from rethink_prune.store.stage import Stage
+from rethink_prune.study.compose import Study
 from rethink_prune.surgery.architecture import Architecture
 
 # Options that say how much goes; a scan says it itself.
@@ -69,7 +70,7 @@ def scan_source(folder: Path, *, pruner: str | None, dataset: Sequence[str], lim
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    config = compose_dataset(dataset, _DATASET) if dataset else compose_shipped()
+    config = compose_dataset(dataset, _DATASET) if dataset else Study().config
     if (folder / SUMMARY_FILE).is_file():
         settings = _read_settings(folder)
         options = _pruner_options(folder, settings, pruner)

@@ -1,6 +1,6 @@
 """A study in Python: composed from overrides as the command line composes it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, cast
 
@@ -48,21 +48,8 @@ class Study:
     """
 
     def __init__(self, overrides: Mapping[str, Any] | None = None) -> None:
-        arguments = [f"{key}={override_text(value)}" for key, value in (overrides or {}).items()]
-        # A program with a Hydra of its own, or a job of one, keeps it: it is put back at the end.
-        outer = GlobalHydra.instance().hydra
-        GlobalHydra.instance().clear()
-        try:
-            with initialize_config_dir(conf_dir(), version_base="1.3"):
-                tree = compose("config", overrides=arguments, return_hydra_config=True)
-            self.experiment: str | None = tree.hydra.runtime.choices.get("experiment")
-            tree = OmegaConf.masked_copy(tree, [str(name) for name in tree if name != "hydra"])
-            plain = OmegaConf.to_container(tree, resolve=True)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise composition_error(error, arguments) from error
-        finally:
-            GlobalHydra.instance().hydra = outer
-        self.config = check_config(cast(dict[str, Any], plain))
+        plain, self.experiment = compose_shipped([f"{key}={override_text(v)}" for key, v in (overrides or {}).items()])
+        self.config = check_config(plain)
 
     def plan(self) -> dict[str, Any]:
         """Return the content of ``plan.json``: the networks, and what every arm will train; nothing is trained.
@@ -80,6 +67,35 @@ class Study:
         """
         _, _, content = prepare_study(self.config).full_plan()
         return content
+
+
+def compose_shipped(arguments: Sequence[str] = ()) -> tuple[dict[str, Any], str | None]:
+    """Compose the shipped configuration with overrides; return it as plain values, and the choice of ``experiment``.
+
+    Raises
+    ------
+    UserError
+        If there is no such group, choice or key.
+
+    Examples
+    --------
+    >>> plain, experiment = compose_shipped(["model=vgg11"])
+    >>> plain["model"]["name"], experiment
+    ('vgg11', None)
+    """
+    # A program with a Hydra of its own, or a job of one, keeps it: it is put back at the end.
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(conf_dir(), version_base="1.3"):
+            tree = compose("config", overrides=list(arguments), return_hydra_config=True)
+        experiment = tree.hydra.runtime.choices.get("experiment")
+        tree = OmegaConf.masked_copy(tree, [str(name) for name in tree if name != "hydra"])
+        return cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True)), experiment
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise composition_error(error, arguments) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def override_text(value: Any) -> str:
