@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from rethink_prune.training.interrupts import Interrupts
 
 # The networks are too small for two threads to help, and threads that wait for each other suffer from any other load.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

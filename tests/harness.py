@@ -208,7 +208,6 @@ def _run_module(words: Sequence[str], folder: Path, environment: dict[str, str],
         os.dup2(descriptor, stream)
     os.chdir(folder)
     os.environ.update(environment)
-    torch.set_num_threads(1)
     # As `python -m` does, before the module is run: its folder comes first.
     sys.path.insert(0, str(folder))
     sys.argv = list(words)

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -31,11 +30,9 @@ CPU = torch.device("cpu")
 
 
 def benchmark(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    # One thread: two that wait for each other suffer from any other load.
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -243,10 +240,7 @@ def gpu() -> ModuleType:
 
 
 @pytest.mark.slow
-def test_trainings_at_once_are_as_long_as_the_slowest_in_every_epoch(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_trainings_at_once_are_as_long_as_the_slowest_in_every_epoch(gpu: ModuleType) -> None:
     training = gpu.Training("resnet20", "cpu", "fp32", "auto", epochs=2, steps=1)
     seconds = gpu.run_together(training, 2)
     assert len(seconds) == 2, "the epoch before does not count"

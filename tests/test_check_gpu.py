@@ -189,7 +189,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(ROOT / "scripts/check_gpu.sh"), *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHON": sys.executable},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -32,7 +32,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     for tool in tools.iterdir():
         tool.chmod(0o755)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.mark.slow

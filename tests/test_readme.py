@@ -139,9 +139,8 @@ def run(words: Sequence[str], folder: Path, *, environment: dict[str, str]) -> N
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    ours = {"PYTHONPATH": os.pathsep.join([".", *sys.path]), "OMP_NUM_THREADS": "1"}
-    tables = str(tmp_path_factory.mktemp("tables"))
-    return {**os.environ, **ours, "HF_DATASETS_CACHE": tables, "HF_HUB_OFFLINE": "1"}
+    path, tables = os.pathsep.join([".", *sys.path]), str(tmp_path_factory.mktemp("tables"))
+    return {**os.environ, "PYTHONPATH": path, "HF_DATASETS_CACHE": tables, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,6 @@ def started(folder: Path, *arguments: str, change: str | None = None, processes:
             **os.environ,
             "CHANGE": change or "",
             "PYTHONPATH": os.pathsep.join([".", *sys.path]),
-            "OMP_NUM_THREADS": "1",
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -111,8 +111,6 @@ def test_a_damaged_image_ends_the_study_and_once_repaired_it_goes_on(
 
 KILLER = """
     import os, signal, sys
-    import torch
-    torch.set_num_threads(1)
     from rethink_prune.training.step import PlainStep
     from rethink_prune.__main__ import main
     victim, count = sys.argv.pop(1), int(sys.argv.pop(1))

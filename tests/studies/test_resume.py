@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,8 +22,6 @@ IN_ROUNDS = [*ARGUMENTS, "arms=[lottery]", "rewind.epoch=1", "pruner.rounds=2", 
 # Runs the command line with something that kills it inserted at a given point.
 KILLER = """
     import os, signal, sys
-    import torch
-    torch.set_num_threads(1)
     import rethink_prune.files, rethink_prune.store.stage
     import rethink_prune.training.checkpoint, rethink_prune.training.step
     from rethink_prune.__main__ import main
@@ -163,7 +160,6 @@ def test_a_signal_ends_a_multirun(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.rglob("metrics.csv")):

@@ -416,8 +416,6 @@ def test_a_dry_run_plans_the_detectors(finished: dict[str, Any], tmp_path: Path)
 # Kills itself as a detector's training makes a given step.
 KILLER = """
     import os, signal, sys
-    import torch
-    torch.set_num_threads(1)
     from rethink_prune.__main__ import main
     from rethink_prune.detection.task import _DetectorStep
 
@@ -481,7 +479,7 @@ def test_two_processes_train_all_detectors(tmp_path: Path) -> None:
             *("-m", "rethink_prune", *TINY, "hydra.run.dir=run"),
         ],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=240,

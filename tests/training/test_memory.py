@@ -30,7 +30,6 @@ EPOCHS = """
     from rethink_prune.training.schedule import OptimizerSpec
     from rethink_prune.training.train import train
 
-    torch.set_num_threads(1)
     cpu = torch.device("cpu")
     pixels = torch.randint(0, 256, (70, 8, 8, 3), dtype=torch.uint8)
     images = ImageArray(pixels, torch.arange(70) % 10)
