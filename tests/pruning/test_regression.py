@@ -213,10 +213,10 @@ def test_the_pruned_network_is_the_reconstructed_one_with_channels_masked(
 ) -> None:
     model = build_model(network)
     if network == "vgg11":  # narrower, and so quicker
-        target = regression(ratio=0.875).target(model, EXAMPLE)
-        model = target.cut(model, Choice({group.name: range(group.size * 7 // 8) for group in target.groups})).model
+        target = regression(ratio=0.9375).target(model, EXAMPLE)
+        model = target.cut(model, Choice({group.name: range(group.size * 15 // 16) for group in target.groups})).model
     model = randomised_norms(model)
-    data = batches(64 if network == "vgg11" else 12, dtype=torch.float64)
+    data = batches(32 if network == "vgg11" else 12, dtype=torch.float64)
     pruner = regression(ratio=0.5, positions_per_image=25)
     target = pruner.target(model, EXAMPLE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -302,7 +302,7 @@ def test_channels_that_a_norm_hardly_scales_do_not_make_up_for_a_shortcut() -> N
 
 def test_the_same_seed_gives_the_same_network() -> None:
     model, data = build_model("resnet20"), batches()
-    pruner = regression(ratio={"layer3.*": 0.5}, images=20)
+    pruner = regression(ratio={"layer3.2.*": 0.5}, images=20)
     target = pruner.target(model, EXAMPLE)
     first, second, other = (
         pruner.prune(model, target, data=data, generator=generator(seed)).model.state_dict() for seed in (0, 0, 1)

@@ -52,10 +52,10 @@ def test_pruned_equals_masked(name: str) -> None:
 @pytest.mark.parametrize("pruner", sorted(set(PRUNERS) - {"sss", "guided"}))
 def test_pruners_cut_what_is_free_and_list_what_is_not(pruner: str) -> None:
     model = build("resnet10t").float()
-    data = [(torch.randn(16, *IMAGE), torch.zeros(16, dtype=torch.int64)) for _ in range(4)]
+    data = [(torch.randn(16, *IMAGE), torch.zeros(16, dtype=torch.int64)) for _ in range(2)]
     options: dict[str, Any] = NEW_SIZES.get(pruner, {})
     of_weights = issubclass(PRUNERS[pruner], WeightPruner)
-    skip = {} if of_weights else {"skip": ["layer4.*"]}  # its channels are more than there are samples
+    skip = {} if of_weights else {"skip": ["layer[34].*"]}  # wide: they take long, and more samples than there are
     result = prune(model, pruner, example=data[0][0][:1], data=data, ratio=0.3, **skip, **options)
     assert result.model(data[0][0]).shape == (16, 5)
     assert sum(layer.kept for layer in result.report.layers) < sum(layer.full for layer in result.report.layers)
