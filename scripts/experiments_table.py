@@ -62,7 +62,9 @@ def told_apart(results: Path) -> list[str]:
 
 def cells(folder: Path, dataset: str, row: ResultRow) -> list[str]:
     link = f"[{folder.name}]({folder.name}/README.md)"
-    return [link, dataset, row.network, row.pruned_by, str(len(row.seeds)), *accuracies(row), difference(row)]
+    finished = row.arm("finetune")
+    n = str(finished.top1.n if finished is not None and finished.top1 is not None else 0)
+    return [link, dataset, row.network, row.pruned_by, n, *accuracies(row), difference(row)]
 
 
 def accuracies(row: ResultRow) -> Iterator[str]:

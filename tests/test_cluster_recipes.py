@@ -60,6 +60,26 @@ def test_a_task_of_the_array_runs_its_line_saves_before_its_time_limit_and_goes_
     assert epochs == [str(epoch) for epoch in range(1, 41)]
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (["studies.txt"], "studies.txt has no line 8 for task 7"),
+        (["nowhere.txt"], "nowhere.txt has no line 8 for task 7"),
+        ([], "give the file with the studies"),
+    ],
+)
+def test_a_task_of_the_array_without_a_line_runs_nothing(
+    file: list[str], said: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    (tmp_path / "studies.txt").write_text("dry_run=true\n")
+    task = {**environment, "SLURM_ARRAY_TASK_ID": "7"}
+    words = ["bash", str(RECIPES / "array.sbatch"), *file]
+    done = subprocess.run(words, cwd=tmp_path, env=task, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 def test_one_study_on_two_machines(tmp_path: Path, environment: dict[str, str]) -> None:
     with socket.socket() as free:

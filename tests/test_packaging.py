@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,20 @@ def test_the_version_is_that_of_a_tag_and_a_stated_one_without(tmp_path: Path) -
     assert version().startswith("0.2.0.dev1+g")
     git("tag", "v7.1.0", "-m", "a release")
     assert version() == "7.1.0"
+
+
+def test_every_extra_that_is_told_to_be_installed_exists_as_it_is_spelled() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    # pip of Python 3.11 finds an extra by its normalised name alone.
+    assert [name for name in extras if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)] == []
+    folders = ("src", "conf", "experiments", "scripts")
+    files = [ROOT / "README.md", *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
+    texts = [file.read_text() for file in files if file.suffix in (".py", ".md", ".yaml", ".sh", ".ipynb")]
+    told = {
+        name for text in texts for found in re.findall(r"rethink-prune\[([\w,-]+)\]", text) for name in found.split(",")
+    }
+    assert told
+    assert told <= extras.keys()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from rethink_prune.cost import Cost, count_cost
     from rethink_prune.finished.load import load_model
     from rethink_prune.models import build_model
@@ -13,7 +14,17 @@ if TYPE_CHECKING:
     from rethink_prune.study.compose import Study
     from rethink_prune.study.run import run_study
 
-__all__ = ["Cost", "PruneResult", "Study", "build_model", "count_cost", "load_model", "prune", "run_study"]
+__all__ = [
+    "Cost",
+    "PruneResult",
+    "Study",
+    "__version__",
+    "build_model",
+    "count_cost",
+    "load_model",
+    "prune",
+    "run_study",
+]
 
 # Imported on first use, so that the command line answers before torch is loaded.
 _MODULES = {
@@ -29,6 +40,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("rethink-prune")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)

@@ -60,6 +60,8 @@ def _export(options: argparse.Namespace, factory: Callable[..., Any] | None) -> 
     stage = load.single_stage(options.stage)
     if options.onnx is not None and load.detector_of(stage) is not None:
         raise UserError(f"--onnx: {stage.name} is a detector; only classifiers are written as ONNX")
+    if options.onnx is not None:
+        export.check_onnx_packages()
     folder = options.out or Path("export") / stage.name
     export.export_stage(stage, folder, factory)
     print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")

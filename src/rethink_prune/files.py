@@ -28,6 +28,21 @@ def conf_dir() -> str:
     return str(shipped if shipped.is_dir() else package.parents[1] / "conf")
 
 
+def check_folder(path: Path, option: str) -> None:
+    """Raise `UserError`, in which `option` is named, if there cannot be a folder at `path`, since a file is in the way.
+
+    Examples
+    --------
+    >>> with tempfile.NamedTemporaryFile(dir=".", prefix="file-") as file:
+    ...     check_folder(Path(file.name) / "runs", "hydra.run.dir=file/runs")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    rethink_prune.errors.UserError: hydra.run.dir=file/runs: ...file-... is a file; name a folder
+    """
+    existing = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
+    if existing.is_file():
+        raise UserError(f"{option}: {existing} is a file; name a folder")
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write `content` to a temporary file beside `path`, sync it to the disk, and rename it to `path`.
 

@@ -26,6 +26,7 @@ from harness import SMALL, command
         (["device=cuda:9"], ["device=cuda:9: no such CUDA device"]),
         (["dataset=folder", "dataset.root=nowhere"], ["nowhere: no such folder; expected train/"]),
         (["store.root=a_file"], ["a_file: cannot be written"]),
+        (["hydra.run.dir=a_file"], ["hydra.run.dir=a_file: a_file is a file; name a folder"]),
     ],
 )
 def test_wrong_input_ends_with_status_1_and_its_message_alone(
@@ -40,7 +41,7 @@ def test_wrong_input_ends_with_status_1_and_its_message_alone(
     for text in message:
         assert text in result.stderr
     assert (tmp_path / "a_file").read_text() == "precious"
-    assert not (tmp_path / "store").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"], "nothing is left behind"
 
 
 @pytest.mark.parametrize("sign", ["", "+"])

@@ -208,6 +208,12 @@ def test_images_may_lie_beside_their_table(make_folder: MakeFolder, tmp_path: Pa
     assert load(root).fingerprint == folder.fingerprint
 
 
+def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").touch()
+    assert refusal(tmp_path / "train.parquet").startswith("dataset.path=PATH: is a file; give the name of a set")
+    assert refusal(tmp_path / "nowhere").startswith("dataset.path=PATH: no such folder; give the name of a set")
+
+
 def test_splits_and_columns_are_chosen_by_name(make_folder: MakeFolder, tmp_path: Path) -> None:
     path = to_parquet(make_folder(), tmp_path / "parquet")
     shutil.copy(path / "train-00000-of-00001.parquet", path / "validation-00000-of-00001.parquet")

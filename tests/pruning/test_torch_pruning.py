@@ -108,6 +108,8 @@ def test_groups_of_a_convolution_go_whole() -> None:
         ("l1", {}, "no such importance; known are ActivationImportance, BNScaleImportance"),
         ("OBDCImportance", {}, "needs hooks of Torch-Pruning's own pruner"),
         ("FPGMImportance", {"q": 1}, r"importance_args={'q': 1}: FPGMImportance takes p, group_reduction, normalizer"),
+        ("MagnitudeImportance", {"p": "a"}, r"importance_args={'p': 'a'}: MagnitudeImportance cannot score with them"),
+        ("TaylorImportance", {"group_reduction": "firrst"}, r"cannot score with them \(NotImplementedError\)"),
         ("RandomImportance", {"p": 1}, "RandomImportance takes none"),
     ],
 )
@@ -115,7 +117,7 @@ def test_a_wrong_importance_is_told_before_any_training(
     importance: str, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        make_importance(importance, arguments)
+        pruned(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), importance, arguments)
 
 
 def test_a_group_that_an_importance_cannot_score_is_named() -> None:
@@ -140,6 +142,6 @@ def test_padded_shortcuts_go_with_our_cut_and_not_with_its_own() -> None:
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(
-        UserError, match=r'needs torch-pruning; install it with pip install "rethink-prune\[torch_pruning\]"'
+        UserError, match=r'needs torch-pruning; install it with pip install "rethink-prune\[torch-pruning\]"'
     ):
         make_importance("MagnitudeImportance", {})

@@ -86,6 +86,17 @@ def test_a_run_made_twice_is_counted_once(write_run: WriteRun, tmp_path: Path) -
     assert "seed 0: runs/copy, runs/run0 hold the same run; it is counted once" in group.notes
 
 
+def test_a_run_that_was_stopped_before_it_pruned_takes_nothing_from_the_one_that_went_on(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    write_run(0, {}, ledger={})
+    write_run(0, {"large": 91.0, "finetune": 90.0})
+    (group,) = groups_of(tmp_path / "runs")
+    (run,) = group.runs
+    assert run.study.ledger.macs_reference == 1000
+    assert run.trained["finetune"].top1 == 90.0
+
+
 def test_arms_added_later_complete_a_run(write_run: WriteRun, tmp_path: Path) -> None:
     write_run(0, {"large": 91.0, "finetune": "diverged"}, arms=["finetune"])
     write_run(0, {"large": 91.0, "finetune": 90.0}, arms=["finetune"])

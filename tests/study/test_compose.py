@@ -64,6 +64,17 @@ def test_what_cannot_be_composed_is_one_line(overrides: dict[str, Any], message:
     assert not GlobalHydra.instance().is_initialized()
 
 
+def test_what_is_no_study_and_what_is_no_folder_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("precious")
+    with pytest.raises(UserError, match=r"Study: takes a mapping, .* and not \['seed=1'\]"):
+        Study(["seed=1"])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"run_study: takes a Study, .* and not {'seed': 1}"):
+        run_study({"seed": 1}, tmp_path / "run")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"run_dir=.*/a_file/run: .*/a_file is a file; name a folder"):
+        run_study(Study(), tmp_path / "a_file/run")
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
 def test_a_program_that_uses_hydra_itself_keeps_its_own(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("answer: 42\n")
     with initialize_config_dir(str(tmp_path), version_base="1.3"):

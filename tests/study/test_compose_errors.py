@@ -35,6 +35,8 @@ def answer(*overrides: str) -> str:
         ("+budget=paper", "+budget=paper: leave out the sign before budget: budget=paper"),
         ("+pruner.ratio=0.3", "+pruner.ratio=0.3: leave out the sign before pruner.ratio: pruner.ratio=0.3"),
         ("model.args.width=64", "model.args.width=64: is in no file yet, and needs a sign: +model.args.width=64"),
+        ("dataset.path=photos", "dataset.path: is a key of dataset=huggingface alone"),
+        ("pruner.positions_per_image=5", "pruner.positions_per_image: is a key of pruner=regression alone"),
         ("hydra.job.chdri=true", "hydra.job.chdri: unknown key; did you mean chdir?"),
         ("+hydra.job.chdri=true", "hydra.job.chdri: unknown key; did you mean chdir?"),
         ("pruner.ratio=[0.3", "pruner.ratio=[0.3: cannot be read: no viable alternative at input '[0.3'"),

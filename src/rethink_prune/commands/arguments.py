@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rethink_prune.errors import UserError
+from rethink_prune.files import check_folder
 
 # launcher=...: the package with Hydra's plugin, and the extra of this package that brings it.
 _PLUGINS = {
@@ -24,7 +25,7 @@ def check_arguments(arguments: Sequence[str], conf: Path) -> None:
     Raises
     ------
     UserError
-        If nothing is chosen from a group, or a launcher that is not there.
+        If nothing is chosen from a group, a launcher that is not there, or a file as the folder of a run.
 
     Examples
     --------
@@ -38,6 +39,8 @@ def check_arguments(arguments: Sequence[str], conf: Path) -> None:
         group, separator, choice = argument.partition("=")
         if separator and not group:
             raise UserError(f"{argument}: there is no key before the =")
+        if group in ("hydra.run.dir", "hydra.sweep.dir"):
+            check_folder(Path(choice), argument)
         # Hydra takes these for a value; of a word that is no choice it says so.
         if separator and re.fullmatch(r"null|true|false|[\d.]*", choice) and (conf / group).is_dir():
             choices = ", ".join(sorted(file.stem for file in (conf / group).glob("*.yaml")))

@@ -7,9 +7,10 @@ Hydra ends a multirun with the error of the first job that failed. Here a job wr
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def record_outcome(run: HydraConf) -> Iterator[dict[str, Any]]:
         try:
             yield {}
         except UserError as error:
+            _remove_unused(Path(run.runtime.output_dir))
             raise Refused(error) from error.__cause__
         return
     folder = Path(run.runtime.output_dir)
@@ -99,6 +101,15 @@ def record_outcome(run: HydraConf) -> Iterator[dict[str, Any]]:
         folder, run.job.num, list(run.overrides.task), **({"deaths": deaths} if deaths else {})
     ) as outcome:
         yield outcome
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a run folder below the current one, and folders that this leaves empty, if only Hydra wrote to it."""
+    if Path.cwd() in folder.parents and {path.name for path in folder.iterdir()} <= {".hydra", "rethink_prune.log"}:
+        shutil.rmtree(folder)
+        with suppress(OSError):  # of the first that holds something else
+            for parent in folder.relative_to(Path.cwd()).parents[:-1]:
+                parent.rmdir()
 
 
 def _count_deaths(folder: Path) -> int:

@@ -70,6 +70,12 @@ def _make_export_folder(folder: Path, name: str) -> None:
         raise UserError(f"{folder}: holds something else already; name another folder with --out")
 
 
+def check_onnx_packages() -> None:
+    """Raise `UserError` if a package that writing ONNX needs is not installed."""
+    if missing := [name for name in _ONNX_PACKAGES if find_spec(name) is None]:
+        raise UserError(f"--onnx needs {', '.join(missing)}: pip install 'rethink-prune[onnx]'")
+
+
 def export_onnx(model: nn.Module, image_shape: Sequence[int], path: Path) -> float:
     """Write a network as ONNX, for batches of any size, and compare it with torch on one of eight random images.
 
@@ -93,8 +99,7 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], path: Path) -> flo
         If a package is missing, the network cannot be written as ONNX, or computes something else there. No file is
         written then.
     """
-    if missing := [name for name in _ONNX_PACKAGES if find_spec(name) is None]:
-        raise UserError(f"--onnx needs {', '.join(missing)}: pip install 'rethink-prune[onnx]'")
+    check_onnx_packages()
     # An extra of this package: it may not be installed.
     import onnxruntime
 

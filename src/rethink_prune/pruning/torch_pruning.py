@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from rethink_prune.config import ChannelOptions, Count
-from rethink_prune.errors import UserError, suggestion
+from rethink_prune.errors import UserError, first_line, suggestion
 from rethink_prune.pruning.channel_pruner import ChannelPruner, ChannelTarget, Groups, Scores
 from rethink_prune.pruning.gradients import copy_for_gradients, losses_of_batches
 from rethink_prune.pruning.pruner import Batches, PruneResult
@@ -48,7 +48,7 @@ class TorchPruning(ChannelPruner[TorchPruningOptions]):
 
     :source: Fang et al. 2023
     :goes: channels
-    :by: any importance of Torch-Pruning (`pip install "rethink-prune[torch_pruning]"`)
+    :by: any importance of Torch-Pruning (`pip install "rethink-prune[torch-pruning]"`)
     """
 
     name = "torch_pruning"
@@ -58,7 +58,7 @@ class TorchPruning(ChannelPruner[TorchPruningOptions]):
 
     def target(self, model: nn.Module, example: torch.Tensor, network: str | None = None) -> ChannelTarget:
         """Check the importance before anything is trained, and find the groups that may be pruned."""
-        make_importance(self.options.importance, self.options.importance_args)
+        _try_arguments(self.options.importance, self.options.importance_args)
         return super().target(model, example, network)
 
     def may_touch(self, group: ChannelGroup) -> bool:
@@ -72,27 +72,20 @@ class TorchPruning(ChannelPruner[TorchPruningOptions]):
         images = FirstImages(data, self.options.images)
         copy = copy_for_gradients(model, images.device)
         _leave_traces(copy, images, importance)
-        example = next(iter(images))[:1].to(next(copy.parameters()))
-        graph = _package().DependencyGraph().build_dependency(copy, example_inputs=example)
+        graph = _dependencies(copy, images)
         scores = {}
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             for group in groups:
                 layer = group.layers[0]
-                module = copy.get_submodule(layer)
-                prune_outputs = graph.get_pruner_of_module(module).prune_out_channels
-                channels = list(range(graph.get_out_channels(module)))
                 try:
-                    values = importance(graph.get_pruning_group(module, prune_outputs, channels))
-                    problem = "it finds nothing to score by"
-                except (IndexError, RuntimeError) as error:
-                    values, problem = None, str(error)
-                if values is None:
+                    values = _score(importance, graph, copy.get_submodule(layer))
+                except ValueError as error:
+                    instead = "" if self.options.scope == "inner" else ", or pruner.scope=inner"
                     raise UserError(
-                        f"pruner.importance={name}: Torch-Pruning has no scores for {layer} ({problem}); "
-                        "try another importance, or pruner.scope=inner"
-                    )
-                values = values.detach().double().cpu()
+                        f"pruner.importance={name}: Torch-Pruning has no scores for {layer} ({error}); "
+                        f"try another importance{instead}"
+                    ) from error
                 scores[group.name] = torch.stack([values[list(unit[layer])].sum() for unit in group.units])
         return scores
 
@@ -142,12 +135,48 @@ def make_importance(name: str, arguments: Mapping[str, Any] | None = None) -> An
         raise UserError(f"pruner.importance_args={arguments}: {name} takes {taken}") from None
 
 
+def _try_arguments(name: str, arguments: Mapping[str, Any] | None) -> None:
+    """Score a small network: wrong values of arguments are noticed only then."""
+    importance = make_importance(name, arguments)
+    if not arguments:
+        return
+    images = FirstImages([(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))], 2)
+    with torch.random.fork_rng(devices=()):
+        layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(4, 2)
+        copy = copy_for_gradients(nn.Sequential(*layers), images.device)
+        _leave_traces(copy, images, importance)
+        try:
+            _score(importance, _dependencies(copy, images), copy.get_submodule("0"))
+        except ValueError as error:
+            raise UserError(f"pruner.importance_args={arguments}: {name} cannot score with them ({error})") from error
+
+
+def _dependencies(copy: nn.Module, images: FirstImages) -> Any:
+    """Return Torch-Pruning's graph of a network."""
+    example = next(iter(images))[:1].to(next(copy.parameters()))
+    return _package().DependencyGraph().build_dependency(copy, example_inputs=example)
+
+
+def _score(importance: Any, graph: Any, layer: nn.Module) -> torch.Tensor:
+    """Return the importance of a layer's outputs, float64; a `ValueError` says why there is none."""
+    prune_outputs = graph.get_pruner_of_module(layer).prune_out_channels
+    channels = list(range(graph.get_out_channels(layer)))
+    try:
+        values = importance(graph.get_pruning_group(layer, prune_outputs, channels))
+    except Exception as error:  # importances raise what they run into
+        raise ValueError(first_line(error) or type(error).__name__) from error
+    if values is None:
+        raise ValueError("it finds nothing to score by")
+    scores: torch.Tensor = values.detach().double().cpu()
+    return scores
+
+
 def _package() -> ModuleType:
     """Import Torch-Pruning: late, for it takes seconds."""
     try:
         import torch_pruning
     except ModuleNotFoundError:
-        install = 'pip install "rethink-prune[torch_pruning]"'
+        install = 'pip install "rethink-prune[torch-pruning]"'
         raise UserError(f"pruner.name=torch_pruning: needs torch-pruning; install it with {install}") from None
     return torch_pruning
 

@@ -162,7 +162,9 @@ def _merge_two(first: RunRecord, second: RunRecord) -> RunRecord:
 
     entries = merge(first.trained, second.trained)
     arms = tuple(dict.fromkeys((*first.study.arms, *second.study.arms)))
-    study = first.study.model_copy(update={"arms": arms})
+    # One that was stopped before it pruned has no ledger.
+    ledger = second.study.ledger if first.study.ledger.macs_reference is None else first.study.ledger
+    study = first.study.model_copy(update={"arms": arms, "ledger": ledger})
     if not study.transfer and second.study.transfer:
         settings = {**(study.settings or {}), "transfer": second.study.transfer}
         study = study.model_copy(update={"settings": settings})

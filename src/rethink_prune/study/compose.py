@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rethink_prune.errors import UserError
 from rethink_prune.files import conf_dir
 from rethink_prune.study.compose_errors import composition_error
 from rethink_prune.study.prepare import check_config, prepare_study
@@ -48,6 +49,8 @@ class Study:
     """
 
     def __init__(self, overrides: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(overrides, Mapping | None):
+            raise UserError(f"Study: takes a mapping, such as {{'pruner.ratio': 0.3}}, and not {overrides!r}")
         plain, self.experiment = compose_shipped([f"{key}={override_text(v)}" for key, v in (overrides or {}).items()])
         self.config = check_config(plain)
 

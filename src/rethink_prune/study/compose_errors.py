@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import cast
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -85,11 +86,19 @@ def _wrong_key(typed: str, key: str, cause: BaseException | None) -> str:
     schema = list(_schema_keys(path))
     # The mappings of arguments for code of one's own are empty in the files, and take any key.
     is_free = isinstance(node, DictConfig) and not known and path[0] != "hydra"
+    full = ".".join([*path, name])
+    if others := _choices_with(path, name):
+        return f"{full}: is a key of {path[0]}={', '.join(others)} alone"
     if (name in schema or is_free) and not typed.startswith("~"):
         return f"{typed}: is in no file yet, and needs a sign: +{typed}"
     known = [*dict.fromkeys([*known, *schema, *(groups if not path else [])])]
-    full = ".".join([*path, name])
     return f"{full}: unknown key; {suggestion(name, known)}" if known else f"{full}: there is no such key"
+
+
+def _choices_with(path: Sequence[str], name: str) -> list[str]:
+    """Return the choices of a group whose files have a key that others of the group lack."""
+    files = sorted((Path(conf_dir()) / path[0]).glob("*.yaml")) if len(path) == 1 else []
+    return [file.stem for file in files if name in cast(DictConfig, OmegaConf.load(file))]
 
 
 def _schema_keys(path: Sequence[str]) -> Iterator[str]:

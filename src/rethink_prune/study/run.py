@@ -15,7 +15,7 @@ from typing import Any
 
 from rethink_prune.config import StudyConfig
 from rethink_prune.errors import UserError
-from rethink_prune.files import write_json
+from rethink_prune.files import check_folder, write_json
 from rethink_prune.store.stage import Done, Failed
 from rethink_prune.study.compose import Study
 from rethink_prune.study.keys import add_keys, shared_by_processes
@@ -75,10 +75,13 @@ def run_study(
     """
     if isinstance(config, Study):
         experiment, config = config.experiment, config.config
+    if not isinstance(config, StudyConfig):
+        raise UserError(f"run_study: takes a Study, such as Study({{'pruner.ratio': 0.3}}), and not {config!r}")
     if interrupts is None:
         with Interrupts() as listening:
             return run_study(config, run_dir, listening, experiment=experiment, processes=processes)
     run_dir = Path(run_dir)
+    check_folder(run_dir, f"run_dir={run_dir}")
     # Everything that can be wrong is found here, before anything is trained or written.
     study = prepare_study(config, processes)
     for warning in study.target.report().warnings:

@@ -6,9 +6,12 @@ for images of one size. Its graph knows functions and parameters only; here, wha
 layer again, so that a graph has one form, whoever made it.
 """
 
+import io
+import logging
 import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -262,9 +265,21 @@ def export_graph(model: nn.Module, input_shape: tuple[int, ...], *, training: bo
 def _export_program(model: nn.Module, images: torch.Tensor) -> tuple[torch.export.ExportedProgram, list[str]]:
     """Return what torch makes of a forward pass, and what this does beside operations on tensors."""
     sizes = ({0: torch.export.Dim.AUTO},)
-    with seeded(0), hidden_steps(model) as hidden, autograd_functions_run(_refuse):
+    with _nothing_printed(), seeded(0), hidden_steps(model) as hidden, autograd_functions_run(_refuse):
         program = torch.export.export(model, (images,), dynamic_shapes=sizes, strict=False)
     return program, hidden
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Keep back what torch logs and prints of a graph that it gives up: the error says why."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _refuse(cls: type, *args: Any, **kwargs: Any) -> Any:

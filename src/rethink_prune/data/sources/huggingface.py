@@ -157,6 +157,10 @@ def _load_splits(options: DatasetConfig) -> Mapping[str, Any]:
         install = 'pip install "rethink-prune[hub]"'
         raise UserError(f"dataset=huggingface: needs datasets ({error}); install it with {install}") from None
     folder = Path(str(options.path)).expanduser()
+    # No name on the hub begins so.
+    if folder.is_file() or (not folder.is_dir() and str(options.path).startswith(("/", ".", "~"))):
+        problem = "is a file" if folder.is_file() else "no such folder"
+        raise UserError(f"dataset.path={options.path}: {problem}; {_EXPECTED}")
     revision = options.revision
     if revision is not None and folder.is_dir():
         raise UserError(f"dataset.revision={revision}: {options.path} is a folder, which has no revisions")
