@@ -544,7 +544,9 @@ def measure_data(network: str, device: torch.device, options: argparse.Namespace
         folder = options.images
         if folder.is_file():
             with tarfile.open(folder) as tar:
-                tar.extractall(unpacked, filter="data")
+                # No file outside of it; Python before 3.11.4 has no filter.
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # type: ignore[assignment]
+                tar.extractall(unpacked)
             folder = Path(unpacked)
         files = find_photographs(folder)
         epochs = math.ceil(options.steps * BATCH_SIZE / len(files))

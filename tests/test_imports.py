@@ -35,6 +35,7 @@ def test_installed_modules_are_found() -> None:
         ("module:", "must have the form path.to.module:factory"),
         ("module:a b", "must have the form path.to.module:factory"),
         ("pathlib:Pfad", "pathlib has no Pfad"),
+        ("pathlib:PurePth", "pathlib has no PurePth; did you mean PurePath"),
         ("sys:path", "is a list, not something that can be called"),
     ],
 )

@@ -86,7 +86,10 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     'known are resnet20, vgg16'
     """
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=3)
-    if not near:
-        return f"known are {', '.join(names)}"
-    return f"did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?"
+    return nearest(name, names) or f"known are {', '.join(names)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the most similar of the known names as a question; nothing if none is similar."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?" if near else ""

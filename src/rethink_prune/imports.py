@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rethink_prune.errors import UserError, suggestion
+from rethink_prune.errors import UserError, nearest, suggestion
 
 T = TypeVar("T")
 
@@ -75,7 +75,8 @@ def import_object(path: str, what: str) -> Callable[..., Any]:
     try:
         found: object = getattr(module, attribute)
     except AttributeError:
-        raise UserError(f"{what}={path}: {module_name} has no {attribute}") from None
+        meant = nearest(attribute, (name for name in vars(module) if not name.startswith("_")))
+        raise UserError(f"{what}={path}: {module_name} has no {attribute}{meant and f'; {meant}'}") from None
     if not callable(found):
         raise UserError(f"{what}={path}: is a {type(found).__name__}, not something that can be called")
     return found

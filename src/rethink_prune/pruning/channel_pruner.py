@@ -17,7 +17,16 @@ from rethink_prune.config import ChannelOptions, PrunerOptions
 from rethink_prune.cost import Cost, count_cost
 from rethink_prune.errors import UserError
 from rethink_prune.pruning import selection
-from rethink_prune.pruning.pruner import FOR_TOKENS, Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target
+from rethink_prune.pruning.pruner import (
+    FOR_TOKENS,
+    Batches,
+    LayerWidth,
+    Pruner,
+    PruneReport,
+    PruneResult,
+    Target,
+    check_scores,
+)
 from rethink_prune.pruning.selection import PerLayer, kept_count
 from rethink_prune.surgery.architecture import Architecture, apply_masks
 from rethink_prune.surgery.channels import ChannelGroup, Channels, Positions, analyse
@@ -151,14 +160,7 @@ class ChannelTarget(Target):
         UserError
             If the scores are not that, or if they leave every channel.
         """
-        # A user's pruner may return anything.
-        if not isinstance(scores, Mapping) or set(scores) != set(self._sizes):
-            names = ", ".join(sorted(self._sizes))
-            raise UserError(f"pruner: scores() must return a mapping with just these keys: {names}")
-        for name, size in self._sizes.items():
-            values = scores[name]
-            if not (isinstance(values, torch.Tensor) and values.shape == (size,) and torch.isfinite(values).all()):
-                raise UserError(f"pruner: scores of {name} must be a tensor of {size} finite numbers")
+        check_scores(scores, self._sizes)
         if self.widths is not None:
             return Choice(selection.drop_lowest(scores, self.widths), tuple(self._shortfall(self.widths)))
         widths, emptied = self._ranked_widths(scores)

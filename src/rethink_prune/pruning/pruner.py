@@ -271,3 +271,39 @@ class Pruner(ABC, Generic[Options, TargetType]):
             published = "; ".join(f"{name}: {', '.join(names)}" for name, names in self.variants.items())
             raise UserError(f"{where} such variant of {network}; there are {published}")
         return found
+
+
+def check_scores(scores: object, sizes: Mapping[str, int]) -> None:
+    """Check what a pruner's method `scores` returned; a user's pruner may return anything.
+
+    Parameters
+    ----------
+    scores : object
+        Has to map each name to a tensor with one finite number for each unit.
+    sizes : mapping of str to int
+        How many units are to be scored, by name.
+
+    Raises
+    ------
+    UserError
+        If it is not that.
+
+    Examples
+    --------
+    >>> check_scores({"conv": torch.ones(3)}, {"conv": 8})
+    Traceback (most recent call last):
+    rethink_prune.errors.UserError: pruner: scores of conv must be a tensor of 8 finite numbers; its shape is (3,)
+    """
+    if not isinstance(scores, Mapping) or set(scores) != set(sizes):
+        raise UserError(f"pruner: scores() must return a mapping with just these keys: {', '.join(sorted(sizes))}")
+    for name, size in sizes.items():
+        values = scores[name]
+        if not isinstance(values, torch.Tensor):
+            problem = f"it is a {type(values).__name__}"
+        elif values.shape != (size,):
+            problem = f"its shape is {tuple(values.shape)}"
+        elif not torch.isfinite(values).all():
+            problem = "it has some that are not finite"
+        else:
+            continue
+        raise UserError(f"pruner: scores of {name} must be a tensor of {size} finite numbers; {problem}")

@@ -29,7 +29,7 @@ from torch import nn
 from rethink_prune.config import Positive, Share, TargetOptions, check_ratio
 from rethink_prune.cost import Cost, input_projections, layer_macs, weight_macs
 from rethink_prune.errors import UserError
-from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target
+from rethink_prune.pruning.pruner import Batches, LayerWidth, Pruner, PruneReport, PruneResult, Target, check_scores
 from rethink_prune.pruning.selection import (
     Limits,
     PerLayer,
@@ -354,14 +354,7 @@ class WeightPruner(Pruner[Options, WeightTarget]):
             if not torch.isfinite(weight).all():
                 raise UserError(f"pruner: {name} has weights that are not finite")
         scores = self.scores(pruned, target, data=data, generator=generator)
-        # A user's pruner may return anything.
-        if not isinstance(scores, Mapping) or set(scores) != set(target.layers):
-            names = ", ".join(sorted(target.layers))
-            raise UserError(f"pruner: scores() must return a mapping with just these keys: {names}")
-        for name, values in scores.items():
-            size = weights[name].numel()
-            if not (isinstance(values, torch.Tensor) and values.shape == (size,) and torch.isfinite(values).all()):
-                raise UserError(f"pruner: scores of {name} must be a tensor of {size} finite numbers")
+        check_scores(scores, {name: weights[name].numel() for name in target.layers})
         scores = {name: scores[name] for name in target.layers}
         counts, warnings = target.counts(target.remaining(scores))
         target.check_removal(counts)
