@@ -35,7 +35,7 @@ def test_installed_modules_are_found() -> None:
         ("module:", "must have the form path.to.module:factory"),
         ("module:a b", "must have the form path.to.module:factory"),
         ("pathlib:Pfad", "pathlib has no Pfad"),
-        ("pathlib:PurePth", "pathlib has no PurePth; did you mean PurePath"),
+        ("pathlib:PurePth", "pathlib has no PurePth; did you mean PurePath, PurePosixPath or PureWindowsPath?"),
         ("sys:path", "is a list, not something that can be called"),
     ],
 )
