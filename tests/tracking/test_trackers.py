@@ -371,7 +371,7 @@ def bad_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("Raising", "ConnectionError: no route to the server"),
         ("Dying", "its process ended"),
-        ("Missing", "UserError: tracker=bad_trackers:Missing: bad_trackers has no Missing"),
+        ("Missing", "UserError: tracker=bad_trackers:Missing: bad_trackers has no Missing; did you mean Raising?"),
         ("Hanging", "did not take everything in time"),
     ],
 )
