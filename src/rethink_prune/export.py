@@ -58,9 +58,9 @@ def _export(options: argparse.Namespace, factory: Callable[..., Any] | None) -> 
     if options.json is not None:
         raise UserError("--json: goes with --evaluate or --cost")
     stage = load.single_stage(options.stage)
-    if options.onnx is not None and load.detector_of(stage) is not None:
-        raise UserError(f"--onnx: {stage.name} is a detector; only classifiers are written as ONNX")
     if options.onnx is not None:
+        if load.detector_of(stage) is not None:
+            raise UserError(f"--onnx: {stage.name} is a detector; only classifiers are written as ONNX")
         export.check_onnx_packages()
     folder = options.out or Path("export") / stage.name
     export.export_stage(stage, folder, factory)

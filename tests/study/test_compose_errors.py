@@ -36,6 +36,7 @@ def answer(*overrides: str) -> str:
         ("+pruner.ratio=0.3", "+pruner.ratio=0.3: leave out the sign before pruner.ratio: pruner.ratio=0.3"),
         ("model.args.width=64", "model.args.width=64: is in no file yet, and needs a sign: +model.args.width=64"),
         ("dataset.path=photos", "dataset.path: is a key of dataset=huggingface alone"),
+        ("model.conv_bias=true", "model.conv_bias: is a key of model=vgg11, vgg13, vgg16, vgg19, vgg5 alone"),
         ("pruner.positions_per_image=5", "pruner.positions_per_image: is a key of pruner=regression alone"),
         ("hydra.job.chdri=true", "hydra.job.chdri: unknown key; did you mean chdir?"),
         ("+hydra.job.chdri=true", "hydra.job.chdri: unknown key; did you mean chdir?"),

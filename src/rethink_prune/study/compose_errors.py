@@ -96,9 +96,16 @@ def _wrong_key(typed: str, key: str, cause: BaseException | None) -> str:
 
 
 def _choices_with(path: Sequence[str], name: str) -> list[str]:
-    """Return the choices of a group whose files have a key that others of the group lack."""
+    """Return the choices of a group that have a key."""
     files = sorted((Path(conf_dir()) / path[0]).glob("*.yaml")) if len(path) == 1 else []
-    return [file.stem for file in files if name in cast(DictConfig, OmegaConf.load(file))]
+    return [file.stem for file in files if _has_key(file, name)]
+
+
+def _has_key(file: Path, name: str) -> bool:
+    """Say whether the file of a choice, or one of its group that it starts from, has a key."""
+    content = cast(DictConfig, OmegaConf.load(file))
+    starts = [file.parent / f"{start}.yaml" for start in content.get("defaults", ()) if start != "_self_"]
+    return name in content or any(_has_key(start, name) for start in starts if start.is_file())
 
 
 def _schema_keys(path: Sequence[str]) -> Iterator[str]:
